@@ -1,0 +1,208 @@
+"""What a user can choose, as frozen dataclasses that refuse bad values when they are made.
+
+The defaults follow the ablation in ``integration/bench`` (our choice where the paper is silent).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_type_hints
+
+from repapq_plugin.errors import ConfigError
+
+Schedule = Literal["unit", "stage", "network"]
+LossName = Literal["mae", "mse"]
+ObserverName = Literal["min_max", "mse", "mae", "percentile", "auto"]
+WeightObserverName = Literal["min_max", "mse"]
+
+MIN_BITS, MAX_BITS = 2, 8
+
+
+def _reject(key: str, value: object, allowed: str) -> ConfigError:
+    return ConfigError(f"{key}={value!r} is not allowed; choose {allowed}.")
+
+
+def _check_choices(instance: Any) -> None:
+    """Compare every ``Literal`` field of a dataclass with what its annotation allows."""
+    for key, hint in get_type_hints(type(instance)).items():
+        choices = get_args(hint) if getattr(hint, "__origin__", None) is Literal else ()
+        value = getattr(instance, key)
+        if choices and value not in choices:
+            raise _reject(key, value, "one of " + ", ".join(map(repr, choices)))
+
+
+def _check_bits(key: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not MIN_BITS <= value <= MAX_BITS:
+        raise _reject(key, value, f"a whole number of bits from {MIN_BITS} to {MAX_BITS}")
+
+
+def _check_number(key: str, value: object, low: float, high: float = float("inf")) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise _reject(key, value, f"a number from {low:g} to {high:g}")
+
+
+def _check_count(key: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise _reject(key, value, f"a whole number of at least {low}")
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """Adam's starting learning rates, each annealed to zero by a cosine.
+
+    Args:
+        weight: For the convolution's weights and bias, relative to the standard deviation of the
+            layer's weights, so that one value serves layers of any magnitude.
+        scale: For the logarithm of weight and activation scales.
+        affine: For the channel-wise gamma and beta of QPR ("its own, larger learning rate").
+    """
+
+    weight: float = 1e-2
+    scale: float = 1e-2
+    affine: float = 1e-2
+
+    def __post_init__(self) -> None:
+        for key in ("weight", "scale", "affine"):
+            _check_number(f"learning_rates.{key}", getattr(self, key), 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class RepAPQConfig:
+    """How a network is quantized and calibrated.
+
+    Args:
+        weight_bits: Bits of the weights, 2 to 8; per output channel, symmetric, narrow range.
+        activation_bits: Bits of the activations, 2 to 8; per tensor, affine, unsigned.
+        first_last_bits: Bits of the layers that read the network's input or write its output;
+            ``None`` treats them like the others.
+        activation_observer: How starting ranges of activations are found: ``min_max``, ``mse``,
+            ``mae``, ``percentile``, or ``auto`` (per quantizer, whichever of min-max, MSE and MAE
+            disturbs the output of the layers behind it least).
+        weight_observer: How starting ranges of weights are found: ``min_max`` or ``mse``.
+        percentile: For ``percentile``: the share of values kept inside, in percent.
+        affine: Put QPR's channel-wise affine layer behind each convolution during calibration.
+        loss: Reconstruction loss: ``mae`` (paper) or ``mse``.
+        stage_weight: Weight of the stage term against the mean unit term; 0 leaves it out.
+        schedule: What is optimised together: one ``unit`` after the other, a ``stage`` at once, or
+            the whole ``network``.
+        steps: Optimisation steps per unit, stage, or network. 0 only sets ranges (plain PTQ).
+        learning_rates: See `LearningRates`.
+        drop_probability: Probability with which an activation value stays unquantized during
+            calibration (QDrop); 0 turns it off.
+        guard_fraction: Share of the calibration batches held out to judge each result; a result
+            that is not better there than its starting point is undone.
+        keep_float: Glob patterns of module names that stay float.
+        layer_bits: Glob pattern of layer names -> ``(weight_bits, activation_bits)``; the last
+            match wins, also over ``first_last_bits``.
+        units: Glob patterns of further modules to treat as one unit each.
+        stages: Glob patterns of the modules to treat as stages; empty finds them.
+        cache_bytes: Host memory for cached activations, in bytes; what exceeds it goes to disk.
+        seed: Seed of the order in which calibration batches are drawn.
+
+    Raises:
+        ConfigError: A value is not allowed; the message names key, value and what is allowed.
+    """
+
+    weight_bits: int = 8
+    activation_bits: int = 8
+    first_last_bits: int | None = 8
+    activation_observer: ObserverName = "min_max"
+    weight_observer: WeightObserverName = "min_max"
+    percentile: float = 99.99
+    affine: bool = True
+    loss: LossName = "mae"
+    stage_weight: float = 1.0
+    schedule: Schedule = "stage"
+    steps: int = 300
+    learning_rates: LearningRates = field(default_factory=LearningRates)
+    drop_probability: float = 0.0
+    guard_fraction: float = 0.125
+    keep_float: tuple[str, ...] = ()
+    layer_bits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    units: tuple[str, ...] = ()
+    stages: tuple[str, ...] = ()
+    cache_bytes: int = 4 * 2**30
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_bits("weight_bits", self.weight_bits)
+        _check_bits("activation_bits", self.activation_bits)
+        if self.first_last_bits is not None:
+            _check_bits("first_last_bits", self.first_last_bits)
+        _check_number("percentile", self.percentile, 50.0, 100.0)
+        _check_number("stage_weight", self.stage_weight, 0.0)
+        _check_number("drop_probability", self.drop_probability, 0.0, 1.0)
+        _check_number("guard_fraction", self.guard_fraction, 0.0, 0.5)
+        _check_count("steps", self.steps, 0)
+        _check_count("cache_bytes", self.cache_bytes, 0)
+        _check_count("seed", self.seed, 0)
+        if isinstance(self.learning_rates, Mapping):
+            rates = _build(LearningRates, self.learning_rates, "learning_rates.")
+            object.__setattr__(self, "learning_rates", rates)
+        for key in ("keep_float", "units", "stages"):
+            value = getattr(self, key)
+            if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+                raise _reject(key, value, "a list of module name patterns")
+            object.__setattr__(self, key, tuple(value))
+        for pattern, bits in self.layer_bits.items():
+            if isinstance(bits, int) or len(bits) != 2:
+                raise _reject(f"layer_bits[{pattern!r}]", bits, "a pair (weight_bits, activation_bits)")
+            _check_bits(f"layer_bits[{pattern!r}][0]", bits[0])
+            _check_bits(f"layer_bits[{pattern!r}][1]", bits[1])
+        frozen_bits = {pattern: (bits[0], bits[1]) for pattern, bits in self.layer_bits.items()}
+        object.__setattr__(self, "layer_bits", frozen_bits)
+
+    @classmethod
+    def from_preset(cls, preset: str, **overrides: Any) -> RepAPQConfig:
+        """Return a named configuration, with single keys overridden.
+
+        Args:
+            preset: ``"w8a8"``, ``"w6a6"``, ``"w4a4"``, or any other ``"w<bits>a<bits>"``.
+            **overrides: Any argument of this class.
+
+        Raises:
+            ConfigError: The preset or a key is unknown, or a value is not allowed.
+        """
+        weight, _, activation = preset.lower().removeprefix("w").partition("a")
+        if not (preset.lower().startswith("w") and weight.isdigit() and activation.isdigit()):
+            raise _reject("preset", preset, '"w8a8", "w6a6", "w4a4" or another "w<bits>a<bits>"')
+        bits = {"weight_bits": int(weight), "activation_bits": int(activation)}
+        return cls.from_dict({**bits, **overrides})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RepAPQConfig:
+        """Build a configuration from plain values, as they come from a config file or a result.
+
+        Raises:
+            ConfigError: A key is unknown or a value is not allowed.
+        """
+        return _build(cls, values, "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values from which `from_dict` builds an equal configuration."""
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes: Any) -> RepAPQConfig:
+        """Return a copy with some keys changed, checked again."""
+        return _build(type(self), {**self.to_dict(), **changes}, "")
+
+    @property
+    def scheme(self) -> str:
+        """One line that says what is compared when two results are compared."""
+        ends = "" if self.first_last_bits is None else f", first and last layers {self.first_last_bits} bit"
+        return (
+            f"W{self.weight_bits}A{self.activation_bits}: weights per channel symmetric narrow range "
+            f"({self.weight_observer}), activations per tensor affine unsigned "
+            f"({self.activation_observer}){ends}"
+        )
+
+
+def _build(cls: type[Any], values: Mapping[str, Any], prefix: str) -> Any:
+    known = {item.name for item in dataclasses.fields(cls)}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{prefix}{key} is not a key of {cls.__name__}; known keys: {', '.join(sorted(known))}.")
+    return cls(**values)

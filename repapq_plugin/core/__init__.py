@@ -1,0 +1,1 @@
+"""Numerics that everything else is made of; no module, no host."""

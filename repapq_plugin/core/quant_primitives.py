@@ -1,0 +1,84 @@
+"""The uniform quantizer: ``q = clamp(round(x / scale) + zero_point, quant_min, quant_max)``.
+
+All functions work on tensors of any floating dtype and device. ``scale`` and ``zero_point`` are
+scalars (per tensor) or of shape ``(channels,)`` together with ``ch_axis`` (per channel).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPS = float(torch.finfo(torch.float32).eps)
+"""Smallest scale that is used: a range of zero width (a dead channel) must not divide by zero."""
+
+
+def activation_bounds(num_bits: int) -> tuple[int, int]:
+    """Return ``(quant_min, quant_max)`` of an unsigned grid: 0 to ``2**b - 1``."""
+    return 0, 2**num_bits - 1
+
+
+def weight_bounds(num_bits: int) -> tuple[int, int]:
+    """Return ``(quant_min, quant_max)`` of a signed narrow-range grid: plus and minus ``2**(b-1) - 1``.
+
+    Narrow, because QPR's fold moves the sign of gamma into the integers, and ``-(-2**(b-1))`` would
+    not fit.
+    """
+    bound = 2 ** (num_bits - 1) - 1
+    return -bound, bound
+
+
+def _along(values: Tensor, x: Tensor, ch_axis: int | None) -> Tensor:
+    if ch_axis is None or values.dim() == 0:
+        return values
+    shape = [1] * x.dim()
+    shape[ch_axis] = -1
+    return values.reshape(shape)
+
+
+def choose_qparams(
+    min_val: Tensor, max_val: Tensor, quant_min: int, quant_max: int, *, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """Turn a real range into ``(scale, zero_point)``; zero is always exactly representable.
+
+    Args:
+        min_val: Lower bound(s), float, scalar or ``(channels,)``.
+        max_val: Upper bound(s), same shape.
+        quant_min: Smallest integer of the grid.
+        quant_max: Largest integer of the grid.
+        symmetric: Centre the grid on zero (``zero_point`` 0; needs a symmetric grid).
+
+    Returns:
+        ``scale`` (float, at least `EPS`) and ``zero_point`` (int64), of the inputs' shape.
+    """
+    low, high = min_val.clamp(max=0), max_val.clamp(min=0)
+    if symmetric:
+        scale = torch.maximum(-low, high) / ((quant_max - quant_min) / 2)
+        scale = scale.clamp(min=EPS)
+        return scale, torch.zeros_like(scale, dtype=torch.int64)
+    scale = ((high - low) / (quant_max - quant_min)).clamp(min=EPS)
+    zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
+    return scale, zero_point.to(torch.int64)
+
+
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, ch_axis: int | None = None
+) -> Tensor:
+    """Return the integer codes of ``x`` as an int32 tensor of its shape."""
+    s, z = _along(scale, x, ch_axis), _along(zero_point, x, ch_axis)
+    return torch.clamp(torch.round(x / s) + z, quant_min, quant_max).to(torch.int32)
+
+
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, ch_axis: int | None = None) -> Tensor:
+    """Return the real values of integer codes, in ``scale``'s dtype."""
+    s, z = _along(scale, q, ch_axis), _along(zero_point, q, ch_axis)
+    return (q - z).to(scale.dtype) * s
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, ch_axis: int | None = None
+) -> Tensor:
+    """Return ``dequantize(quantize(x))`` in ``x``'s dtype; no gradient."""
+    return dequantize(
+        quantize(x, scale, zero_point, quant_min, quant_max, ch_axis), scale, zero_point, ch_axis
+    ).to(x.dtype)

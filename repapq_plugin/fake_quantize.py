@@ -1,0 +1,153 @@
+"""Fake quantizers whose scale learns, on torch.ao's ``FakeQuantizeBase``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization.fake_quantize import FakeQuantizeBase
+
+from repapq_plugin.core.quant_primitives import EPS
+from repapq_plugin.observers.base import RangeObserver
+from repapq_plugin.observers.min_max import MinMaxObserver, PerChannelMinMaxObserver
+
+
+class LearnableFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
+    """Quantizes and dequantizes; gradients reach the input and the scale.
+
+    The scale is kept as its logarithm, so a step of any optimizer leaves it positive. Rounding
+    passes gradients straight through; the scale's gradient is that of learned step sizes (LSQ,
+    arXiv:1902.08153), as torch's own learnable kernels compute it.
+
+    While observing, inputs go to the observer; once quantizing starts, its range is turned into the
+    starting scale and zero point.
+
+    Args:
+        observer: Class (or partial) of a `RangeObserver`.
+        quant_min: Smallest integer of the grid; default: the observer's.
+        quant_max: Largest integer of the grid; default: the observer's.
+        is_dynamic: Must be false.
+        drop_probability: While in training mode, the share of values that stay unquantized (QDrop,
+            arXiv:2203.05740).
+        **observer_kwargs: Handed to ``observer``.
+    """
+
+    observer_enabled: Tensor
+    fake_quant_enabled: Tensor
+    zero_point: Tensor
+
+    def __init__(
+        self,
+        observer: Any = MinMaxObserver,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        is_dynamic: bool = False,
+        drop_probability: float = 0.0,
+        **observer_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if quant_min is not None:
+            observer_kwargs["quant_min"] = quant_min
+        if quant_max is not None:
+            observer_kwargs["quant_max"] = quant_max
+        self.activation_post_process: RangeObserver = observer(is_dynamic=is_dynamic, **observer_kwargs)
+        watched = self.activation_post_process
+        self.quant_min, self.quant_max = watched.quant_min, watched.quant_max
+        self.dtype, self.qscheme, self.ch_axis = watched.dtype, watched.qscheme, watched.ch_axis
+        self.is_dynamic = is_dynamic
+        self.drop_probability = drop_probability
+        self.log_scale = nn.Parameter(torch.zeros(1))
+        self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int64))
+        # Python flags beside the buffers of the base class: reading a tensor in every forward
+        # stalls an accelerator and cannot be exported.
+        self.observing, self.quantizing = True, True
+
+    @property
+    def num_bits(self) -> int:
+        """Bits that the grid's integers need."""
+        return (self.quant_max - self.quant_min).bit_length()
+
+    @property
+    def scale(self) -> Tensor:
+        """Step size, float, ``(1,)`` or ``(channels,)``, always positive."""
+        return self.log_scale.exp()
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether each slice along ``ch_axis`` has a scale of its own."""
+        return self.qscheme in (torch.per_channel_affine, torch.per_channel_symmetric)
+
+    def enable_observer(self, enabled: bool = True) -> None:
+        """Start (or stop) feeding inputs to the observer."""
+        self.observing = bool(enabled)
+        self.observer_enabled[0] = int(enabled)
+
+    def enable_fake_quant(self, enabled: bool = True) -> None:
+        """Start (or stop) quantizing."""
+        self.quantizing = bool(enabled)
+        self.fake_quant_enabled[0] = int(enabled)
+
+    @torch.no_grad()
+    def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Set scale (float, positive) and zero point (integers), ``(1,)`` or ``(channels,)``."""
+        log_scale = scale.detach().reshape(-1).clamp(min=EPS).log()
+        if log_scale.shape != self.log_scale.shape:
+            self.log_scale = nn.Parameter(log_scale, requires_grad=self.log_scale.requires_grad)
+        else:
+            self.log_scale.copy_(log_scale)
+        self.zero_point = zero_point.detach().reshape(-1).to(self.log_scale.device, torch.int64)
+
+    def initialise_from_observer(self) -> None:
+        """Take over the observer's range as the starting scale and zero point."""
+        self.set_qparams(*self.activation_post_process.calculate_qparams())
+
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
+        """Return the learned ``scale`` (float) and ``zero_point`` (int64); all that hosts ask for."""
+        return self.scale.detach().clone(), self.zero_point.clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` quantized and dequantized, same shape and dtype."""
+        if self.observing:
+            self.activation_post_process(x)
+            self.initialise_from_observer()
+        if not self.quantizing or x.numel() == 0:
+            return x
+        hat = self.quantize_dequantize(x)
+        if self.drop_probability and self.training:
+            return torch.where(torch.rand_like(x) < self.drop_probability, x, hat)
+        return hat
+
+    def quantize_dequantize(self, x: Tensor) -> Tensor:
+        """Round ``x`` to the grid, whatever the state of the flags."""
+        scale, zero_point = self.scale.to(x.dtype), self.zero_point.to(x.dtype)
+        if self.per_channel:
+            return torch._fake_quantize_learnable_per_channel_affine(
+                x, scale, zero_point, self.ch_axis, self.quant_min, self.quant_max, 1.0
+            )
+        return torch._fake_quantize_learnable_per_tensor_affine(
+            x, scale, zero_point, self.quant_min, self.quant_max, 1.0
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Scale and zero point take the shapes of what is loaded."""
+        loaded = state_dict.get(prefix + "log_scale")
+        if isinstance(loaded, Tensor) and loaded.shape != self.log_scale.shape:
+            self.log_scale = nn.Parameter(torch.empty_like(loaded, device=self.log_scale.device))
+            self.zero_point = torch.zeros(loaded.shape, dtype=torch.int64, device=self.log_scale.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.observing = bool(self.observer_enabled[0])
+        self.quantizing = bool(self.fake_quant_enabled[0])
+
+    def extra_repr(self) -> str:
+        """Say the grid and the scheme."""
+        return f"num_bits={self.num_bits}, [{self.quant_min}, {self.quant_max}], {self.qscheme}"
+
+
+class PerChannelLearnableFakeQuantize(LearnableFakeQuantize):
+    """`LearnableFakeQuantize` with a scale per channel; the name is what torchao looks for."""
+
+    def __init__(self, observer: Any = PerChannelMinMaxObserver, **kwargs: Any) -> None:
+        kwargs.setdefault("dtype", torch.qint8)
+        kwargs.setdefault("qscheme", torch.per_channel_symmetric)
+        super().__init__(observer=observer, **kwargs)

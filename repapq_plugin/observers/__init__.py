@@ -1,0 +1,19 @@
+"""Observers: how starting ranges are found. One idea a file, all on torch.ao's ``ObserverBase``."""
+
+from repapq_plugin.observers.base import OBSERVERS, RangeObserver, register_observer
+from repapq_plugin.observers.mae import MAEObserver
+from repapq_plugin.observers.min_max import MinMaxObserver, PerChannelMinMaxObserver
+from repapq_plugin.observers.mse import MSEObserver, PerChannelMSEObserver
+from repapq_plugin.observers.percentile import PercentileObserver
+
+__all__ = [
+    "OBSERVERS",
+    "MAEObserver",
+    "MSEObserver",
+    "MinMaxObserver",
+    "PerChannelMSEObserver",
+    "PerChannelMinMaxObserver",
+    "PercentileObserver",
+    "RangeObserver",
+    "register_observer",
+]

@@ -1,0 +1,245 @@
+"""What all observers share: the torch.ao surface, the registry, and the per-tensor histogram."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.ao.quantization.observer import ObserverBase
+
+from repapq_plugin.core.quant_primitives import choose_qparams
+from repapq_plugin.errors import CalibrationError, ConfigError
+
+SYMMETRIC_SCHEMES = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
+
+OBSERVERS: dict[str, type[RangeObserver]] = {}
+"""Observer classes by the name a configuration uses; per-channel ones as ``per_channel_<name>``."""
+
+_Class = TypeVar("_Class", bound="type[RangeObserver]")
+
+
+def register_observer(name: str) -> Callable[[_Class], _Class]:
+    """Make an observer class available to configurations under ``name``."""
+
+    def add(cls: _Class) -> _Class:
+        OBSERVERS[name] = cls
+        return cls
+
+    return add
+
+
+class RangeObserver(ObserverBase):  # type: ignore[misc]
+    """Watches tensors and answers with a range, and through it with ``(scale, zero_point)``.
+
+    Args:
+        dtype: Storage type that a host asks for; does not limit ``quant_min`` and ``quant_max``.
+        qscheme: A torch per-tensor or per-channel scheme, affine or symmetric.
+        quant_min: Smallest integer of the grid; default: that of ``dtype``.
+        quant_max: Largest integer of the grid; default: that of ``dtype``.
+        ch_axis: Axis of the channels, for per-channel schemes.
+        is_dynamic: Must be false; ranges here are static.
+        eps: Accepted for torch.ao's sake, unused: scales are floored by ``choose_qparams``.
+        factory_kwargs: Accepted for torch.ao's sake (device and dtype of buffers), unused.
+    """
+
+    min_val: Tensor
+    max_val: Tensor
+
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.quint8,
+        qscheme: torch.qscheme = torch.per_tensor_affine,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        ch_axis: int = 0,
+        is_dynamic: bool = False,
+        eps: float | None = None,
+        factory_kwargs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(dtype=dtype, is_dynamic=is_dynamic)
+        if is_dynamic:
+            raise ConfigError("is_dynamic=True is not allowed; these observers find static ranges.")
+        signed = dtype in (torch.qint8, torch.int8)
+        self.qscheme = qscheme
+        self.quant_min = quant_min if quant_min is not None else (-128 if signed else 0)
+        self.quant_max = quant_max if quant_max is not None else (127 if signed else 255)
+        if self.quant_min >= self.quant_max:
+            raise ConfigError(
+                f"quant_min={self.quant_min} must be below quant_max={self.quant_max}."
+            )
+        self.ch_axis = ch_axis
+        self.register_buffer("min_val", torch.tensor([]))
+        self.register_buffer("max_val", torch.tensor([]))
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the grid is centred on zero."""
+        return self.qscheme in SYMMETRIC_SCHEMES
+
+    @abstractmethod
+    def observe(self, x: Tensor) -> None:
+        """Take in one batch ``x`` (any shape, floating, finite and not empty)."""
+
+    def find_range(self) -> tuple[Tensor, Tensor]:
+        """Return ``(min_val, max_val)``, scalars or of shape ``(channels,)``."""
+        return self.min_val, self.max_val
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Observe ``x`` and hand it on unchanged.
+
+        Raises:
+            CalibrationError: ``x`` holds NaN or Inf.
+        """
+        if x.numel():
+            detached = x.detach()
+            if not torch.isfinite(detached).all():
+                bad = int((~torch.isfinite(detached)).sum())
+                raise CalibrationError(f"{bad} of {x.numel()} observed values are NaN or Inf.")
+            self.observe(detached)
+        return x
+
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
+        """Return ``scale`` (float32) and ``zero_point`` (int64); scale 1 before any observation."""
+        if self.min_val.numel() == 0:
+            return torch.ones(1), torch.zeros(1, dtype=torch.int64)
+        low, high = self.find_range()
+        scale, zero_point = choose_qparams(
+            low, high, self.quant_min, self.quant_max, symmetric=self.symmetric
+        )
+        return scale.reshape(-1), zero_point.reshape(-1)
+
+    def reset_min_max_vals(self) -> None:
+        """Forget everything observed."""
+        self.min_val = torch.tensor([], device=self.min_val.device)
+        self.max_val = torch.tensor([], device=self.max_val.device)
+
+    def _widen(self, low: Tensor, high: Tensor) -> None:
+        if self.min_val.numel() == 0:
+            self.min_val, self.max_val = low.clone(), high.clone()
+        else:
+            self.min_val = torch.minimum(self.min_val, low)
+            self.max_val = torch.maximum(self.max_val, high)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Buffers take the shapes of what is loaded: a fresh observer does not know them yet."""
+        for name, buffer in list(self._buffers.items()):
+            loaded = state_dict.get(prefix + name)
+            if buffer is not None and isinstance(loaded, Tensor) and loaded.shape != buffer.shape:
+                self._buffers[name] = torch.empty_like(loaded, device=buffer.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """Say the grid and the range found so far."""
+        return f"[{self.quant_min}, {self.quant_max}], min_val={self.min_val}, max_val={self.max_val}"
+
+
+class HistogramRangeObserver(RangeObserver):
+    """Keeps a histogram of everything seen, in memory that does not grow with the number of batches.
+
+    The histogram covers ``[-R, R]`` where ``R`` doubles when a larger value arrives; two
+    neighbouring bins then become one, so counts stay exact. Each bin also sums its values: its mean
+    stands for it, and a bin of exact zeros (behind a ReLU) keeps an exact representative.
+
+    Args:
+        bins: Number of bins over ``[-R, R]``, a multiple of 4.
+        **kwargs: See `RangeObserver`.
+    """
+
+    counts: Tensor
+    sums: Tensor
+    radius: Tensor
+
+    def __init__(self, bins: int = 8192, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if bins < 64 or bins % 4:
+            raise ConfigError(f"bins={bins} is not allowed; choose a multiple of 4, at least 64.")
+        self.bins = bins
+        self.register_buffer("counts", torch.zeros(bins, dtype=torch.float64))
+        self.register_buffer("sums", torch.zeros(bins, dtype=torch.float64))
+        self.register_buffer("radius", torch.zeros((), dtype=torch.float64))
+
+    def observe(self, x: Tensor) -> None:
+        """Add the values of ``x`` to the histogram."""
+        low, high = torch.aminmax(x)
+        self._widen(low.float(), high.float())
+        reach = float(torch.maximum(-low, high))
+        if float(self.radius) == 0:
+            self.radius.fill_(max(reach, 1e-30) * 1.0001)
+        while reach >= float(self.radius):
+            self._double()
+        flat = x.reshape(-1).double()
+        index = ((flat / self.radius + 1) * (self.bins / 2)).long().clamp(0, self.bins - 1)
+        self.counts += torch.bincount(index, minlength=self.bins).to(self.counts)
+        self.sums += torch.bincount(index, weights=flat, minlength=self.bins).to(self.sums)
+
+    def _double(self) -> None:
+        quarter = self.bins // 4
+        for buffer in (self.counts, self.sums):
+            halved = buffer.reshape(-1, 2).sum(1)
+            buffer.zero_()
+            buffer[quarter : quarter + halved.numel()] = halved
+        self.radius *= 2
+
+    def reset_min_max_vals(self) -> None:
+        """Forget everything observed."""
+        super().reset_min_max_vals()
+        for buffer in (self.counts, self.sums, self.radius):
+            buffer.zero_()
+
+    def points(self) -> tuple[Tensor, Tensor]:
+        """Return representatives and counts of the filled bins, float64, ``(filled,)`` each."""
+        filled = self.counts > 0
+        counts = self.counts[filled]
+        return self.sums[filled] / counts, counts
+
+
+class SearchedRangeObserver(HistogramRangeObserver):
+    """Searches the range whose quantization error is smallest on the histogram.
+
+    Upper and lower bound shrink in turn over ``candidates`` fractions of the observed bounds; the
+    full min-max range is always among them, so the result is never worse under its own measure.
+
+    Args:
+        candidates: Number of fractions tried for a bound in one pass.
+        **kwargs: See `HistogramRangeObserver`.
+    """
+
+    power: float
+    """1 for the mean absolute, 2 for the mean squared error."""
+
+    def __init__(self, candidates: int = 100, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.candidates = candidates
+
+    def range_error(self, low: Tensor, high: Tensor) -> Tensor:
+        """Return the mean of ``|x - x_hat| ** power`` for each of ``n`` ranges, float64 ``(n,)``."""
+        values, counts = self.points()
+        scale, zero_point = choose_qparams(
+            low.double(), high.double(), self.quant_min, self.quant_max, symmetric=self.symmetric
+        )
+        scale, zero = scale.double()[:, None], zero_point.double()[:, None]
+        codes = torch.clamp(torch.round(values / scale) + zero, self.quant_min, self.quant_max)
+        error = ((codes - zero) * scale - values).abs() ** self.power
+        return (error * counts).sum(1) / counts.sum()
+
+    def find_range(self) -> tuple[Tensor, Tensor]:
+        """Return the searched range, float32 scalars."""
+        low, high = self.min_val.double().clamp(max=0), self.max_val.double().clamp(min=0)
+        full_low, full_high = low, high
+        fractions = torch.linspace(1.0, 1.0 / self.candidates, self.candidates).to(low)
+        if self.symmetric:
+            bound = torch.maximum(-low, high) * fractions
+            best = bound[self.range_error(-bound, bound).argmin()]
+            return -best.float(), best.float()
+        for _ in range(2):
+            if full_high > 0:
+                highs = full_high * fractions
+                high = highs[self.range_error(low.expand_as(highs), highs).argmin()]
+            if full_low < 0:
+                lows = full_low * fractions
+                low = lows[self.range_error(lows, high.expand_as(lows)).argmin()]
+        return low.float(), high.float()

@@ -1,0 +1,53 @@
+"""Ranges of least mean squared error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repapq_plugin.core.quant_primitives import choose_qparams, fake_quantize
+from repapq_plugin.observers.base import SearchedRangeObserver, register_observer
+from repapq_plugin.observers.min_max import PerChannelMinMaxObserver
+
+
+@register_observer("mse")
+class MSEObserver(SearchedRangeObserver):
+    """Per tensor: the range that minimises ``E (x - x_hat)**2`` over everything seen."""
+
+    power = 2.0
+
+
+@register_observer("per_channel_mse")
+class PerChannelMSEObserver(PerChannelMinMaxObserver):
+    """Per channel: for weights, which arrive whole in one call; the last tensor seen is searched.
+
+    Args:
+        candidates: Number of fractions of the min-max range tried, evenly down to a fifth.
+        **kwargs: See `RangeObserver`.
+    """
+
+    def __init__(self, candidates: int = 80, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.candidates = candidates
+        self.register_buffer("best", torch.tensor([]))
+
+    def observe(self, x: Tensor) -> None:
+        """Widen the ranges to hold ``x`` and search each channel's best fraction of its range."""
+        super().observe(x)
+        rows = x.movedim(self.ch_axis, 0).flatten(1).float()
+        errors = []
+        fractions = torch.linspace(1.0, 0.2, self.candidates, device=x.device)
+        for fraction in fractions:
+            scale, zero_point = choose_qparams(
+                self.min_val * fraction, self.max_val * fraction,
+                self.quant_min, self.quant_max, symmetric=self.symmetric,
+            )
+            hat = fake_quantize(rows, scale, zero_point, self.quant_min, self.quant_max, 0)
+            errors.append((hat - rows).square().mean(1))
+        self.best = fractions[torch.stack(errors).argmin(0)]
+
+    def find_range(self) -> tuple[Tensor, Tensor]:
+        """Return the searched ranges, float32 ``(channels,)`` each."""
+        return self.min_val * self.best, self.max_val * self.best
