@@ -1,1 +1,33 @@
-"""RepAPQ."""
+"""RepAPQ: post-training quantization of reparameterized networks, as a plugin.
+
+Importing this package loads no host toolbox and registers nothing; `repapq_plugin.hosts` does.
+"""
+
+from repapq_plugin.calibration.quantize import Progress, quantize_model
+from repapq_plugin.calibration.result import CalibrationResult, UnitResult
+from repapq_plugin.config import LearningRates, RepAPQConfig
+from repapq_plugin.errors import RepAPQError
+from repapq_plugin.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
+from repapq_plugin.observers import MAEObserver, MinMaxObserver, MSEObserver, PercentileObserver
+from repapq_plugin.reparam.branches import Branch, BranchSpec, register_branches
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Branch",
+    "BranchSpec",
+    "CalibrationResult",
+    "LearnableFakeQuantize",
+    "LearningRates",
+    "MAEObserver",
+    "MSEObserver",
+    "MinMaxObserver",
+    "PerChannelLearnableFakeQuantize",
+    "PercentileObserver",
+    "Progress",
+    "RepAPQConfig",
+    "RepAPQError",
+    "UnitResult",
+    "quantize_model",
+    "register_branches",
+]

@@ -1,0 +1,1 @@
+"""Accuracy runs that are too slow for a test suite; each writes its figures beside the command that made them."""

@@ -1,0 +1,1 @@
+"""Across-block calibration: units, stages, replay, reconstruction, result."""

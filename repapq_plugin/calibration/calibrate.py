@@ -1,0 +1,214 @@
+"""Across-block calibration of a whole network: stages in order, each on its quantized prefix."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repapq_plugin.calibration.cache import ActivationCache
+from repapq_plugin.calibration.partition import Stage, Unit
+from repapq_plugin.calibration.reconstruction import Outcome, Subject, reconstruct
+from repapq_plugin.calibration.replay import answering, inputs_of, recording
+from repapq_plugin.calibration.result import UnitResult
+from repapq_plugin.calibration.subjects import NetworkSubject, StageSubject, UnitSubject
+from repapq_plugin.calibration.trace import Trace
+from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.errors import RepAPQError
+from repapq_plugin.layers import QuantizedLayer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The two networks and how to run them.
+
+    Args:
+        student: The quantized network.
+        teacher: The float network, merged alike, with the same module paths.
+        layers: The student's quantized layers, by module path.
+        trace: What a forward pass showed.
+        batches: Calibration batches.
+        forward_fn: ``forward_fn(model, batch)`` runs either.
+    """
+
+    student: nn.Module
+    teacher: nn.Module
+    layers: Mapping[str, QuantizedLayer]
+    trace: Trace
+    batches: Sequence[Any]
+    forward_fn: Callable[[nn.Module, Any], Any]
+
+    def calls(self, name: str) -> int:
+        """How often one forward pass calls the module ``name``."""
+        return self.trace.modules[name].calls
+
+
+class AcrossBlockCalibrator:
+    """Calibrates ``networks.student`` in place.
+
+    Args:
+        networks: See `Networks`; the input quantizers have their starting ranges.
+        stages: All stages in call order.
+        config: Schedule, steps, losses.
+        cache: Where activations are kept.
+        advance: Called after each optimisation step.
+    """
+
+    def __init__(
+        self,
+        networks: Networks,
+        stages: Sequence[Stage],
+        config: RepAPQConfig,
+        cache: ActivationCache,
+        advance: Callable[[], None],
+    ) -> None:
+        self.networks, self.stages, self.config, self.cache, self.advance = networks, stages, config, cache, advance
+        self.modules = {
+            "student": dict(networks.student.named_modules()),
+            "teacher": dict(networks.teacher.named_modules()),
+        }
+        self.models = {"student": networks.student, "teacher": networks.teacher}
+        self.left_float: dict[str, str] = {}
+
+    def run(self) -> list[UnitResult]:
+        """Calibrate everything; return one result per unit, in call order."""
+        if self.config.schedule == "network":
+            return self._calibrate_network()
+        results: list[UnitResult] = []
+        finished: list[Stage] = []
+        for stage in self.stages:
+            try:
+                results += self._calibrate_stage(stage, finished)
+                finished.append(stage)
+            except RepAPQError:
+                raise
+            except Exception as error:  # whatever the network's own code raises when replayed
+                results += self._leave_float(stage, error)
+        return results
+
+    def _calibrate_network(self) -> list[UnitResult]:
+        networks = self.networks
+        units = [unit for stage in self.stages for unit in stage.units]
+        subject = NetworkSubject(
+            units, networks.layers, networks.student, networks.teacher,
+            lambda model, batch: networks.forward_fn(model, networks.batches[batch]), self.cache,
+        )
+        return self._results("network", units, self._reconstruct(subject))
+
+    def _calibrate_stage(self, stage: Stage, finished: Sequence[Stage]) -> list[UnitResult]:
+        self._run_teacher(stage, finished)
+        self._fetch_inputs("student", stage, finished)
+        by_unit = self.config.schedule == "unit" and stage.units[0].name != stage.name
+        results = self._unit_by_unit(stage) if by_unit else self._at_once(stage)
+        self._store_stage_outputs(stage)
+        return results
+
+    @torch.no_grad()
+    def _fetch_inputs(self, role: str, stage: Stage, finished: Sequence[Stage]) -> None:
+        """Cache what the stage is called with, behind finished stages that answer from the cache."""
+        module, calls = self.modules[role][stage.name], self.networks.calls(stage.name)
+        for index, batch in enumerate(self.networks.batches):
+            stored = {done.name: self.cache.get(f"{role}:{done.name}", index) for done in finished}
+            with answering(self.modules[role], stored):
+                inputs = inputs_of(module, calls, lambda b=batch: self.networks.forward_fn(self.models[role], b))  # type: ignore[misc]
+            self.cache.put(f"{role}-in:{stage.name}", index, inputs)
+
+    @torch.no_grad()
+    def _run_teacher(self, stage: Stage, finished: Sequence[Stage]) -> None:
+        """Cache the float outputs of the stage and of each of its units: one pass of the float stage."""
+        self._fetch_inputs("teacher", stage, finished)
+        modules = self.modules["teacher"]
+        for index in range(len(self.networks.batches)):
+            inputs = self.cache.get(f"teacher-in:{stage.name}", index)
+            with recording(modules, [unit.name for unit in stage.units]) as units:
+                outputs = [modules[stage.name](x) for x in inputs]
+            self.cache.put(f"teacher:{stage.name}", index, outputs)
+            for name, unit_outputs in units.items():
+                if name != stage.name:
+                    self.cache.put(f"teacher:{name}", index, unit_outputs)
+        self.cache.drop_all(f"teacher-in:{stage.name}")
+
+    def _at_once(self, stage: Stage) -> list[UnitResult]:
+        subject = StageSubject(stage, self._layers_of(stage.units), self.modules["student"], self.cache)
+        return self._results(stage.name, stage.units, self._reconstruct(subject))
+
+    def _unit_by_unit(self, stage: Stage) -> list[UnitResult]:
+        results: list[UnitResult] = []
+        self._set_quantizing(stage.units, False)
+        for position, unit in enumerate(stage.units):
+            self._set_quantizing([unit], True)
+            subject = UnitSubject(
+                unit, self.networks.calls(unit.name), [done.name for done in stage.units[:position]],
+                bool(self.config.stage_weight), stage, self._layers_of([unit]), self.modules["student"], self.cache,
+            )
+            results += self._results(stage.name, [unit], self._reconstruct(subject))
+            with torch.no_grad():
+                for index in range(len(self.networks.batches)):
+                    self.cache.put(f"student:{unit.name}", index, subject.unit_outputs(index))
+        self._set_quantizing(stage.units, True)
+        return results
+
+    @torch.no_grad()
+    def _store_stage_outputs(self, stage: Stage) -> None:
+        """Cache the quantized stage's outputs for those behind it; forget what only its own units needed."""
+        module = self.modules["student"][stage.name]
+        for index in range(len(self.networks.batches)):
+            inputs: list[Tensor] = self.cache.get(f"student-in:{stage.name}", index)
+            self.cache.put(f"student:{stage.name}", index, [module(x) for x in inputs])
+        self.cache.drop_all(f"student-in:{stage.name}")
+        for unit in stage.units:
+            if unit.name != stage.name:
+                self.cache.drop_all(f"student:{unit.name}")
+                self.cache.drop_all(f"teacher:{unit.name}")
+
+    def _reconstruct(self, subject: Subject) -> Outcome:
+        return reconstruct(subject, len(self.networks.batches), self.config, self.advance)
+
+    def _layers_of(self, units: Sequence[Unit]) -> dict[str, QuantizedLayer]:
+        return {name: self.networks.layers[name] for unit in units for name in unit.layers}
+
+    def _set_quantizing(self, units: Sequence[Unit], enabled: bool) -> None:
+        for layer in self._layers_of(units).values():
+            layer.weight_fake_quant.enable_fake_quant(enabled)
+            layer.input_fake_quant.enable_fake_quant(enabled)
+
+    def _leave_float(self, stage: Stage, error: Exception) -> list[UnitResult]:
+        reason = f"could not be run alone ({type(error).__name__}: {error})"
+        logger.warning("Stage %r %s; its %d units stay float.", stage.name, reason, len(stage.units))
+        for unit in stage.units:
+            for name in unit.layers:
+                self.left_float[name] = reason
+        for prefix in ("student-in", "teacher-in", "student", "teacher"):
+            self.cache.drop_all(f"{prefix}:{stage.name}")
+        nothing = dict.fromkeys((unit.name for unit in stage.units), float("nan"))
+        return self._results(stage.name, stage.units, Outcome(nothing, nothing, False, 0.0, reason))
+
+    def _results(self, stage: str, units: Sequence[Unit], outcome: Outcome) -> list[UnitResult]:
+        return [
+            UnitResult(
+                name=unit.name,
+                stage=stage,
+                loss_before=outcome.unit_losses_before[unit.name],
+                loss_after=outcome.unit_losses_after[unit.name],
+                kept=outcome.kept,
+                seconds=outcome.seconds / len(units),
+                note=outcome.note,
+            )
+            for unit in units
+        ]
+
+
+def total_steps(stages: Sequence[Stage], config: RepAPQConfig) -> int:
+    """Return how many optimisation steps a calibration takes, for a progress bar."""
+    if config.schedule == "network":
+        return config.steps
+    if config.schedule == "stage":
+        return config.steps * len(stages)
+    return config.steps * sum(len(stage.units) for stage in stages)
+

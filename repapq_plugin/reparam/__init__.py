@@ -1,0 +1,26 @@
+"""Reparameterization: which branches a block has, and how they become one convolution.
+
+Importing it teaches the families of `families` (by name only; no host is imported).
+"""
+
+from repapq_plugin.reparam import families as _families
+from repapq_plugin.reparam.branches import Branch, BranchSpec, branches_of, register_branches
+from repapq_plugin.reparam.fold import fold_batchnorm, fold_conv_norm_pairs
+from repapq_plugin.reparam.fuse import MergedBlock, MergeRecord, fuse_branches, merge_branches
+from repapq_plugin.reparam.unknown import find_unknown_multibranch
+
+__all__ = [
+    "Branch",
+    "BranchSpec",
+    "MergeRecord",
+    "MergedBlock",
+    "branches_of",
+    "find_unknown_multibranch",
+    "fold_batchnorm",
+    "fold_conv_norm_pairs",
+    "fuse_branches",
+    "merge_branches",
+    "register_branches",
+]
+
+_families.register_families()

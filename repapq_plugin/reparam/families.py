@@ -1,0 +1,107 @@
+"""The block families known from the start, each read through its own attributes.
+
+They are registered by name, so that no host is imported. A block that is already in its deployed
+form (one convolution) has no branches to merge and answers None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from repapq_plugin.errors import MergeError
+from repapq_plugin.reparam.branches import Branch, BranchSpec, register_branches
+
+
+def _present(*modules: nn.Module | None) -> tuple[nn.Module, ...]:
+    return tuple(module for module in modules if module is not None)
+
+
+def _branches(*members: Iterable[nn.Module] | None) -> tuple[Branch, ...]:
+    return tuple(Branch(tuple(layers)) for layers in members if layers is not None)
+
+
+def _alone(norm: nn.Module | None) -> tuple[nn.Module, ...] | None:
+    return None if norm is None else (norm,)
+
+
+def _conv_module(module: Any) -> tuple[nn.Module, ...]:
+    """Layers of an mmcv ``ConvModule`` without activation, in the order in which it runs them."""
+    if module.with_activation:
+        raise MergeError("A ConvModule with an activation stands in a branch, which is then not linear.")
+    parts = {
+        "conv": _present(getattr(module, "padding_layer", None), module.conv),
+        "norm": _present(module.norm) if module.with_norm else (),
+    }
+    return tuple(layer for part in module.order for layer in parts.get(part, ()))
+
+
+def _conv_norm_act(module: Any) -> tuple[nn.Module, ...]:
+    """Layers of a timm ``ConvNormAct`` whose activation is switched off."""
+    return _present(module.conv, module.bn, getattr(module, "aa", None))
+
+
+def mmyolo_repvgg(block: Any) -> BranchSpec | None:
+    """YOLOv6, YOLOv7 and PP-YOLOE: 3x3 + [alpha *] 1x1 [+ normalised identity]."""
+    if hasattr(block, "rbr_reparam"):
+        return None
+    # The block itself tests alpha for truth: at exactly zero it adds the unscaled 1x1 branch.
+    alpha = 1.0 if block.alpha is None or float(block.alpha) == 0.0 else block.alpha
+    branches = (
+        Branch(_conv_module(block.rbr_dense)),
+        Branch(_conv_module(block.rbr_1x1), scale=alpha),
+        *_branches(_alone(block.rbr_identity)),
+    )
+    return BranchSpec(branches, after=_present(block.se, block.nonlinearity))
+
+
+def mmpretrain_repvgg(block: Any) -> BranchSpec | None:
+    """RepVGG of mmpretrain: 3x3 + 1x1 [+ normalised identity], then squeeze-excite, then activation."""
+    if hasattr(block, "branch_reparam"):
+        return None
+    branches = _branches(block.branch_3x3, block.branch_1x1, _alone(block.branch_norm))
+    return BranchSpec(branches, after=_present(block.se_layer, block.act))
+
+
+def mmpretrain_mobileone(block: Any) -> BranchSpec | None:
+    """MobileOne of mmpretrain: n * kxk [+ 1x1] [+ normalised identity], then squeeze-excite, activation."""
+    if hasattr(block, "branch_reparam"):
+        return None
+    branches = _branches(*block.branch_conv_list, block.branch_scale, _alone(block.branch_norm))
+    return BranchSpec(branches, after=_present(block.se, block.act))
+
+
+def timm_repvgg(block: Any) -> BranchSpec | None:
+    """RepVGG of timm: kxk + 1x1 [+ normalised identity], then attention, then activation."""
+    if block.reparam_conv is not None:
+        return None
+    branches = _branches(
+        _conv_norm_act(block.conv_kxk), _conv_norm_act(block.conv_1x1), _alone(block.identity)
+    )
+    return BranchSpec(branches, after=_present(block.attn, block.act))
+
+
+def timm_mobileone(block: Any) -> BranchSpec | None:
+    """MobileOne of timm: n * kxk [+ 1x1] [+ normalised identity], then attention, then activation."""
+    if block.reparam_conv is not None:
+        return None
+    scale = None if block.conv_scale is None else _conv_norm_act(block.conv_scale)
+    branches = _branches(*map(_conv_norm_act, block.conv_kxk), scale, _alone(block.identity))
+    return BranchSpec(branches, after=_present(block.attn, block.act))
+
+
+FAMILIES = {
+    "mmyolo.models.layers.yolo_bricks.RepVGGBlock": mmyolo_repvgg,
+    "mmpretrain.models.backbones.repvgg.RepVGGBlock": mmpretrain_repvgg,
+    "mmpretrain.models.backbones.mobileone.MobileOneBlock": mmpretrain_mobileone,
+    "timm.models.byobnet.RepVggBlock": timm_repvgg,
+    "timm.models.byobnet.MobileOneBlock": timm_mobileone,
+}
+
+
+def register_families() -> None:
+    """Teach every family of this file; doing it again changes nothing."""
+    for name, function in FAMILIES.items():
+        register_branches(name, function)

@@ -1,0 +1,287 @@
+"""Fold batch normalisation into the convolution or linear layer in front of it, whatever the host.
+
+Which norm follows which layer is seen by running the model, not read from attribute names: a norm
+whose input *is* the very tensor that a layer returned.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from repapq_plugin.errors import MergeError
+from repapq_plugin.reparam.norms import is_norm, norm_affine, tail_of
+
+logger = logging.getLogger(__name__)
+
+_CONV = nn.modules.conv._ConvNd
+_TRANSPOSED = nn.modules.conv._ConvTransposeNd
+# Two runs of a folded and an unfolded float32 network differ by about 1e-6 of the largest output.
+_TOLERANCE = 1e-4
+
+L = TypeVar("L", bound=nn.Module)
+
+
+@torch.no_grad()
+def fold_batchnorm(conv: L, bn: nn.Module) -> L:
+    """Fold a norm into the layer in front of it, in float64, with the norm's own eps.
+
+    Args:
+        conv: A convolution, a transposed convolution (also grouped) or a linear layer; left as it is.
+        bn: Any norm with stored statistics, over as many channels as ``conv`` gives.
+
+    Returns:
+        A copy of ``conv``, of its dtype, that computes ``bn(conv(x))`` of inference.
+
+    Raises:
+        MergeError: The layer is of another kind, or channels do not match, or statistics are not
+            finite, or the norm applies an activation of its own.
+    """
+    layer: Any = conv
+    if not isinstance(conv, _CONV | nn.Linear) or "weight" not in conv._parameters:
+        name = type(conv).__name__
+        raise MergeError(f"A norm cannot be folded into {name}; give a plain convolution or linear layer.")
+    if tail_of(bn):
+        raise MergeError(f"{type(bn).__name__} applies {tail_of(bn)!r} as well; fold the norm and keep these.")
+    weight, bias = _folded(layer, bn)
+    folded: Any = copy.deepcopy(conv)
+    folded.weight = nn.Parameter(weight, layer.weight.requires_grad)
+    folded.bias = nn.Parameter(bias, layer.weight.requires_grad)
+    return folded  # type: ignore[no-any-return]
+
+
+def _folded(layer: Any, bn: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias of ``layer`` followed by ``bn``, in the dtype of ``layer``."""
+    scale, shift = norm_affine(bn)
+    weight = layer.weight.double()
+    groups = layer.groups if isinstance(layer, _TRANSPOSED) else 1
+    # A transposed convolution keeps its output channels, within each group, in the second axis.
+    channels = weight.shape[1] * groups if isinstance(layer, _TRANSPOSED) else weight.shape[0]
+    if channels != len(scale):
+        raise MergeError(
+            f"A norm over {len(scale)} channels cannot be folded into a layer that gives {channels}."
+        )
+    taps = [1] * (weight.dim() - 2)
+    if isinstance(layer, _TRANSPOSED):
+        grouped = weight.unflatten(0, (groups, -1)) * scale.reshape(groups, 1, -1, *taps)
+        weight = grouped.flatten(0, 1)
+    else:
+        weight = weight * scale.reshape(-1, 1, *taps)
+    bias = shift if layer.bias is None else scale * layer.bias.double() + shift
+    return weight.to(layer.weight.dtype), bias.to(layer.weight.dtype)
+
+
+@dataclass
+class _Calls:
+    """Which layer's output every norm was given, over one run."""
+
+    made: dict[nn.Module, int] = field(default_factory=dict)
+    given: dict[nn.Module, list[nn.Module | None]] = field(default_factory=dict)
+    outputs: dict[int, tuple[weakref.ref[Tensor], nn.Module]] = field(default_factory=dict)
+
+    def layer_ran(self, layer: nn.Module, _: Any, output: Any) -> None:
+        self.made[layer] = self.made.get(layer, 0) + 1
+        if isinstance(output, Tensor):
+            self.outputs[id(output)] = (weakref.ref(output), layer)
+
+    def norm_runs(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
+        tensor = args[0] if args else None
+        # An id may belong to a new tensor by now, so the tensor itself decides.
+        reference, layer = self.outputs.get(id(tensor), (None, None))
+        same = reference is not None and reference() is tensor
+        self.given.setdefault(norm, []).append(layer if same else None)
+
+    def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Layers all of whose outputs went to one norm that was given nothing else."""
+        found = []
+        for norm, layers in self.given.items():
+            layer = layers[0]
+            only_one = layer is not None and all(other is layer for other in layers)
+            if layer is not None and only_one and self.made[layer] == len(layers):
+                found.append((layer, norm))
+        return found
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Run a model as at inference; every module's mode comes back afterwards.
+
+    The flags are set one by one because some toolboxes' own ``train`` and ``eval`` do more than that.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """Collect the tensors of nested sequences, mappings and objects with ``items()``, in order."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping) or callable(getattr(output, "items", None)):
+        return [tensor for _, value in output.items() for tensor in tensors_of(value)]
+    if isinstance(output, list | tuple):
+        return [tensor for value in output for tensor in tensors_of(value)]
+    return []
+
+
+def _outputs(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[Tensor]:
+    with inference(model):
+        return [tensor.detach().clone() for tensor in tensors_of(run(model))]
+
+
+def _equal(actual: list[Tensor], wanted: list[Tensor]) -> bool:
+    if [tensor.shape for tensor in actual] != [tensor.shape for tensor in wanted]:
+        return False
+    for a, b in zip(actual, wanted, strict=True):
+        if b.numel() == 0:
+            continue
+        bound = _TOLERANCE * b.double().abs().max()
+        if not bool(((a.double() - b.double()).abs().max() <= bound).item()):
+            return False
+    return True
+
+
+class _Pair:
+    """One layer and the norm behind it, which can be folded and unfolded where they stand."""
+
+    def __init__(self, model: nn.Module, layer: Any, norm: nn.Module) -> None:
+        self.layer, self.norm = layer, norm
+        self.before = (layer.weight, layer.bias)
+        weight, bias = _folded(layer, norm)
+        trainable = layer.weight.requires_grad
+        self.after = (nn.Parameter(weight, trainable), nn.Parameter(bias, trainable))
+        tail = tail_of(norm)
+        self.rest: nn.Module = nn.Sequential(*tail) if tail else nn.Identity()
+        self.rest.training = norm.training
+        self.places = [
+            (parent, name)
+            for parent in model.modules()
+            for name, child in parent._modules.items()
+            if child is norm
+        ]
+
+    def fold(self) -> None:
+        self.layer.weight, self.layer.bias = self.after
+        for parent, name in self.places:
+            setattr(parent, name, self.rest)
+
+    def unfold(self) -> None:
+        self.layer.weight, self.layer.bias = self.before
+        for parent, name in self.places:
+            setattr(parent, name, self.norm)
+
+
+def _candidates(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[list[_Pair], list[Tensor]]:
+    """Observe one run: the pairs that look foldable, and the model's outputs."""
+    calls = _Calls()
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, _CONV | nn.Linear):
+                handle = module.register_forward_hook(calls.layer_ran)
+            elif is_norm(module):
+                handle = module.register_forward_pre_hook(calls.norm_runs)
+            else:
+                continue
+            stack.callback(handle.remove)
+        outputs = _outputs(model, run)
+    pairs = []
+    with torch.no_grad():
+        for layer, norm in calls.pairs():
+            try:
+                if "weight" in layer._parameters:
+                    pairs.append(_Pair(model, layer, norm))
+            except MergeError as failure:
+                logger.warning("A norm stays where it is: %s", failure)
+    return pairs, outputs
+
+
+def fold_conv_norm_pairs(
+    model: nn.Module, run: Callable[[nn.Module], Any], *, inplace: bool = True
+) -> list[tuple[str, str]]:
+    """Fold every norm into the layer whose output it normalises, whatever framework built them.
+
+    A pair counts when the norm was only ever given the outputs of that one layer, and the layer's
+    outputs went to that norm. The folded model is run again; if its outputs differ (a layer's
+    output was used elsewhere too), the guilty pairs are found by halving and stay as they were. A
+    folded norm is replaced, under its own name, by ``nn.Identity`` or by the activation that it
+    carried itself.
+
+    Args:
+        model: Any model; run as at inference, its modes come back.
+        run: Runs the model it is given on sample data and returns its raw output tensors, nested in
+            lists, tuples or mappings; called several times, and has to give the same each time.
+        inplace: False only looks: a copy is folded, ``model`` stays as it is.
+
+    Returns:
+        Names of layer and norm of each folded pair.
+
+    Raises:
+        MergeError: ``run`` returned no tensor, so that nothing can be compared.
+    """
+    model = model if inplace else copy.deepcopy(model)
+    pairs, wanted = _candidates(model, run)
+    if not pairs:
+        return []
+    if not wanted:
+        raise MergeError("run(model) returned no tensor to compare; return the network's raw output tensors.")
+
+    def accepted(group: list[_Pair]) -> list[_Pair]:
+        """Fold what can be folded of ``group``, on top of what is folded already."""
+        same = False
+        for pair in group:
+            pair.fold()
+        try:
+            same = _equal(_outputs(model, run), wanted)
+        finally:
+            if not same:
+                for pair in group:
+                    pair.unfold()
+        if same:
+            return group
+        if len(group) == 1:
+            return []
+        middle = len(group) // 2
+        return accepted(group[:middle]) + accepted(group[middle:])
+
+    names = {module: name for name, module in model.named_modules()}
+    folded = accepted(pairs)
+    for pair in pairs:
+        if pair not in folded:
+            logger.warning(
+                "%s stays a norm: folding it into %s changes the model's output.",
+                names[pair.norm], names[pair.layer],
+            )
+    return [(names[pair.layer], names[pair.norm]) for pair in folded]
+
+
+def fold_named_pairs(model: nn.Module, pairs: Iterable[tuple[str, str]]) -> None:
+    """Fold in place the pairs that `fold_conv_norm_pairs` once found in a model like this one.
+
+    Args:
+        model: Any model; changed.
+        pairs: Names of layer and norm.
+
+    Raises:
+        AttributeError: A name is not there.
+        MergeError: A pair does not fit together.
+    """
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        for layer, norm in pairs:
+            if layer not in modules or norm not in modules:
+                raise AttributeError(f"the model has no pair ({layer!r}, {norm!r}) to fold")
+            _Pair(model, modules[layer], modules[norm]).fold()

@@ -1,0 +1,263 @@
+"""Merge the branches of reparameterized blocks into one convolution each, and check it.
+
+Fused in float64 with each norm's own eps, returned in the block's own dtype (our choice; the
+families themselves fuse in float32).
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from repapq_plugin.errors import MergeError
+from repapq_plugin.reparam.branches import Branch, BranchSpec, branches_of, is_registered, qualified_name
+from repapq_plugin.reparam.linear_map import (
+    LinearMap,
+    branch_map,
+    flattened,
+    in_parallel,
+    input_channels,
+    scaled,
+    to_conv,
+)
+
+logger = logging.getLogger(__name__)
+
+# What two float64 computations of the same block may differ by, relative to its largest output.
+_EXACT = 1e-9
+
+
+class MergedBlock(nn.Module):
+    """A block whose branches are one convolution.
+
+    Args:
+        conv: The merged convolution.
+        after: What followed the sum of the branches, in order.
+    """
+
+    def __init__(self, conv: nn.Conv2d, after: Collection[nn.Module] = ()) -> None:
+        super().__init__()
+        self.conv = conv
+        self.after = nn.Sequential(*(layer for layer in after if type(layer) is not nn.Identity))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[batch, in_channels, height, width]`` to the block's output."""
+        return cast(Tensor, self.after(self.conv(x)))
+
+
+@dataclass(frozen=True)
+class MergeRecord:
+    """What became of one multi-branch block.
+
+    Args:
+        name: Module path of the block (the first, if it has several).
+        block_class: Full class name.
+        branches: Number of branches; 0 if they could not be read.
+        kernel_size: Of the merged convolution, (rows, columns); None if there is none.
+        max_rel_error: Largest difference between branched and merged block on random input, relative
+            to the largest branched output; None if it was not measured.
+        merged: Whether the block was replaced.
+        reason: Why not; empty if it was.
+    """
+
+    name: str
+    block_class: str
+    branches: int
+    kernel_size: tuple[int, int] | None
+    max_rel_error: float | None
+    merged: bool
+    reason: str = ""
+
+
+def _parameters(spec: BranchSpec) -> list[Tensor]:
+    """Floating-point tensors of all branches, the convolutions' weights first."""
+    modules = [module for branch in spec.branches for layer in branch.layers for module in layer.modules()]
+    modules.sort(key=lambda module: not isinstance(module, nn.Conv2d))
+    tensors: list[Tensor] = [p for module in modules for p in module.parameters(recurse=False)]
+    tensors += [tensor for module in modules for tensor in module.buffers(recurse=False)]
+    return [tensor for tensor in tensors if tensor.is_floating_point()]
+
+
+def _branch(branch: Branch, channels: int, like: Tensor, where: str) -> LinearMap:
+    result = branch_map(flattened(branch.layers), channels, like, where)
+    scale = torch.as_tensor(branch.scale, dtype=torch.float64, device=like.device).detach().flatten()
+    if scale.numel() not in (1, result.out_channels):
+        raise MergeError(
+            f"{where}: Branch.scale has {scale.numel()} elements; give one, or {result.out_channels}."
+        )
+    return scaled(result, scale)
+
+
+@torch.no_grad()
+def fuse_branches(spec: BranchSpec, *, where: str = "block") -> nn.Conv2d:
+    """Merge the branches of one block into one convolution with bias.
+
+    Taps are merged on the union of their positions (3x3 + 1x1 + identity, dilated + 1x1, 1x3 + 3x1,
+    average pooling), groups to their largest common divisor.
+
+    Args:
+        spec: The block's branches; left as they are.
+        where: Path of the block, for the error text.
+
+    Returns:
+        A convolution on the branches' device and in their dtype, trainable if any of them was.
+
+    Raises:
+        MergeError: A branch is not a convolution at inference, the branches' outputs cannot be added,
+            or the result is not finite.
+    """
+    parameters = _parameters(spec)
+    widths = [input_channels(flattened(branch.layers)) for branch in spec.branches]
+    channels = next((width for width in widths if width is not None), None)
+    if channels is None or not parameters:
+        raise MergeError(f"{where}: no branch holds a convolution or a norm, so there is nothing to merge.")
+    dtype, like = parameters[0].dtype, parameters[0].new_zeros((), dtype=torch.float64)
+    maps = [_branch(branch, channels, like, where) for branch in spec.branches]
+    conv = to_conv(in_parallel(maps, where), dtype)
+    conv.requires_grad_(any(parameter.requires_grad for parameter in parameters))
+    if not all(bool(parameter.isfinite().all()) for parameter in conv.parameters()):
+        raise MergeError(f"{where}: the merged weights are not finite in {dtype}; check the checkpoint.")
+    return conv
+
+
+def _probe(conv: nn.Conv2d) -> Tensor:
+    """Random input that is small, and yet larger than the kernel; the same one every time."""
+    reach = zip(conv.kernel_size, conv.dilation, conv.stride, strict=True)
+    size = [dilation * (kernel - 1) + 2 * stride + 1 for kernel, dilation, stride in reach]
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(2, conv.in_channels, *size, generator=generator, dtype=torch.float64)
+    return probe.to(conv.weight)
+
+
+def _relative(actual: Tensor, wanted: Tensor) -> float:
+    if actual.shape != wanted.shape:
+        return float("inf")
+    peak = wanted.abs().max().double()
+    error = (actual.double() - wanted.double()).abs().max()
+    return float(error / peak) if float(peak) > 0 else float(error)
+
+
+def _sum_of_branches(spec: BranchSpec, x: Tensor) -> Tensor:
+    total = torch.zeros((), dtype=x.dtype, device=x.device)
+    for branch in spec.branches:
+        y = x
+        for layer in branch.layers:
+            y = layer(y)
+        scale = torch.as_tensor(branch.scale, dtype=x.dtype, device=x.device).flatten()
+        total = total + scale.reshape(1, -1, 1, 1) * y
+    return total
+
+
+@torch.no_grad()
+def _difference(block: nn.Module, where: str, dtype: torch.dtype | None) -> float:
+    """Compare a copy of ``block`` with its merged form; computed in ``dtype``, or the block's own.
+
+    The sum of the branches is compared besides the output, as an activation may hide everything.
+    """
+    block = copy.deepcopy(block)
+    for module in block.modules():
+        module.training = False
+    if dtype is not None:
+        block.to(dtype)
+    spec = branches_of(block)
+    if spec is None:
+        raise MergeError(f"{where}: a copy of the block no longer tells its branches.")
+    conv = fuse_branches(spec, where=where)
+    x = _probe(conv)
+    wanted = _sum_of_branches(spec, x.clone())
+    error = _relative(conv(x), wanted)
+    return max(error, _relative(MergedBlock(conv, spec.after)(x.clone()), block(x.clone())))
+
+
+def _verified(block: nn.Module, dtype: torch.dtype, where: str) -> float:
+    """Return the relative error of merging ``block``; raise `MergeError` if it does not come from rounding."""
+    try:
+        error = _difference(block, where, None)
+        if error <= min(1000 * torch.finfo(dtype).eps, 0.05):
+            return error
+        # Branches that nearly cancel round badly by themselves; in float64 only a wrong merge differs.
+        exact = _difference(block, where, torch.float64)
+    except MergeError:
+        raise
+    except Exception as failure:
+        raise MergeError(
+            f"{where}: the block cannot be run alone on one input, so merging it cannot be checked "
+            f"({type(failure).__name__}: {failure})."
+        ) from failure
+    if not exact <= _EXACT:
+        raise MergeError(
+            f"{where}: merged and branched block differ by {exact:.1e} of the largest output; the "
+            f"registered function does not describe the forward of {qualified_name(type(block))}."
+        )
+    return error
+
+
+def _merge(
+    block: nn.Module, spec: BranchSpec, name: str, verify: bool
+) -> tuple[MergedBlock | None, MergeRecord]:
+    where = name or "model"
+    block_class, count = qualified_name(type(block)), len(spec.branches)
+    try:
+        conv = fuse_branches(spec, where=where)
+        error = _verified(block, conv.weight.dtype, where) if verify else None
+    except MergeError as failure:
+        logger.warning("%s stays as it is: %s", where, failure)
+        return None, MergeRecord(name, block_class, count, None, None, False, str(failure))
+    merged = MergedBlock(conv, spec.after)
+    merged.training = block.training
+    size = (conv.kernel_size[0], conv.kernel_size[1])
+    return merged, MergeRecord(name, block_class, count, size, error, True)
+
+
+def merge_branches(
+    model: nn.Module, *, inplace: bool = False, verify: bool = True, skip: Collection[str] = ()
+) -> tuple[nn.Module, list[MergeRecord]]:
+    """Replace every known multi-branch block by a `MergedBlock`.
+
+    A block that cannot be merged, or whose merged form gives another result, stays as it is, with a
+    reason in its record and a warning. A block that appears under several names is merged once and
+    stays shared.
+
+    Args:
+        model: Any module; may itself be a block.
+        inplace: Change ``model`` instead of a copy of it.
+        verify: Run each block on random input, branched and merged, and compare.
+        skip: Names, or glob patterns of names, of blocks to leave alone.
+
+    Returns:
+        The model (a new module if ``model`` itself was a block) and one record per block, in the
+        order of ``model.named_modules()``.
+    """
+    model = model if inplace else copy.deepcopy(model)
+    replacements: dict[nn.Module, MergedBlock] = {}
+    records: list[MergeRecord] = []
+    inside: set[nn.Module] = set()
+    for name, block in model.named_modules():
+        if block in inside or not is_registered(block) or any(fnmatch.fnmatchcase(name, p) for p in skip):
+            continue
+        try:
+            spec = branches_of(block)
+        except MergeError as failure:
+            logger.warning("%s stays as it is: %s", name or "model", failure)
+            unread = MergeRecord(name, qualified_name(type(block)), 0, None, None, False, str(failure))
+            records.append(unread)
+            continue
+        if spec is None:
+            continue
+        inside.update(block.modules())
+        merged, record = _merge(block, spec, name, verify)
+        records.append(record)
+        if merged is not None:
+            replacements[block] = merged
+    for parent in list(model.modules()):
+        for child_name, child in list(parent._modules.items()):
+            if child in replacements:
+                setattr(parent, child_name, replacements[child])
+    return replacements.get(model, model), records

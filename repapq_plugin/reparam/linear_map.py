@@ -1,0 +1,320 @@
+"""Exact algebra of 2d convolutions: a layer as taps on a grid, composed in series, added in parallel.
+
+Output ``o`` of a map at position ``q`` is ``bias[o] + sum weight[o, c, i, j] * x[c, stride * q + (rows[i], cols[j])]``
+with ``x`` zero outside the image. Everything is float64 (our choice: float32 sums of branches lose
+what the check of equality needs).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repapq_plugin.errors import MergeError
+from repapq_plugin.reparam.norms import has_activation, is_norm, norm_affine
+
+_DROPOUT = nn.modules.dropout._DropoutNd
+# Written out for empty inputs only; on every other input it is nn.Conv2d.
+_SAME_AS_CONV2D = ("mmcv.cnn.bricks.wrappers.Conv2d",)
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """A linear layer, or a whole branch, as taps on a grid.
+
+    Args:
+        weight: ``[out_channels, in_channels / groups, len(rows), len(cols)]``, float64.
+        bias: ``[out_channels]``, float64.
+        rows: Offsets of the taps from the position read, ascending.
+        cols: The same along the width.
+        stride: Distance of neighbouring outputs in the input, (rows, columns).
+        slack: Fixes the output's size along each axis: ``(size + slack) // stride + 1``.
+        groups: Number of channel groups.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    rows: tuple[int, ...] = (0,)
+    cols: tuple[int, ...] = (0,)
+    stride: tuple[int, int] = (1, 1)
+    slack: tuple[int, int] = (-1, -1)
+    groups: int = 1
+
+    @property
+    def out_channels(self) -> int:
+        """Channels written."""
+        return self.weight.shape[0]
+
+    @property
+    def in_channels(self) -> int:
+        """Channels read."""
+        return self.weight.shape[1] * self.groups
+
+    @property
+    def is_pointwise(self) -> bool:
+        """One tap, at the position itself."""
+        return self.rows == self.cols == (0,) and self.slack == (-1, -1)
+
+    @property
+    def is_diagonal(self) -> bool:
+        """One tap and one channel in, one out: a scale and a shift per channel."""
+        return self.is_pointwise and self.groups == self.in_channels == self.out_channels
+
+    @property
+    def reads_padding(self) -> bool:
+        """Some output reads positions outside the image."""
+        axes = zip((self.rows, self.cols), self.slack, strict=True)
+        return any(taps[0] < 0 or slack + taps[-1] > -1 for taps, slack in axes)
+
+
+def identity_map(channels: int, like: Tensor) -> LinearMap:
+    """Return the identity on ``channels`` channels, on the device of ``like``."""
+    ones = torch.ones(channels, 1, 1, 1, dtype=torch.float64, device=like.device)
+    return LinearMap(ones, torch.zeros_like(ones[:, 0, 0, 0]), groups=channels)
+
+
+def scaled(linear: LinearMap, scale: Tensor, shift: Tensor | float = 0.0) -> LinearMap:
+    """Multiply the outputs of a map by ``scale`` (one or one per channel) and add ``shift``."""
+    return replace(
+        linear, weight=linear.weight * scale.reshape(-1, 1, 1, 1), bias=linear.bias * scale + shift
+    )
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    first, second = (value, value) if isinstance(value, int) else value
+    return int(first), int(second)
+
+
+def _taps(
+    size: tuple[int, int], dilation: tuple[int, int], padding: tuple[int, int]
+) -> list[tuple[int, ...]]:
+    axes = zip(size, dilation, padding, strict=True)
+    return [tuple(i * step - before for i in range(count)) for count, step, before in axes]
+
+
+def _conv_map(conv: nn.Conv2d, where: str) -> LinearMap:
+    cls = type(conv)
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    own = cls.forward is not nn.Conv2d.forward or cls._conv_forward is not nn.Conv2d._conv_forward
+    if own and name not in _SAME_AS_CONV2D:
+        raise MergeError(f"{where}: {name} computes something of its own, not a plain convolution.")
+    if conv.padding_mode != "zeros":
+        raise MergeError(f"{where}: padding_mode={conv.padding_mode!r}; only 'zeros' can be merged.")
+    size, dilation, stride = _pair(conv.kernel_size), _pair(conv.dilation), _pair(conv.stride)
+    reach = [step * (count - 1) for step, count in zip(dilation, size, strict=True)]
+    if conv.padding == "same":
+        # torch puts the odd one at the end.
+        before, total = (reach[0] // 2, reach[1] // 2), (reach[0], reach[1])
+    else:
+        before = (0, 0) if conv.padding == "valid" else _pair(conv.padding)
+        total = (2 * before[0], 2 * before[1])
+    rows, cols = _taps(size, dilation, before)
+    weight = conv.weight.detach().double()
+    bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach().double()
+    slack = (total[0] - reach[0] - 1, total[1] - reach[1] - 1)
+    return LinearMap(weight, bias, rows, cols, stride, slack, conv.groups)
+
+
+def _pool_map(pool: nn.AvgPool2d, channels: int, like: Tensor, where: str) -> LinearMap:
+    size, padding = _pair(pool.kernel_size), _pair(pool.padding)
+    if pool.ceil_mode or (not pool.count_include_pad and padding != (0, 0)):
+        raise MergeError(
+            f"{where}: AvgPool2d with ceil_mode, or one that leaves padding out of the mean, has other "
+            "weights at the border and is no convolution."
+        )
+    rows, cols = _taps(size, (1, 1), padding)
+    weight = like.new_full((channels, 1, *size), 1 / (pool.divisor_override or math.prod(size)))
+    slack = (2 * padding[0] - size[0], 2 * padding[1] - size[1])
+    return LinearMap(weight, like.new_zeros(channels), rows, cols, _pair(pool.stride), slack, channels)
+
+
+def _regrouped(linear: LinearMap, groups: int) -> Tensor:
+    """Weight of a map written with fewer groups (a divisor of its own), zeros filled in."""
+    if groups == linear.groups:
+        return linear.weight
+    outputs, inputs, *taps = linear.weight.shape
+    ratio = linear.groups // groups
+    blocks = linear.weight.reshape(groups, ratio, outputs // linear.groups, inputs, *taps)
+    dense = blocks.new_zeros(groups, ratio, outputs // linear.groups, ratio, inputs, *taps)
+    for index in range(ratio):
+        dense[:, index, :, index] = blocks[:, index]
+    return dense.reshape(outputs, ratio * inputs, *taps)
+
+
+def _split(weight: Tensor, groups: int) -> Tensor:
+    """View ``[out, in, rows, cols]`` as ``[groups, out / groups, in, rows, cols]``."""
+    return weight.reshape(groups, -1, *weight.shape[1:])
+
+
+def _check_channels(given: int, wanted: int, where: str) -> None:
+    if given != wanted:
+        raise MergeError(f"{where}: a layer of {wanted} channels is given {given}.")
+
+
+def in_series(first: LinearMap, second: LinearMap, where: str) -> LinearMap:
+    """Compose two maps, ``second`` behind ``first``.
+
+    Raises:
+        MergeError: ``second`` pads what ``first`` gives, and zero is not what ``first`` would give
+            outside the image: no convolution behaves like that at the border.
+    """
+    _check_channels(first.out_channels, second.in_channels, where)
+    if second.reads_padding and not (first.is_pointwise and not bool(first.bias.any())):
+        raise MergeError(
+            f"{where}: a padded layer follows a layer with a bias, a norm or a kernel of its own. The "
+            "border sees zeros there that the merged convolution would not; move the padding to the "
+            "branch's first layer."
+        )
+    groups = math.gcd(first.groups, second.groups)
+    outer = _split(_regrouped(second, groups), groups)
+    bias = torch.einsum("gomij,gm->go", outer, first.bias.reshape(groups, -1)).flatten() + second.bias
+    step = first.stride
+    rows = sorted({a + step[0] * b for a in first.rows for b in second.rows})
+    cols = sorted({a + step[1] * b for a in first.cols for b in second.cols})
+    if first.is_diagonal:
+        weight = _scale_inputs(second, first.weight.flatten())
+        groups = second.groups
+    else:
+        inner = _split(_regrouped(first, groups), groups)
+        weight = inner.new_zeros(second.out_channels, inner.shape[2], len(rows), len(cols))
+        for i, row in enumerate(second.rows):
+            for j, col in enumerate(second.cols):
+                at_rows = [rows.index(a + step[0] * row) for a in first.rows]
+                at_cols = [cols.index(a + step[1] * col) for a in first.cols]
+                product = torch.einsum("gom,gmcij->gocij", outer[..., i, j], inner).flatten(0, 1)
+                weight[:, :, torch.tensor(at_rows)[:, None], torch.tensor(at_cols)] += product
+    return LinearMap(
+        weight,
+        bias,
+        tuple(rows),
+        tuple(cols),
+        (step[0] * second.stride[0], step[1] * second.stride[1]),
+        (
+            first.slack[0] + step[0] * (1 + second.slack[0]),
+            first.slack[1] + step[1] * (1 + second.slack[1]),
+        ),
+        groups,
+    )
+
+
+def _scale_inputs(linear: LinearMap, scale: Tensor) -> Tensor:
+    grouped = _split(linear.weight, linear.groups) * scale.reshape(linear.groups, 1, -1, 1, 1)
+    return grouped.flatten(0, 1)
+
+
+def in_parallel(maps: Sequence[LinearMap], where: str) -> LinearMap:
+    """Add maps that read the same input: the union of their taps, the largest common group count.
+
+    Raises:
+        MergeError: Channels, strides or output sizes differ, so that the outputs cannot be added.
+    """
+    first = maps[0]
+    for other in maps[1:]:
+        _check_channels(other.in_channels, first.in_channels, where)
+        _check_channels(other.out_channels, first.out_channels, where)
+        if other.stride != first.stride:
+            raise MergeError(f"{where}: branches have strides {first.stride} and {other.stride}.")
+        if other.slack != first.slack:
+            raise MergeError(
+                f"{where}: branches give outputs of different sizes; kernel, dilation and padding do "
+                "not belong together."
+            )
+    groups = math.gcd(*(member.groups for member in maps))
+    rows = sorted({tap for member in maps for tap in member.rows})
+    cols = sorted({tap for member in maps for tap in member.cols})
+    weight = first.weight.new_zeros(first.out_channels, first.in_channels // groups, len(rows), len(cols))
+    for member in maps:
+        at_rows = torch.tensor([rows.index(tap) for tap in member.rows])
+        at_cols = torch.tensor([cols.index(tap) for tap in member.cols])
+        weight[:, :, at_rows[:, None], at_cols] += _regrouped(member, groups)
+    bias = torch.stack([member.bias for member in maps]).sum(0)
+    return replace(first, weight=weight, bias=bias, rows=tuple(rows), cols=tuple(cols), groups=groups)
+
+
+def _grid(taps: tuple[int, ...], slack: int) -> tuple[int, int, int]:
+    """Smallest evenly spaced, evenly padded kernel that has all ``taps``: (size, dilation, padding)."""
+    total = -(slack + 1)
+    low = min(taps[0], total - taps[-1], 0)
+    high = total - low
+    step = math.gcd(high - low, *(tap - low for tap in taps)) or 1
+    return (high - low) // step + 1, step, -low
+
+
+def to_conv(linear: LinearMap, dtype: torch.dtype) -> nn.Conv2d:
+    """Write a map as one convolution with bias.
+
+    Args:
+        linear: The map.
+        dtype: Type of the convolution's parameters.
+    """
+    grids = [_grid(linear.rows, linear.slack[0]), _grid(linear.cols, linear.slack[1])]
+    size, dilation, padding = zip(*grids, strict=True)
+    # skip_init leaves the global random state alone, which nn.Conv2d's initialisation would advance.
+    conv: nn.Conv2d = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+        nn.Conv2d, linear.in_channels, linear.out_channels, size, stride=linear.stride, padding=padding,
+        dilation=dilation, groups=linear.groups, bias=True, dtype=dtype, device=linear.weight.device,
+    )
+    at_rows = torch.tensor([(tap + padding[0]) // dilation[0] for tap in linear.rows])
+    at_cols = torch.tensor([(tap + padding[1]) // dilation[1] for tap in linear.cols])
+    weight = linear.weight.new_zeros(conv.weight.shape)
+    weight[:, :, at_rows[:, None], at_cols] = linear.weight
+    with torch.no_grad():
+        conv.weight.copy_(weight)
+        if conv.bias is not None:
+            conv.bias.copy_(linear.bias)
+    return conv
+
+
+def flattened(layers: Sequence[nn.Module]) -> list[nn.Module]:
+    """Open nested ``nn.Sequential`` and drop what does nothing at inference."""
+    flat: list[nn.Module] = []
+    for layer in layers:
+        if isinstance(layer, nn.Sequential):
+            flat.extend(flattened(list(layer)))
+        elif not isinstance(layer, nn.Identity | _DROPOUT):
+            flat.append(layer)
+    return flat
+
+
+def input_channels(layers: Sequence[nn.Module]) -> int | None:
+    """Channels that a branch reads, or None where it takes any number (identity, pooling)."""
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            return layer.in_channels
+        if is_norm(layer):
+            return len(norm_affine(layer)[0])
+    return None
+
+
+def branch_map(layers: Sequence[nn.Module], channels: int, like: Tensor, where: str) -> LinearMap:
+    """Compose the layers of one branch.
+
+    Args:
+        layers: In order, already `flattened`.
+        channels: Channels of the block's input.
+        like: Any float64 tensor on the block's device.
+        where: Path of the block, for the error text.
+
+    Raises:
+        MergeError: A layer is not linear, or the composition is not exact.
+    """
+    result = identity_map(channels, like)
+    for layer in layers:
+        if is_norm(layer):
+            if has_activation(layer):
+                raise MergeError(f"{where}: {type(layer).__name__} applies an activation inside a branch.")
+            scale, shift = norm_affine(layer, f"{where}: {type(layer).__name__}")
+            _check_channels(result.out_channels, len(scale), where)
+            result = scaled(result, scale, shift)
+        elif isinstance(layer, nn.Conv2d):
+            result = in_series(result, _conv_map(layer, where), where)
+        elif isinstance(layer, nn.AvgPool2d):
+            result = in_series(result, _pool_map(layer, result.out_channels, like, where), where)
+        else:
+            raise MergeError(f"{where}: {type(layer).__name__} is not a linear layer that can be merged.")
+    return result

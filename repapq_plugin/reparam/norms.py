@@ -1,0 +1,59 @@
+"""Batch normalisation at inference, read as one scale and one shift per channel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repapq_plugin.errors import MergeError
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Tell whether a module normalises with stored statistics: any BatchNorm, also synchronised or frozen."""
+    statistics = [getattr(module, name, None) for name in ("running_mean", "running_var")]
+    stored = all(isinstance(value, Tensor) for value in statistics) and hasattr(module, "eps")
+    return stored or isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def tail_of(norm: nn.Module) -> list[nn.Module]:
+    """Return what a norm applies after normalising: some carry their own drop layer and activation."""
+    children = (getattr(norm, name, None) for name in ("drop", "act"))
+    return [child for child in children if isinstance(child, nn.Module) and type(child) is not nn.Identity]
+
+
+def has_activation(norm: nn.Module) -> bool:
+    """Tell whether a norm applies an activation of its own."""
+    act = getattr(norm, "act", None)
+    return any(part is act for part in tail_of(norm))
+
+
+@torch.no_grad()
+def norm_affine(norm: Any, where: str = "") -> tuple[Tensor, Tensor]:
+    """Return scale and shift of a norm at inference, from its own eps.
+
+    A channel of zero variance (and zero eps) never left its mean: its scale is 0, its output the bias.
+
+    Args:
+        norm: A module for which `is_norm` holds.
+        where: Path of the norm, for the error text.
+
+    Returns:
+        Two float64 tensors of shape ``[channels]``: ``norm(x) = scale * x + shift``.
+
+    Raises:
+        MergeError: The norm keeps no statistics, or statistics or parameters are not finite.
+    """
+    name = where or type(norm).__name__
+    if norm.running_mean is None or norm.running_var is None:
+        raise MergeError(f"{name} keeps no running statistics, so at inference it is not linear.")
+    mean, variance = norm.running_mean.double(), norm.running_var.double() + norm.eps
+    weight = torch.ones_like(mean) if norm.weight is None else norm.weight.double()
+    bias = torch.zeros_like(mean) if norm.bias is None else norm.bias.double()
+    if not all(bool(value.isfinite().all()) for value in (mean, variance, weight, bias)):
+        raise MergeError(f"{name} holds statistics or parameters that are not finite; check the checkpoint.")
+    if bool((variance < 0).any()):
+        raise MergeError(f"{name} holds a negative variance; check the checkpoint.")
+    scale = torch.where(variance > 0, weight / variance.sqrt(), 0.0)
+    return scale, bias - mean * scale
