@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from repapq_plugin.errors import MergeError
 from repapq_plugin.reparam.norms import is_norm, norm_affine, tail_of
+from repapq_plugin.reparam.running import inference, tensors_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ def fold_batchnorm(conv: L, bn: nn.Module) -> L:
         name = type(conv).__name__
         raise MergeError(f"A norm cannot be folded into {name}; give a plain convolution or linear layer.")
     if tail_of(bn):
-        raise MergeError(f"{type(bn).__name__} applies {tail_of(bn)!r} as well; fold the norm and keep these.")
+        raise MergeError(f"{type(bn).__name__} also applies {tail_of(bn)!r}, which cannot be folded.")
     weight, bias = _folded(layer, bn)
     folded: Any = copy.deepcopy(conv)
     folded.weight = nn.Parameter(weight, layer.weight.requires_grad)
@@ -83,12 +85,12 @@ def _folded(layer: Any, bn: nn.Module) -> tuple[Tensor, Tensor]:
 class _Calls:
     """Which layer's output every norm was given, over one run."""
 
-    made: dict[nn.Module, int] = field(default_factory=dict)
+    made: Counter[nn.Module] = field(default_factory=Counter)
     given: dict[nn.Module, list[nn.Module | None]] = field(default_factory=dict)
     outputs: dict[int, tuple[weakref.ref[Tensor], nn.Module]] = field(default_factory=dict)
 
     def layer_ran(self, layer: nn.Module, _: Any, output: Any) -> None:
-        self.made[layer] = self.made.get(layer, 0) + 1
+        self.made[layer] += 1
         if isinstance(output, Tensor):
             self.outputs[id(output)] = (weakref.ref(output), layer)
 
@@ -108,34 +110,6 @@ class _Calls:
             if layer is not None and only_one and self.made[layer] == len(layers):
                 found.append((layer, norm))
         return found
-
-
-@contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Run a model as at inference; every module's mode comes back afterwards.
-
-    The flags are set one by one because some toolboxes' own ``train`` and ``eval`` do more than that.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    """Collect the tensors of nested sequences, mappings and objects with ``items()``, in order."""
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, Mapping) or callable(getattr(output, "items", None)):
-        return [tensor for _, value in output.items() for tensor in tensors_of(value)]
-    if isinstance(output, list | tuple):
-        return [tensor for value in output for tensor in tensors_of(value)]
-    return []
 
 
 def _outputs(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[Tensor]:
@@ -263,7 +237,8 @@ def fold_conv_norm_pairs(
         if pair not in folded:
             logger.warning(
                 "%s stays a norm: folding it into %s changes the model's output.",
-                names[pair.norm], names[pair.layer],
+                names[pair.norm],
+                names[pair.layer],
             )
     return [(names[pair.layer], names[pair.norm]) for pair in folded]
 

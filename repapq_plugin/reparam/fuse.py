@@ -27,6 +27,7 @@ from repapq_plugin.reparam.linear_map import (
     scaled,
     to_conv,
 )
+from repapq_plugin.reparam.running import inference
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,8 @@ def _relative(actual: Tensor, wanted: Tensor) -> float:
         return float("inf")
     peak = wanted.abs().max().double()
     error = (actual.double() - wanted.double()).abs().max()
-    return float(error / peak) if float(peak) > 0 else float(error)
+    relative = float(error / peak) if float(peak) > 0 else float(error)
+    return relative if relative == relative else float("inf")
 
 
 def _sum_of_branches(spec: BranchSpec, x: Tensor) -> Tensor:
@@ -155,35 +157,35 @@ def _sum_of_branches(spec: BranchSpec, x: Tensor) -> Tensor:
     return total
 
 
-@torch.no_grad()
-def _difference(block: nn.Module, where: str, dtype: torch.dtype | None) -> float:
-    """Compare a copy of ``block`` with its merged form; computed in ``dtype``, or the block's own.
+def _difference(block: nn.Module, spec: BranchSpec, conv: nn.Conv2d) -> float:
+    """Compare a block with its merged form on random input, relative to the largest output.
 
-    The sum of the branches is compared besides the output, as an activation may hide everything.
+    The sums of the branches are compared besides, as an activation may hide everything.
     """
-    block = copy.deepcopy(block)
-    for module in block.modules():
-        module.training = False
-    if dtype is not None:
-        block.to(dtype)
+    x = _probe(conv)
+    merged = MergedBlock(conv, spec.after)
+    with inference(block):
+        error = _relative(conv(x), _sum_of_branches(spec, x.clone()))
+        return max(error, _relative(merged(x.clone()), block(x.clone())))
+
+
+def _exact_difference(block: nn.Module, where: str) -> float:
+    """`_difference` of a float64 copy of the block, where nothing but a wrong merge can differ."""
+    block = copy.deepcopy(block).double()
     spec = branches_of(block)
     if spec is None:
         raise MergeError(f"{where}: a copy of the block no longer tells its branches.")
-    conv = fuse_branches(spec, where=where)
-    x = _probe(conv)
-    wanted = _sum_of_branches(spec, x.clone())
-    error = _relative(conv(x), wanted)
-    return max(error, _relative(MergedBlock(conv, spec.after)(x.clone()), block(x.clone())))
+    return _difference(block, spec, fuse_branches(spec, where=where))
 
 
-def _verified(block: nn.Module, dtype: torch.dtype, where: str) -> float:
-    """Return the relative error of merging ``block``; raise `MergeError` if it does not come from rounding."""
+def _verified(block: nn.Module, spec: BranchSpec, conv: nn.Conv2d, where: str) -> float:
+    """Return the relative error of merging; raise `MergeError` if it does not come from rounding."""
     try:
-        error = _difference(block, where, None)
-        if error <= min(1000 * torch.finfo(dtype).eps, 0.05):
+        error = _difference(block, spec, conv)
+        if error <= min(1000 * torch.finfo(conv.weight.dtype).eps, 0.05):
             return error
-        # Branches that nearly cancel round badly by themselves; in float64 only a wrong merge differs.
-        exact = _difference(block, where, torch.float64)
+        # Branches that nearly cancel, or differ much in magnitude, round badly by themselves.
+        exact = _exact_difference(block, where)
     except MergeError:
         raise
     except Exception as failure:
@@ -194,7 +196,7 @@ def _verified(block: nn.Module, dtype: torch.dtype, where: str) -> float:
     if not exact <= _EXACT:
         raise MergeError(
             f"{where}: merged and branched block differ by {exact:.1e} of the largest output; the "
-            f"registered function does not describe the forward of {qualified_name(type(block))}."
+            f"function registered for {qualified_name(type(block))} does not describe its forward."
         )
     return error
 
@@ -206,7 +208,7 @@ def _merge(
     block_class, count = qualified_name(type(block)), len(spec.branches)
     try:
         conv = fuse_branches(spec, where=where)
-        error = _verified(block, conv.weight.dtype, where) if verify else None
+        error = _verified(block, spec, conv, where) if verify else None
     except MergeError as failure:
         logger.warning("%s stays as it is: %s", where, failure)
         return None, MergeRecord(name, block_class, count, None, None, False, str(failure))
@@ -240,18 +242,19 @@ def merge_branches(
     records: list[MergeRecord] = []
     inside: set[nn.Module] = set()
     for name, block in model.named_modules():
-        if block in inside or not is_registered(block) or any(fnmatch.fnmatchcase(name, p) for p in skip):
+        if block in inside or not is_registered(block):
             continue
         try:
-            spec = branches_of(block)
+            skipped = any(fnmatch.fnmatchcase(name, pattern) for pattern in skip)
+            spec = None if skipped else branches_of(block)
         except MergeError as failure:
             logger.warning("%s stays as it is: %s", name or "model", failure)
-            unread = MergeRecord(name, qualified_name(type(block)), 0, None, None, False, str(failure))
-            records.append(unread)
+            records.append(MergeRecord(name, qualified_name(type(block)), 0, None, None, False, str(failure)))
             continue
+        if skipped or spec is not None:
+            inside.update(block.modules())
         if spec is None:
             continue
-        inside.update(block.modules())
         merged, record = _merge(block, spec, name, verify)
         records.append(record)
         if merged is not None:

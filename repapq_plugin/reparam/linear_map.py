@@ -1,7 +1,8 @@
 """Exact algebra of 2d convolutions: a layer as taps on a grid, composed in series, added in parallel.
 
-Output ``o`` of a map at position ``q`` is ``bias[o] + sum weight[o, c, i, j] * x[c, stride * q + (rows[i], cols[j])]``
-with ``x`` zero outside the image. Everything is float64 (our choice: float32 sums of branches lose
+Output ``o`` of a map at position ``q`` is
+``bias[o] + sum weight[o, c, i, j] * x[c, stride * q + (rows[i], cols[j])]`` with ``x`` zero outside
+the image. Everything is float64 (our choice: float32 sums of branches lose
 what the check of equality needs).
 """
 
@@ -303,18 +304,21 @@ def branch_map(layers: Sequence[nn.Module], channels: int, like: Tensor, where: 
     Raises:
         MergeError: A layer is not linear, or the composition is not exact.
     """
-    result = identity_map(channels, like)
+    result: LinearMap | None = None
     for layer in layers:
-        if is_norm(layer):
+        width = channels if result is None else result.out_channels
+        if isinstance(layer, nn.Conv2d):
+            step = _conv_map(layer, where)
+        elif isinstance(layer, nn.AvgPool2d):
+            step = _pool_map(layer, width, like, where)
+        elif is_norm(layer):
             if has_activation(layer):
                 raise MergeError(f"{where}: {type(layer).__name__} applies an activation inside a branch.")
             scale, shift = norm_affine(layer, f"{where}: {type(layer).__name__}")
-            _check_channels(result.out_channels, len(scale), where)
-            result = scaled(result, scale, shift)
-        elif isinstance(layer, nn.Conv2d):
-            result = in_series(result, _conv_map(layer, where), where)
-        elif isinstance(layer, nn.AvgPool2d):
-            result = in_series(result, _pool_map(layer, result.out_channels, like, where), where)
+            _check_channels(width, len(scale), where)
+            result = scaled(identity_map(width, like) if result is None else result, scale, shift)
+            continue
         else:
             raise MergeError(f"{where}: {type(layer).__name__} is not a linear layer that can be merged.")
-    return result
+        result = step if result is None else in_series(result, step, where)
+    return identity_map(channels, like) if result is None else result

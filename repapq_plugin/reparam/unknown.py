@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from repapq_plugin.reparam.branches import is_registered
-from repapq_plugin.reparam.fold import inference, tensors_of
 from repapq_plugin.reparam.fuse import MergedBlock
 from repapq_plugin.reparam.norms import has_activation, is_norm
+from repapq_plugin.reparam.running import inference, tensors_of
 
 _SUMS = {"add", "add_", "__add__", "__iadd__", "__radd__", "sub", "sub_", "__sub__", "__isub__"}
 _SCALINGS = {"mul", "mul_", "__mul__", "__imul__", "__rmul__", "div", "__truediv__"}
