@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 
-from repapq_plugin.core.quant_primitives import EPS
+from repapq_plugin.errors import ConfigError
 from repapq_plugin.observers.base import RangeObserver
 from repapq_plugin.observers.min_max import MinMaxObserver, PerChannelMinMaxObserver
 
 
-class LearnableFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
+class LearnableFakeQuantize(FakeQuantizeBase):
     """Quantizes and dequantizes; gradients reach the input and the scale.
 
     The scale is kept as its logarithm, so a step of any optimizer leaves it positive. Rounding
@@ -31,6 +31,9 @@ class LearnableFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         drop_probability: While in training mode, the share of values that stay unquantized (QDrop,
             arXiv:2203.05740).
         **observer_kwargs: Handed to ``observer``.
+
+    Raises:
+        ConfigError: A value is not allowed.
     """
 
     observer_enabled: Tensor
@@ -47,12 +50,16 @@ class LearnableFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         **observer_kwargs: Any,
     ) -> None:
         super().__init__()
+        if not 0 <= drop_probability <= 1:
+            raise ConfigError(f"drop_probability={drop_probability!r} is not allowed; choose a number from 0 to 1.")
         if quant_min is not None:
             observer_kwargs["quant_min"] = quant_min
         if quant_max is not None:
             observer_kwargs["quant_max"] = quant_max
-        self.activation_post_process: RangeObserver = observer(is_dynamic=is_dynamic, **observer_kwargs)
-        watched = self.activation_post_process
+        watched = observer(is_dynamic=is_dynamic, **observer_kwargs)
+        if not isinstance(watched, RangeObserver):
+            raise ConfigError(f"observer={observer!r} is not allowed; choose one of repapq_plugin.observers.")
+        self.activation_post_process = watched
         self.quant_min, self.quant_max = watched.quant_min, watched.quant_max
         self.dtype, self.qscheme, self.ch_axis = watched.dtype, watched.qscheme, watched.ch_axis
         self.is_dynamic = is_dynamic
@@ -76,7 +83,7 @@ class LearnableFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     @property
     def per_channel(self) -> bool:
         """Whether each slice along ``ch_axis`` has a scale of its own."""
-        return self.qscheme in (torch.per_channel_affine, torch.per_channel_symmetric)
+        return self.activation_post_process.per_channel
 
     def enable_observer(self, enabled: bool = True) -> None:
         """Start (or stop) feeding inputs to the observer."""
@@ -91,7 +98,7 @@ class LearnableFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     @torch.no_grad()
     def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
         """Set scale (float, positive) and zero point (integers), ``(1,)`` or ``(channels,)``."""
-        log_scale = scale.detach().reshape(-1).clamp(min=EPS).log()
+        log_scale = scale.detach().reshape(-1).float().clamp(min=torch.finfo(torch.float32).tiny).log()
         if log_scale.shape != self.log_scale.shape:
             self.log_scale = nn.Parameter(log_scale, requires_grad=self.log_scale.requires_grad)
         else:
@@ -119,15 +126,18 @@ class LearnableFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         return hat
 
     def quantize_dequantize(self, x: Tensor) -> Tensor:
-        """Round ``x`` to the grid, whatever the state of the flags."""
-        scale, zero_point = self.scale.to(x.dtype), self.zero_point.to(x.dtype)
+        """Round ``x`` to the grid, whatever the state of the flags; computed in float32."""
+        # torch's learnable kernels have gradients in float32 (and, by chance of version, bfloat16) only.
+        values, scale, zero_point = x.float(), self.scale.float(), self.zero_point.float()
         if self.per_channel:
-            return torch._fake_quantize_learnable_per_channel_affine(
-                x, scale, zero_point, self.ch_axis, self.quant_min, self.quant_max, 1.0
+            hat = torch._fake_quantize_learnable_per_channel_affine(
+                values, scale, zero_point, self.ch_axis, self.quant_min, self.quant_max, 1.0
             )
-        return torch._fake_quantize_learnable_per_tensor_affine(
-            x, scale, zero_point, self.quant_min, self.quant_max, 1.0
-        )
+        else:
+            hat = torch._fake_quantize_learnable_per_tensor_affine(
+                values, scale, zero_point, self.quant_min, self.quant_max, 1.0
+            )
+        return hat.to(x.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Scale and zero point take the shapes of what is loaded."""

@@ -97,10 +97,23 @@ def apply_layer(layer: nn.Module, x: Tensor, weight: Tensor, output_size: list[i
         return functional.linear(x, weight, bias)
     if isinstance(layer, nn.ConvTranspose2d):
         extra = layer._output_padding(
-            x, output_size, list(layer.stride), list(layer.padding), list(layer.kernel_size), 2, list(layer.dilation)  # type: ignore[arg-type]
+            x,
+            output_size,
+            list(layer.stride),
+            list(layer.padding),  # type: ignore[arg-type]
+            list(layer.kernel_size),
+            2,
+            list(layer.dilation),
         )
         return functional.conv_transpose2d(
-            x, weight, bias, layer.stride, layer.padding, extra, layer.groups, layer.dilation  # type: ignore[arg-type]
+            x,
+            weight,
+            bias,
+            layer.stride,
+            layer.padding,  # type: ignore[arg-type]
+            extra,
+            layer.groups,
+            layer.dilation,
         )
     conv = cast(nn.Conv2d, layer)
-    return conv._conv_forward(x, weight, bias)
+    return cast(Tensor, conv._conv_forward(x, weight, bias))

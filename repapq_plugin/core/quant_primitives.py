@@ -46,7 +46,8 @@ def choose_qparams(
         max_val: Upper bound(s), same shape.
         quant_min: Smallest integer of the grid.
         quant_max: Largest integer of the grid.
-        symmetric: Centre the grid on zero (``zero_point`` 0; needs a symmetric grid).
+        symmetric: Centre the grid on zero: ``zero_point`` is its middle, 0 for a signed grid, 128 for
+            the unsigned one of 8 bits.
 
     Returns:
         ``scale`` (float, at least `EPS`) and ``zero_point`` (int64), of the inputs' shape.
@@ -54,8 +55,8 @@ def choose_qparams(
     low, high = min_val.clamp(max=0), max_val.clamp(min=0)
     if symmetric:
         scale = torch.maximum(-low, high) / ((quant_max - quant_min) / 2)
-        scale = scale.clamp(min=EPS)
-        return scale, torch.zeros_like(scale, dtype=torch.int64)
+        middle = (quant_min + quant_max + 1) // 2
+        return scale.clamp(min=EPS), torch.full_like(scale, middle, dtype=torch.int64)
     scale = ((high - low) / (quant_max - quant_min)).clamp(min=EPS)
     zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
     return scale, zero_point.to(torch.int64)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,11 @@ from repapq_plugin.core.quant_primitives import choose_qparams
 from repapq_plugin.errors import CalibrationError, ConfigError
 
 SYMMETRIC_SCHEMES = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
+PER_TENSOR_SCHEMES = (torch.per_tensor_affine, torch.per_tensor_symmetric)
+PER_CHANNEL_SCHEMES = (torch.per_channel_affine, torch.per_channel_symmetric)
+
+MIN_EXPONENT = -126
+"""A histogram reaches at least to two to this power, so that one of zeros alone has a width."""
 
 OBSERVERS: dict[str, type[RangeObserver]] = {}
 """Observer classes by the name a configuration uses; per-channel ones as ``per_channel_<name>``."""
@@ -31,19 +37,27 @@ def register_observer(name: str) -> Callable[[_Class], _Class]:
     return add
 
 
-class RangeObserver(ObserverBase):  # type: ignore[misc]
+class RangeObserver(ObserverBase):
     """Watches tensors and answers with a range, and through it with ``(scale, zero_point)``.
 
     Args:
         dtype: Storage type that a host asks for; does not limit ``quant_min`` and ``quant_max``.
-        qscheme: A torch per-tensor or per-channel scheme, affine or symmetric.
+        qscheme: A torch scheme, affine or symmetric, per tensor or per channel as the class is;
+            default: affine.
         quant_min: Smallest integer of the grid; default: that of ``dtype``.
         quant_max: Largest integer of the grid; default: that of ``dtype``.
         ch_axis: Axis of the channels, for per-channel schemes.
         is_dynamic: Must be false; ranges here are static.
+        reduce_range: Must be false; a smaller grid is given by ``quant_min`` and ``quant_max``.
         eps: Accepted for torch.ao's sake, unused: scales are floored by ``choose_qparams``.
         factory_kwargs: Accepted for torch.ao's sake (device and dtype of buffers), unused.
+
+    Raises:
+        ConfigError: A value is not allowed, or the scheme is not one for this class.
     """
+
+    per_channel: ClassVar[bool] = False
+    """Whether every slice along ``ch_axis`` gets a range of its own."""
 
     min_val: Tensor
     max_val: Tensor
@@ -51,25 +65,33 @@ class RangeObserver(ObserverBase):  # type: ignore[misc]
     def __init__(
         self,
         dtype: torch.dtype = torch.quint8,
-        qscheme: torch.qscheme = torch.per_tensor_affine,
+        qscheme: torch.qscheme | None = None,
         quant_min: int | None = None,
         quant_max: int | None = None,
         ch_axis: int = 0,
         is_dynamic: bool = False,
+        reduce_range: bool = False,
         eps: float | None = None,
         factory_kwargs: dict[str, Any] | None = None,
-        **_: Any,
     ) -> None:
         super().__init__(dtype=dtype, is_dynamic=is_dynamic)
         if is_dynamic:
             raise ConfigError("is_dynamic=True is not allowed; these observers find static ranges.")
-        signed = dtype in (torch.qint8, torch.int8)
-        self.qscheme = qscheme
-        self.quant_min = quant_min if quant_min is not None else (-128 if signed else 0)
-        self.quant_max = quant_max if quant_max is not None else (127 if signed else 255)
-        if self.quant_min >= self.quant_max:
+        if reduce_range:
+            raise ConfigError("reduce_range=True is not allowed; give the smaller grid as quant_min and quant_max.")
+        allowed = PER_CHANNEL_SCHEMES if self.per_channel else PER_TENSOR_SCHEMES
+        self.qscheme = allowed[0] if qscheme is None else qscheme
+        if self.qscheme not in allowed:
             raise ConfigError(
-                f"quant_min={self.quant_min} must be below quant_max={self.quant_max}."
+                f"qscheme={qscheme} is not allowed for {type(self).__name__}; choose {allowed[0]} or {allowed[1]}."
+            )
+        signed = dtype in (torch.qint8, torch.int8)
+        self.quant_min: int = quant_min if quant_min is not None else (-128 if signed else 0)
+        self.quant_max: int = quant_max if quant_max is not None else (127 if signed else 255)
+        if not self.quant_min <= 0 <= self.quant_max or self.quant_min == self.quant_max:
+            raise ConfigError(
+                f"quant_min={self.quant_min}, quant_max={self.quant_max} is not allowed; choose a grid that holds 0 "
+                "and more than one integer."
             )
         self.ch_axis = ch_axis
         self.register_buffer("min_val", torch.tensor([]))
@@ -105,11 +127,10 @@ class RangeObserver(ObserverBase):  # type: ignore[misc]
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         """Return ``scale`` (float32) and ``zero_point`` (int64); scale 1 before any observation."""
         if self.min_val.numel() == 0:
-            return torch.ones(1), torch.zeros(1, dtype=torch.int64)
+            unset = torch.ones(1, device=self.min_val.device)
+            return unset, torch.zeros_like(unset, dtype=torch.int64)
         low, high = self.find_range()
-        scale, zero_point = choose_qparams(
-            low, high, self.quant_min, self.quant_max, symmetric=self.symmetric
-        )
+        scale, zero_point = choose_qparams(low, high, self.quant_min, self.quant_max, symmetric=self.symmetric)
         return scale.reshape(-1), zero_point.reshape(-1)
 
     def reset_min_max_vals(self) -> None:
@@ -140,9 +161,10 @@ class RangeObserver(ObserverBase):  # type: ignore[misc]
 class HistogramRangeObserver(RangeObserver):
     """Keeps a histogram of everything seen, in memory that does not grow with the number of batches.
 
-    The histogram covers ``[-R, R]`` where ``R`` doubles when a larger value arrives; two
-    neighbouring bins then become one, so counts stay exact. Each bin also sums its values: its mean
-    stands for it, and a bin of exact zeros (behind a ReLU) keeps an exact representative.
+    The histogram covers ``[-R, R)`` where ``R``, a power of two, doubles when a larger value arrives;
+    two neighbouring bins then become one, so counts stay exact, and the same in whatever order the
+    batches come. Each bin also sums its values: its mean stands for it, and a bin of exact zeros
+    (behind a ReLU) keeps an exact representative.
 
     Args:
         bins: Number of bins over ``[-R, R]``, a multiple of 4.
@@ -168,11 +190,11 @@ class HistogramRangeObserver(RangeObserver):
         self._widen(low.float(), high.float())
         reach = float(torch.maximum(-low, high))
         if float(self.radius) == 0:
-            self.radius.fill_(max(reach, 1e-30) * 1.0001)
+            self.radius.fill_(2.0 ** max(math.frexp(reach)[1], MIN_EXPONENT))
         while reach >= float(self.radius):
             self._double()
         flat = x.reshape(-1).double()
-        index = ((flat / self.radius + 1) * (self.bins / 2)).long().clamp(0, self.bins - 1)
+        index = torch.floor(flat / self.radius * (self.bins / 2)).long() + self.bins // 2
         self.counts += torch.bincount(index, minlength=self.bins).to(self.counts)
         self.sums += torch.bincount(index, weights=flat, minlength=self.bins).to(self.sums)
 
@@ -218,8 +240,9 @@ class SearchedRangeObserver(HistogramRangeObserver):
     def range_error(self, low: Tensor, high: Tensor) -> Tensor:
         """Return the mean of ``|x - x_hat| ** power`` for each of ``n`` ranges, float64 ``(n,)``."""
         values, counts = self.points()
+        # In float32, as the answer will be: a zero point that rounds the other way is another grid.
         scale, zero_point = choose_qparams(
-            low.double(), high.double(), self.quant_min, self.quant_max, symmetric=self.symmetric
+            low.float(), high.float(), self.quant_min, self.quant_max, symmetric=self.symmetric
         )
         scale, zero = scale.double()[:, None], zero_point.double()[:, None]
         codes = torch.clamp(torch.round(values / scale) + zero, self.quant_min, self.quant_max)

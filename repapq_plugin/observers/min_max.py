@@ -22,8 +22,12 @@ class MinMaxObserver(RangeObserver):
 class PerChannelMinMaxObserver(RangeObserver):
     """One range per slice along ``ch_axis``; ``min_val`` and ``max_val`` are ``(channels,)``."""
 
+    per_channel = True
+
     def observe(self, x: Tensor) -> None:
         """Widen each channel's range to hold its slice of ``x``."""
-        rows = x.movedim(self.ch_axis, 0).flatten(1).float()
-        low, high = torch.aminmax(rows, dim=1)
+        low, high = torch.aminmax(self._rows(x), dim=1)
         self._widen(low, high)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return x.movedim(self.ch_axis, 0).reshape(x.shape[self.ch_axis], -1).float()

@@ -36,7 +36,7 @@ class PerChannelMSEObserver(PerChannelMinMaxObserver):
     def observe(self, x: Tensor) -> None:
         """Widen the ranges to hold ``x`` and search each channel's best fraction of its range."""
         super().observe(x)
-        rows = x.movedim(self.ch_axis, 0).flatten(1).float()
+        rows = self._rows(x)
         errors = []
         fractions = torch.linspace(1.0, 0.2, self.candidates, device=x.device)
         for fraction in fractions:

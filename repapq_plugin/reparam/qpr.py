@@ -74,9 +74,10 @@ def _fold_gamma(layer: QuantizedLayer, gamma: Tensor | None) -> None:
     codes = integer_weight(layer)
     scale, zero_point = quantizer.calculate_qparams()
     if gamma is not None and not torch.equal(gamma, torch.ones_like(gamma)):
+        output_axis = output_channels_axis(layer.layer)
         shape = [1] * codes.dim()
-        shape[output_channels_axis(layer.layer)] = -1
-        flipped = _flipped(codes, gamma.reshape(shape), zero_point, quantizer)
+        shape[output_axis] = -1
+        flipped = _flipped(codes, gamma.reshape(shape), zero_point, quantizer) if axis == output_axis else None
         if flipped is None:
             _requantize(layer, gamma.reshape(shape))
             return
@@ -87,12 +88,8 @@ def _fold_gamma(layer: QuantizedLayer, gamma: Tensor | None) -> None:
     layer.weight.copy_(dequantize(codes, quantizer.scale, zero_point, axis))
 
 
-def _flipped(
-    codes: Tensor, gamma: Tensor, zero_point: Tensor, quantizer: LearnableFakeQuantize
-) -> Tensor | None:
-    """Return codes with the sign of ``gamma``, or ``None`` where no scale per channel can take it in."""
-    if not quantizer.per_channel:
-        return None
+def _flipped(codes: Tensor, gamma: Tensor, zero_point: Tensor, quantizer: LearnableFakeQuantize) -> Tensor | None:
+    """Return codes with the sign of ``gamma``, or ``None`` where one would fall off the grid."""
     zero = zero_point.reshape(gamma.shape).to(codes.dtype)
     flipped = zero + (codes - zero) * torch.sign(gamma).to(codes.dtype)
     inside = (flipped >= quantizer.quant_min) & (flipped <= quantizer.quant_max)
