@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,10 @@ from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 from repapq_plugin.errors import ConfigError
 from repapq_plugin.observers.base import RangeObserver
 from repapq_plugin.observers.min_max import MinMaxObserver, PerChannelMinMaxObserver
+
+_FLOAT = torch.finfo(torch.float32)
+LOG_LIMITS = (math.log(_FLOAT.tiny), math.log(_FLOAT.max) - 1)
+"""Where the logarithm of a scale may go: beyond, float32 would make a zero or an infinity of it."""
 
 
 class LearnableFakeQuantize(FakeQuantizeBase):
@@ -78,7 +83,7 @@ class LearnableFakeQuantize(FakeQuantizeBase):
     @property
     def scale(self) -> Tensor:
         """Step size, float, ``(1,)`` or ``(channels,)``, always positive."""
-        return self.log_scale.exp()
+        return self.log_scale.clamp(LOG_LIMITS[0], LOG_LIMITS[1]).exp()
 
     @property
     def per_channel(self) -> bool:
@@ -98,7 +103,7 @@ class LearnableFakeQuantize(FakeQuantizeBase):
     @torch.no_grad()
     def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
         """Set scale (float, positive) and zero point (integers), ``(1,)`` or ``(channels,)``."""
-        log_scale = scale.detach().reshape(-1).float().clamp(min=torch.finfo(torch.float32).tiny).log()
+        log_scale = scale.detach().reshape(-1).float().clamp(min=_FLOAT.tiny).log()
         if log_scale.shape != self.log_scale.shape:
             self.log_scale = nn.Parameter(log_scale, requires_grad=self.log_scale.requires_grad)
         else:

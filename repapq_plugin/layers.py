@@ -23,7 +23,7 @@ class ChannelAffine(nn.Module):
     """``y = gamma * x + beta`` per output channel, QPR's layer behind the merged convolution.
 
     Starts as the identity. ``gamma`` and ``beta`` are float ``(channels,)``; ``x`` is
-    ``(N, channels, ...)``, or ``(..., channels)`` behind a linear layer.
+    ``(..., channels, H, W)``, or ``(..., channels)`` behind a linear layer.
     """
 
     def __init__(self, channels: int, channels_last: bool, like: Tensor) -> None:
@@ -36,8 +36,7 @@ class ChannelAffine(nn.Module):
         """Scale and shift each channel of ``x``."""
         if self.channels_last:
             return self.gamma * x + self.beta
-        shape = (-1,) + (1,) * (x.dim() - 2)
-        return self.gamma.reshape(shape) * x + self.beta.reshape(shape)
+        return self.gamma.reshape(-1, 1, 1) * x + self.beta.reshape(-1, 1, 1)
 
 
 class QuantizedLayer(nn.Module):
