@@ -1,0 +1,20 @@
+"""Registers the Fashion data sets with the OpenMMLab toolboxes that are installed.
+
+A toolbox that is missing is passed over: the data set of the other one works without it.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+__all__: list[str] = []
+
+if find_spec("mmpretrain") is not None:
+    from integration.fashion.item_dataset import FashionItemsDataset
+
+    __all__ += ["FashionItemsDataset"]
+
+if find_spec("mmdet") is not None and find_spec("mmyolo") is not None:
+    from integration.fashion.scene_dataset import FashionScenesDataset
+
+    __all__ += ["FashionScenesDataset"]

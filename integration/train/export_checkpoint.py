@@ -1,0 +1,139 @@
+"""Make a shipped checkpoint and its description from a training run.
+
+    python -m integration.train.export_checkpoint repvgg_fashion \
+        --checkpoint WORK_DIR/epoch_8.pth --train-log WORK_DIR/RUN/vis_data/RUN.json \
+        --test-metrics TEST_DIR/RUN/RUN.json --train-command "python ... train.py ..." --test-command "..."
+
+writes ``integration/assets/repvgg_fashion.pth`` (``state_dict`` and ``meta`` alone, float32, loadable with
+``weights_only=True``) and ``integration/assets/repvgg_fashion.json``. Where the run kept an exponential moving
+average, the toolbox's own hook has already put the averaged weights under ``state_dict``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from integration.fashion.items import CLASSES
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+LOG_KEYS = (
+    "epoch",
+    "step",
+    "lr",
+    "loss",
+    "loss_cls",
+    "loss_bbox",
+    "accuracy/top1",
+    "coco/bbox_mAP",
+    "coco/bbox_mAP_50",
+)
+DISTRIBUTIONS = (
+    "torch",
+    "numpy",
+    "onedl-mmengine",
+    "onedl-mmcv",
+    "onedl-mmdetection",
+    "onedl-mmpretrain",
+    "visaion4mmyolo",
+)
+
+
+def plain_checkpoint(path: Path) -> dict[str, Any]:
+    """Weights (float32, integers as they are) and a plain ``meta`` of a training checkpoint.
+
+    The file is read as a pickle: use it only on checkpoints of your own.
+    """
+    trained = torch.load(path, map_location="cpu", weights_only=False)
+    weights = {
+        key: (value.float() if value.is_floating_point() else value).clone().contiguous()
+        for key, value in trained["state_dict"].items()
+    }
+    meta = trained.get("meta", {})
+    return {
+        "state_dict": weights,
+        "meta": {
+            "dataset_meta": {"classes": list(CLASSES)},
+            "epoch": int(meta.get("epoch", 0)),
+            "iter": int(meta.get("iter", 0)),
+            "seed": meta.get("seed"),
+            "averaged": "ema_state_dict" in trained,
+        },
+    }
+
+
+def read_log(path: Path, every: int) -> list[dict[str, float]]:
+    """Validation entries and every ``every``-th training entry of mmengine's JSON-lines log, few digits."""
+    entries = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    training = [entry for entry in entries if "loss" in entry]
+    kept = {id(entry) for entry in training[every - 1 :: every]}
+    return [
+        {key: float(f"{entry[key]:.4g}") if key != "step" else entry[key] for key in LOG_KEYS if key in entry}
+        for entry in entries
+        if "loss" not in entry or id(entry) in kept
+    ]
+
+
+def versions() -> dict[str, str]:
+    """Python and the installed distributions that a training uses."""
+    found = {"python": platform.python_version()}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def main() -> None:
+    """Write the checkpoint and its description."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="stem of the files to write, such as repvgg_fashion")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint that the training wrote")
+    parser.add_argument("--train-log", type=Path, help="vis_data/*.json of the training")
+    parser.add_argument("--test-metrics", type=Path, help="JSON file of metrics that the test tool wrote")
+    parser.add_argument("--train-command", default="", help="the exact command of the training")
+    parser.add_argument("--test-command", default="", help="the exact command of the test")
+    parser.add_argument("--every", type=int, default=4, help="keep one of so many training entries of the log")
+    parser.add_argument("--out", type=Path, default=ASSETS, help="folder to write to")
+    args = parser.parse_args()
+    if args.every < 1:
+        parser.error(f"--every {args.every}: give 1 or more")
+
+    checkpoint = plain_checkpoint(args.checkpoint)
+    target = args.out / f"{args.name}.pth"
+    draft = target.with_suffix(".pth.part")
+    torch.save(checkpoint, draft)
+    draft.replace(target)
+
+    meta = checkpoint["meta"]
+    description = {
+        "model": args.name,
+        "config": f"mm_configs/fashion/{args.name}.py",
+        "train_command": args.train_command,
+        "test_command": args.test_command,
+        "seed": meta["seed"],
+        "epochs": meta["epoch"],
+        "iterations": meta["iter"],
+        "averaged_weights": meta["averaged"],
+        "parameters": sum(value.numel() for key, value in checkpoint["state_dict"].items() if not _is_statistic(key)),
+        "versions": versions(),
+        "test": json.loads(args.test_metrics.read_text().splitlines()[-1]) if args.test_metrics else None,
+        "log": read_log(args.train_log, args.every) if args.train_log else [],
+    }
+    text = json.dumps(description, indent=1)
+    (args.out / f"{args.name}.json").write_text(text + "\n")
+
+
+def _is_statistic(key: str) -> bool:
+    return key.endswith(("running_mean", "running_var", "num_batches_tracked"))
+
+
+if __name__ == "__main__":
+    main()
