@@ -6,9 +6,11 @@ The defaults follow the ablation in ``integration/bench`` (our choice where the 
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, cast, get_args, get_type_hints
 
 from repapq_plugin.errors import ConfigError
 
@@ -39,8 +41,10 @@ def _check_bits(key: str, value: object) -> None:
 
 
 def _check_number(key: str, value: object, low: float, high: float = float("inf")) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise _reject(key, value, f"a number from {low:g} to {high:g}")
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not low <= value <= high:  # type: ignore[operator]
+        limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
+        raise _reject(key, value, f"a number {limits}")
 
 
 def _check_count(key: str, value: object, low: int) -> None:
@@ -50,18 +54,22 @@ def _check_count(key: str, value: object, low: int) -> None:
 
 @dataclass(frozen=True)
 class LearningRates:
-    """Adam's starting learning rates, each annealed to zero by a cosine.
+    """Adam's starting learning rates in steps of each layer's own grid, annealed to zero by a cosine.
+
+    Measured in grid steps, one set of values serves 2 to 8 bits and layers of any magnitude: what a
+    4-bit grid needs would tear an 8-bit one apart (our choice).
 
     Args:
-        weight: For the convolution's weights and bias, relative to the standard deviation of the
-            layer's weights, so that one value serves layers of any magnitude.
-        scale: For the logarithm of weight and activation scales.
-        affine: For the channel-wise gamma and beta of QPR ("its own, larger learning rate").
+        weight: For weights, in steps of the weight grid, and for the bias, in as large a share of
+            the layer's output.
+        scale: For the logarithm of scales: how many grid steps the end of the range moves.
+        affine: For gamma and beta of QPR, in grid steps at the end of the weight's range ("its own,
+            larger learning rate").
     """
 
-    weight: float = 1e-2
-    scale: float = 1e-2
-    affine: float = 1e-2
+    weight: float = 0.05
+    scale: float = 0.1
+    affine: float = 0.1
 
     def __post_init__(self) -> None:
         for key in ("weight", "scale", "affine"):
@@ -142,13 +150,17 @@ class RepAPQConfig:
         if isinstance(self.learning_rates, Mapping):
             rates = _build(LearningRates, self.learning_rates, "learning_rates.")
             object.__setattr__(self, "learning_rates", rates)
+        if not isinstance(self.learning_rates, LearningRates):
+            raise _reject("learning_rates", self.learning_rates, "a LearningRates or a mapping of its keys")
         for key in ("keep_float", "units", "stages"):
             value = getattr(self, key)
-            if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+            if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
                 raise _reject(key, value, "a list of module name patterns")
             object.__setattr__(self, key, tuple(value))
+        if not isinstance(self.layer_bits, Mapping):
+            raise _reject("layer_bits", self.layer_bits, "a mapping of patterns to (weight_bits, activation_bits)")
         for pattern, bits in self.layer_bits.items():
-            if isinstance(bits, int) or len(bits) != 2:
+            if not isinstance(bits, list | tuple) or len(bits) != 2:
                 raise _reject(f"layer_bits[{pattern!r}]", bits, "a pair (weight_bits, activation_bits)")
             _check_bits(f"layer_bits[{pattern!r}][0]", bits[0])
             _check_bits(f"layer_bits[{pattern!r}][1]", bits[1])
@@ -166,10 +178,10 @@ class RepAPQConfig:
         Raises:
             ConfigError: The preset or a key is unknown, or a value is not allowed.
         """
-        weight, _, activation = preset.lower().removeprefix("w").partition("a")
-        if not (preset.lower().startswith("w") and weight.isdigit() and activation.isdigit()):
+        parts = re.fullmatch(r"w(\d{1,3})a(\d{1,3})", str(preset).lower(), re.ASCII)
+        if parts is None:
             raise _reject("preset", preset, '"w8a8", "w6a6", "w4a4" or another "w<bits>a<bits>"')
-        bits = {"weight_bits": int(weight), "activation_bits": int(activation)}
+        bits = {"weight_bits": int(parts[1]), "activation_bits": int(parts[2])}
         return cls.from_dict({**bits, **overrides})
 
     @classmethod
@@ -179,7 +191,7 @@ class RepAPQConfig:
         Raises:
             ConfigError: A key is unknown or a value is not allowed.
         """
-        return _build(cls, values, "")
+        return cast(RepAPQConfig, _build(cls, values, ""))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values from which `from_dict` builds an equal configuration."""
@@ -187,7 +199,7 @@ class RepAPQConfig:
 
     def replace(self, **changes: Any) -> RepAPQConfig:
         """Return a copy with some keys changed, checked again."""
-        return _build(type(self), {**self.to_dict(), **changes}, "")
+        return self.from_dict({**self.to_dict(), **changes})
 
     @property
     def scheme(self) -> str:

@@ -65,7 +65,7 @@ def plan_layers(model: nn.Module, trace: Trace, config: RepAPQConfig) -> tuple[d
 
     Raises:
         ConfigError: A pattern of ``keep_float`` or ``layer_bits`` matches nothing.
-        CalibrationError: Nothing is left to quantize.
+        CalibrationError: Nothing is left to quantize, or weights are not finite.
     """
     modules = dict(model.named_modules())
     _check_patterns(config.keep_float, list(modules), "keep_float")
@@ -78,6 +78,7 @@ def plan_layers(model: nn.Module, trace: Trace, config: RepAPQConfig) -> tuple[d
         if reason:
             reasons[name] = reason
             continue
+        _check_weight(name, modules[name])
         weight_bits, activation_bits = layer_bits(seen, config)
         group = groups.setdefault((seen.input_key, activation_bits), len(groups))
         plans[name] = LayerPlan(weight_bits, activation_bits, group)
@@ -106,6 +107,15 @@ def _reason_for_float(name: str, module: nn.Module, config: RepAPQConfig) -> str
     if isinstance(module, nn.ConvTranspose2d) and module.groups > 1:
         return "grouped transposed convolution: its weight has no axis of output channels"
     return ""
+
+
+def _check_weight(name: str, module: nn.Module) -> None:
+    weight = cast(nn.Conv2d, module).weight
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise CalibrationError(
+            f"The weight of {name!r} is not finite: {bad} of {weight.numel()} values are NaN or Inf. Check the checkpoint."
+        )
 
 
 def _check_patterns(patterns: tuple[str, ...], names: list[str], key: str) -> None:

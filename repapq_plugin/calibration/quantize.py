@@ -190,7 +190,7 @@ def _finish(
     for parent in list(student.modules()):
         for key, child in list(parent.named_children()):
             if child in originals:
-                setattr(parent, key, originals[child])  # type: ignore[index]
+                setattr(parent, key, originals[child])
     for layer in {id(layer): layer for name, layer in layers.items() if name not in left_float}.values():
         fold_affine(layer)
         for quantizer in (layer.weight_fake_quant, layer.input_fake_quant):

@@ -7,12 +7,13 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from repapq_plugin.calibration.across_block import across_block_loss
+from repapq_plugin.calibration.trace import hooked
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.layers import QuantizedLayer
 
@@ -69,21 +70,50 @@ def split_batches(count: int, guard_fraction: float) -> tuple[list[int], list[in
     return training, list(range(count - held_out, count)) or training
 
 
-def parameter_groups(layers: Mapping[str, QuantizedLayer], config: RepAPQConfig) -> list[dict[str, object]]:
-    """Return Adam's parameter groups: weights and biases, scales, affine, each with its learning rate."""
+def parameter_groups(
+    layers: Mapping[str, QuantizedLayer], magnitudes: Mapping[str, float], config: RepAPQConfig
+) -> list[dict[str, Any]]:
+    """Return Adam's parameter groups, each with its learning rate in real units.
+
+    Args:
+        layers: The layers that learn, by module path.
+        magnitudes: Mean absolute output of each, by module path.
+        config: Holds the rates in grid steps.
+    """
     rates = config.learning_rates
-    groups: list[dict[str, object]] = []
-    scales: dict[int, nn.Parameter] = {}
-    for layer in layers.values():
-        spread = float(layer.weight.detach().std()) if layer.weight.numel() > 1 else 1.0
-        learned = [layer.weight] + ([layer.bias] if layer.bias is not None else [])
-        groups.append({"params": learned, "lr": rates.weight * spread})
-        for quantizer in (layer.weight_fake_quant, layer.input_fake_quant):
-            scales[id(quantizer)] = quantizer.log_scale
+    groups: list[dict[str, Any]] = []
+    for name, layer in layers.items():
+        quantizer, magnitude = layer.weight_fake_quant, magnitudes[name]
+        step = float(quantizer.scale.detach().mean())
+        relative_step = step / max(float(layer.weight.detach().abs().mean()), step)
+        groups.append({"params": [layer.weight], "lr": rates.weight * step})
+        if layer.bias is not None:
+            groups.append({"params": [layer.bias], "lr": rates.weight * relative_step * magnitude})
+        groups.append({"params": [quantizer.log_scale], "lr": rates.scale / quantizer.quant_max})
         if layer.affine is not None:
-            groups.append({"params": list(layer.affine.parameters()), "lr": rates.affine})
-    groups.append({"params": list(scales.values()), "lr": rates.scale})
+            rate = rates.affine / quantizer.quant_max
+            groups.append({"params": [layer.affine.gamma], "lr": rate})
+            groups.append({"params": [layer.affine.beta], "lr": rate * magnitude})
+    inputs = {id(layer.input_fake_quant): layer.input_fake_quant for layer in layers.values()}
+    for quantizer in inputs.values():
+        groups.append({"params": [quantizer.log_scale], "lr": rates.scale / quantizer.quant_max})
     return groups
+
+
+@torch.no_grad()
+def output_magnitudes(subject: Subject, batch: int) -> dict[str, float]:
+    """Return the mean absolute output of each layer of ``subject`` on one batch."""
+    found = dict.fromkeys(subject.layers, 1.0)
+
+    def recorder(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, output: Tensor) -> None:
+            found[name] = float(output.abs().mean())
+
+        return hook
+
+    with hooked([layer.register_forward_hook(recorder(name)) for name, layer in subject.layers.items()]):
+        subject.student(batch)
+    return found
 
 
 def reconstruct(
@@ -113,8 +143,8 @@ def reconstruct(
 
 
 def _optimise(subject: Subject, training: list[int], config: RepAPQConfig, advance: Callable[[], None]) -> str:
-    groups = parameter_groups(subject.layers, config)
-    learned = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
+    groups = parameter_groups(subject.layers, output_magnitudes(subject, training[0]), config)
+    learned: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
     for parameter in learned:
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(groups)
@@ -129,7 +159,7 @@ def _optimise(subject: Subject, training: list[int], config: RepAPQConfig, advan
             with torch.enable_grad():
                 loss, _ = _loss(subject, batch, config)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
             if not math.isfinite(float(loss.detach())):
                 return f"the loss became {float(loss.detach())} at step {step}: the starting point stays"
             optimizer.step()

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,6 @@ class LayerTrace:
         input_key: The same for layers that read the very same tensors.
         first: Reads a tensor that no quantizable layer produced.
         last: Its output reaches the network's output through no other quantizable layer.
-        finite: Whether its inputs held neither NaN nor Inf.
     """
 
     name: str
@@ -50,7 +49,6 @@ class LayerTrace:
     input_key: tuple[tuple[int, int], ...]
     first: bool
     last: bool
-    finite: bool = True
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,9 @@ def trace_network(model: nn.Module, run: Callable[[], Any]) -> Trace:
     Each layer's input is cut from the graph, so a layer whose weight the output still depends on
     is a last one; a layer whose input needed no gradient is a first one.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QUANTIZABLE)}
+    layers: dict[str, nn.Module] = {
+        name: module for name, module in model.named_modules() if isinstance(module, QUANTIZABLE)
+    }
     names = {module: name for name, module in layers.items()}
     inputs: dict[str, list[Tensor]] = {}
     versions: dict[str, list[int]] = {}
@@ -130,7 +130,7 @@ def trace_network(model: nn.Module, run: Callable[[], Any]) -> Trace:
     ]
     with ExitStack() as stack:
         stack.enter_context(hooked(handles))
-        weights = [module.weight for module in layers.values()]
+        weights = [cast(Tensor, module.weight) for module in layers.values()]
         stack.enter_context(only_weights_require_grad(model, weights))
         with torch.enable_grad():
             outputs = [tensor for tensor in flatten_tensors(run()) if tensor.requires_grad]
@@ -143,7 +143,6 @@ def trace_network(model: nn.Module, run: Callable[[], Any]) -> Trace:
                 input_key=tuple((id(x), version) for x, version in zip(seen, versions[name], strict=True)),
                 first=name in first,
                 last=name in last,
-                finite=all(bool(torch.isfinite(x.detach()).all()) for x in seen),
             )
             for name, seen in inputs.items()
         },
@@ -154,8 +153,8 @@ def trace_network(model: nn.Module, run: Callable[[], Any]) -> Trace:
 def _last_layers(outputs: list[Tensor], layers: dict[str, nn.Module], called: list[str]) -> set[str]:
     try:
         total = sum((tensor.sum() for tensor in outputs), start=torch.zeros(()))
-        weights = [layers[name].weight for name in called]
-        gradients = torch.autograd.grad(total, weights, allow_unused=True)  # type: ignore[arg-type]
+        weights = [cast(Tensor, layers[name].weight) for name in called]
+        gradients = torch.autograd.grad(total, weights, allow_unused=True)
         return {name for name, gradient in zip(called, gradients, strict=True) if gradient is not None}
     except RuntimeError as error:
         logger.warning("Last layers cannot be told from gradients (%s); taking the last one called.", error)
