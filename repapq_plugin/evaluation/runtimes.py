@@ -1,0 +1,171 @@
+"""Exported networks as torch modules, so that a toolbox's own evaluation can score them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repapq_plugin.errors import ExportError
+
+
+class RuntimeNetwork(nn.Module):
+    """A network that runs elsewhere: takes torch tensors and returns torch tensors.
+
+    The result is one tensor where the network has one output, else a tuple, on the device of the
+    first input.
+    """
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Run the network on its inputs, in the order of the graph."""
+        arrays = [x.detach().cpu().contiguous().numpy() for x in inputs]
+        outputs = tuple(torch.as_tensor(y).to(inputs[0].device) for y in self.run_arrays(arrays))
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def run_arrays(self, arrays: list[Any]) -> list[Any]:
+        """Run on numpy arrays and return numpy arrays that are the caller's own."""
+        raise NotImplementedError
+
+
+class OnnxRuntimeNetwork(RuntimeNetwork):
+    """An ONNX file in onnxruntime, on the CPU.
+
+    Args:
+        path: The file.
+        threads: Threads of one run; ``None`` lets onnxruntime choose.
+        exact: Compute integer products exactly also on processors without VNNI, where
+            onnxruntime's quickest kernels saturate in 16 bits. Costs some speed there.
+
+    Raises:
+        ExportError: onnxruntime is missing, or cannot load the file.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, threads: int | None = None, exact: bool = True
+    ) -> None:
+        super().__init__()
+        try:
+            import onnx
+            import onnxruntime
+        except ImportError as error:
+            raise ExportError(
+                "This needs the packages onnx and onnxruntime: pip install 'repapq-plugin[export]'"
+            ) from error
+        path = _existing_file(path)
+        options = onnxruntime.SessionOptions()
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            model = onnx.load(path)
+            if exact:
+                options.add_session_config_entry("session.x64quantprecision", "1")
+                _separate_weights(model.graph)
+            self.session = onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            raise ExportError(f"onnxruntime cannot load {path}: {error}") from error
+        self.input_names = [value.name for value in self.session.get_inputs()]
+
+    def run_arrays(self, arrays: list[Any]) -> list[Any]:
+        """Run one batch."""
+        outputs: list[Any] = self.session.run(None, dict(zip(self.input_names, arrays, strict=True)))
+        return outputs
+
+
+class OpenVINONetwork(RuntimeNetwork):
+    """An OpenVINO IR or ONNX file in OpenVINO.
+
+    Args:
+        path: The ``.xml`` or ``.onnx`` file.
+        threads: Threads of one run; ``None`` lets OpenVINO choose.
+        device: OpenVINO's name of the device.
+        precision: What layers that are not integer compute in: ``f32`` for scoring; ``None`` leaves
+            it to OpenVINO, which may take 16 bits where they are quicker.
+        hint: OpenVINO's performance hint, ``LATENCY`` or ``THROUGHPUT``.
+        input_shapes: Shapes to fix the inputs to, in order; ``None`` keeps those of the file.
+
+    Raises:
+        ExportError: OpenVINO is missing, or cannot load the file.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        device: str = "CPU",
+        precision: str | None = "f32",
+        hint: str = "LATENCY",
+        input_shapes: list[tuple[int, ...]] | None = None,
+    ) -> None:
+        super().__init__()
+        try:
+            import openvino
+        except ImportError as error:
+            raise ExportError(
+                "This needs the openvino package: pip install 'repapq-plugin[export]'"
+            ) from error
+        path = _existing_file(path)
+        options: dict[str, Any] = {"PERFORMANCE_HINT": hint}
+        if precision is not None:
+            options["INFERENCE_PRECISION_HINT"] = precision
+        if threads is not None:
+            options["INFERENCE_NUM_THREADS"] = threads
+        try:
+            core = openvino.Core()
+            model = core.read_model(path)
+            if input_shapes is not None:
+                fixed = zip(model.inputs, input_shapes, strict=True)
+                model.reshape({port: list(shape) for port, shape in fixed})
+            self.compiled = core.compile_model(model, device, options)
+        except (RuntimeError, ValueError) as error:
+            raise ExportError(f"OpenVINO cannot load {path}: {error}") from error
+        self.request = self.compiled.create_infer_request()
+
+    def run_arrays(self, arrays: list[Any]) -> list[Any]:
+        """Run one batch."""
+        # Copies: the request owns its output memory and writes the next batch over it.
+        results = self.request.infer(arrays, share_inputs=True)
+        return [results[port].copy() for port in self.compiled.outputs]
+
+
+def _existing_file(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise ExportError(f"There is no file {path}; write it with export_onnx or export_openvino first.")
+    return path
+
+
+def _separate_weights(graph: Any) -> None:
+    """Give every reader of an integer weight a copy of its own, in memory.
+
+    onnxruntime's exact mode turns each integer layer's s8 weight into u8, and fails on the second
+    layer that reads the same one (a head that is called on several levels).
+    """
+    import onnx
+
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    dequantize = (node for node in graph.node if node.op_type == "DequantizeLinear")
+    weights = {node.output[0]: node for node in dequantize if node.input[0] in initializers}
+    readers: dict[str, int] = dict.fromkeys(weights, 0)
+    for node in list(graph.node):
+        for i, name in enumerate(node.input):
+            if name not in weights:
+                continue
+            readers[name] += 1
+            if readers[name] == 1:
+                continue
+            twin = onnx.NodeProto()
+            twin.CopyFrom(weights[name])
+            twin.name, twin.output[0] = f"{name}.{readers[name]}", f"{name}.{readers[name]}"
+            for k in (0, 2):
+                copied = onnx.TensorProto()
+                copied.CopyFrom(initializers[twin.input[k]])
+                copied.name = twin.input[k] = f"{twin.input[k]}.{readers[name]}"
+                graph.initializer.append(copied)
+            graph.node.insert(0, twin)
+            node.input[i] = twin.output[0]
