@@ -1,0 +1,3 @@
+_base_ = ['./mobileone_fashion.py', '../_base_/repapq_w4a4.py']
+
+load_from = '{{ fileDirname }}/../../integration/assets/mobileone_fashion.pth'

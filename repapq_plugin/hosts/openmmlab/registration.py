@@ -1,0 +1,30 @@
+"""What gets a name in mmengine's root registries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmengine.registry import HOOKS, LOOPS, MODELS, RUNNERS
+
+from repapq_plugin.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
+from repapq_plugin.hosts.openmmlab.hooks import QPRFusionHook
+from repapq_plugin.hosts.openmmlab.loops import RepAPQTestLoop
+from repapq_plugin.hosts.openmmlab.runner import RepAPQRunner
+from repapq_plugin.observers import OBSERVERS
+
+
+def register() -> None:
+    """Put hook, loop, runner, observers and fake quantizers into the root registries; again is harmless.
+
+    Observers and fake quantizers stand in ``MODELS`` under their class names.
+    """
+    entries: list[tuple[Any, type]] = [
+        (HOOKS, QPRFusionHook),
+        (LOOPS, RepAPQTestLoop),
+        (RUNNERS, RepAPQRunner),
+        (MODELS, LearnableFakeQuantize),
+        (MODELS, PerChannelLearnableFakeQuantize),
+        *((MODELS, observer) for observer in OBSERVERS.values()),
+    ]
+    for registry, cls in entries:
+        registry.register_module(module=cls, force=True)

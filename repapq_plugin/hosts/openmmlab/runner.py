@@ -1,0 +1,36 @@
+"""A runner that turns an ordinary config into one that tests the quantized network."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from mmengine.runner import Runner
+
+from repapq_plugin.hosts.openmmlab.hooks import QPRFusionHook
+from repapq_plugin.hosts.openmmlab.loops import RepAPQTestLoop
+from repapq_plugin.hosts.openmmlab.settings import settings_of
+
+
+class RepAPQRunner(Runner):  # type: ignore[misc]
+    """mmengine's runner, whose ``test()`` quantizes as the config's ``repapq`` dict says.
+
+    It exists because two ``_base_`` files must not define the same key: a file that only sets
+    ``runner_type`` and ``repapq`` can stand beside any other, without a line in the config itself.
+    Training and validation are mmengine's own.
+    """
+
+    @classmethod
+    def from_cfg(cls, cfg: Any) -> RepAPQRunner:
+        """Build a runner from a config with a ``repapq`` dict (the arguments of `RepAPQTestLoop`).
+
+        Raises:
+            ConfigError: A key or value in it is not allowed.
+        """
+        settings_of(cfg)
+        cfg = copy.deepcopy(cfg)
+        fp16 = bool((cfg.get("test_cfg") or {}).get("fp16", False))
+        cfg["test_cfg"] = {**(cfg.get("repapq") or {}), "type": RepAPQTestLoop.__name__, "fp16": fp16}
+        cfg["custom_hooks"] = [*(cfg.get("custom_hooks") or []), {"type": QPRFusionHook.__name__}]
+        runner: RepAPQRunner = super().from_cfg(cfg)
+        return runner

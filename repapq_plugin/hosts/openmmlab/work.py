@@ -1,0 +1,169 @@
+"""The steps that the test loop and the command line share: calibrate, export, open a runtime."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repapq_plugin.calibration.quantize import Progress, quantize_model
+from repapq_plugin.calibration.result import CalibrationResult
+from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.errors import HostError
+from repapq_plugin.evaluation.latency import measure_latency
+from repapq_plugin.evaluation.runtimes import OnnxRuntimeNetwork, OpenVINONetwork
+from repapq_plugin.export.openvino import export_openvino, layer_kernels
+from repapq_plugin.export.qdq_onnx import export_onnx
+from repapq_plugin.hosts.openmmlab.network import TensorPath, prepare, run_batch, serving_points
+
+RESULT_FILE = "repapq.safetensors"
+"""Name of the saved result in a work folder."""
+
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
+"""What the main file of each export format ends in."""
+
+RUNTIME_FORMATS = {"onnxruntime": "onnx", "openvino": "openvino"}
+"""Which export format each runtime is given."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One exported network.
+
+    Args:
+        path: The file a runtime opens.
+        files: All files it consists of.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all its files together."""
+        return sum(file.stat().st_size for file in self.files)
+
+
+def writable_folder(path: str | Path) -> Path:
+    """Make a folder and make sure that files can be written into it, before any work is done.
+
+    Raises:
+        HostError: It cannot be made or written.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise HostError(
+            f"The work folder {folder} cannot be written: {error.strerror or error}. Choose another with --work-dir."
+        ) from error
+    return folder
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Sequence[Any],
+    config: RepAPQConfig,
+    progress: Callable[[Progress], None] | None = None,
+) -> CalibrationResult:
+    """Quantize a toolbox model on collated batches; the model is not changed."""
+    # A test loop runs without gradients; calibration learns.
+    with torch.enable_grad():
+        return quantize_model(model, batches, config, forward_fn=run_batch, progress=progress)
+
+
+def example_images(model: nn.Module, batches: Sequence[Any]) -> Tensor:
+    """Return the first image of the first batch as the network sees it, float ``(1, C, H, W)``."""
+    with torch.no_grad():
+        images: Tensor = prepare(model, batches[0])["inputs"]
+    return images[:1].clone()
+
+
+def export_network(model: nn.Module, example: Tensor, path: Path, kind: str) -> Exported:
+    """Export the network part of a toolbox model.
+
+    Args:
+        model: A detector, classifier or segmentor, quantized or float.
+        example: Prepared image, float ``(1, C, H, W)``; its size is the exported one.
+        path: File to write, without suffix.
+        kind: ``'onnx'`` or ``'openvino'``.
+
+    Raises:
+        HostError: The model has no network part that can be taken out.
+        ExportError: See `export_onnx` and `export_openvino`.
+    """
+    serving_points(model)
+    network, target = TensorPath(model).eval(), path.with_name(path.name + SUFFIXES[kind])
+    if kind == "onnx":
+        export_onnx(network, example, target)
+        return Exported(target, (target,))
+    export_openvino(network, example, target)
+    return Exported(target, (target, target.with_suffix(".bin")))
+
+
+def open_network(path: str | Path, backend: str, threads: int | None = None) -> nn.Module:
+    """Open an exported network with a runtime, for scoring (in full float precision outside integers).
+
+    Args:
+        path: ``.onnx`` or ``.xml`` file.
+        backend: ``'onnxruntime'`` or ``'openvino'``.
+        threads: Threads of one run; ``None`` lets the runtime choose.
+
+    Raises:
+        HostError: The file does not exist, or the runtime cannot read its kind.
+    """
+    file = Path(path)
+    readers: Mapping[str, tuple[str, ...]] = {"onnxruntime": (".onnx",), "openvino": (".xml", ".onnx")}
+    if not file.is_file():
+        raise HostError(f"The exported network {file} does not exist.")
+    if file.suffix not in readers[backend]:
+        raise HostError(f"{backend} cannot read {file.name}; give a file ending in {' or '.join(readers[backend])}.")
+    if backend == "onnxruntime":
+        return OnnxRuntimeNetwork(file, threads=threads)
+    return OpenVINONetwork(file, threads=threads)
+
+
+def compare_on_openvino(
+    paths: Mapping[str, Path], example: Tensor, threads: int | None = None
+) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
+    """Time exported networks in turn on OpenVINO, and read which kernels they ran.
+
+    Args:
+        paths: ``.xml`` files by the names to report them under.
+        example: Prepared image, float ``(1, C, H, W)``.
+        threads: Threads of one run; ``None`` lets OpenVINO choose.
+
+    Returns:
+        The timing (``median_ms``, ``min_ms``, ``max_ms`` by name, ``speedup`` of each name against
+        the first, ``rounds``, ``threads``, ``how``), and by name the kernel of each convolution and
+        matrix product (those in integers end in ``I8``).
+    """
+    # Fixed shapes and no precision hint: the quickest that the runtime has to offer either network.
+    networks = {
+        name: OpenVINONetwork(path, threads=threads, precision=None, input_shapes=[tuple(example.shape)])
+        for name, path in paths.items()
+    }
+    image = [example.cpu().numpy()]
+    report = measure_latency(
+        {name: partial(network.run_arrays, image) for name, network in networks.items()}, rounds=100
+    )
+    first = next(iter(paths))
+    size = "x".join(str(side) for side in example.shape)
+    latency = {
+        "median_ms": dict(report.median_ms),
+        "min_ms": dict(report.min_ms),
+        "max_ms": dict(report.max_ms),
+        "speedup": {name: report.ratios[first, name] for name in paths if name != first},
+        "rounds": report.rounds,
+        "threads": threads,
+        "how": f"latency: median of {report.rounds} paired runs on OpenVINO, input {size}, {threads or 'all'} threads",
+    }
+    return latency, {name: layer_kernels(network.compiled) for name, network in networks.items()}
