@@ -7,6 +7,8 @@ from repapq_plugin.calibration.quantize import Progress, quantize_model
 from repapq_plugin.calibration.result import CalibrationResult, UnitResult
 from repapq_plugin.config import LearningRates, RepAPQConfig
 from repapq_plugin.errors import RepAPQError
+from repapq_plugin.export.openvino import export_openvino
+from repapq_plugin.export.qdq_onnx import export_onnx
 from repapq_plugin.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
 from repapq_plugin.observers import MAEObserver, MinMaxObserver, MSEObserver, PercentileObserver
 from repapq_plugin.reparam.branches import Branch, BranchSpec, register_branches
@@ -28,6 +30,8 @@ __all__ = [
     "RepAPQConfig",
     "RepAPQError",
     "UnitResult",
+    "export_onnx",
+    "export_openvino",
     "quantize_model",
     "register_branches",
 ]
