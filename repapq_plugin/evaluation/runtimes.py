@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from repapq_plugin.errors import ExportError
+from repapq_plugin.errors import ConfigError, ExportError
 
 
 class RuntimeNetwork(nn.Module):
@@ -36,17 +36,30 @@ class OnnxRuntimeNetwork(RuntimeNetwork):
     Args:
         path: The file.
         threads: Threads of one run; ``None`` lets onnxruntime choose.
-        exact: Compute integer products exactly also on processors without VNNI, where
-            onnxruntime's quickest kernels saturate in 16 bits. Costs some speed there.
+        arithmetic: How layers with integer weights are computed.
+            ``exact``: as the file says; the codes are multiplied as float numbers, which holds them
+            all.
+            ``integer``: in integers. onnxruntime then rounds each bias to a multiple of input scale
+            times weight scale, which flips some codes by one; and it needs 8-bit activations, since
+            it has no integer kernel that clamps to less.
+            ``native``: as onnxruntime does by default: ``integer``, but on processors without VNNI
+            its quickest kernels also saturate in 16 bits.
 
     Raises:
+        ConfigError: ``arithmetic`` is none of the three.
         ExportError: onnxruntime is missing, or cannot load the file.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, threads: int | None = None, exact: bool = True
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        arithmetic: Literal["exact", "integer", "native"] = "exact",
     ) -> None:
         super().__init__()
+        if arithmetic not in ("exact", "integer", "native"):
+            raise ConfigError(f"arithmetic={arithmetic!r} is not allowed; choose exact, integer or native.")
         try:
             import onnx
             import onnxruntime
@@ -60,11 +73,14 @@ class OnnxRuntimeNetwork(RuntimeNetwork):
             options.intra_op_num_threads = threads
         try:
             model = onnx.load(path)
-            if exact:
+            if arithmetic != "native":
                 options.add_session_config_entry("session.x64quantprecision", "1")
                 _separate_weights(model.graph)
             self.session = onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+                model.SerializeToString(),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=["WeightBiasQuantization"] if arithmetic == "exact" else None,
             )
         except Exception as error:
             raise ExportError(f"onnxruntime cannot load {path}: {error}") from error
@@ -143,8 +159,8 @@ def _existing_file(path: str | os.PathLike[str]) -> Path:
 def _separate_weights(graph: Any) -> None:
     """Give every reader of an integer weight a copy of its own, in memory.
 
-    onnxruntime's exact mode turns each integer layer's s8 weight into u8, and fails on the second
-    layer that reads the same one (a head that is called on several levels).
+    Where it must not saturate, onnxruntime turns each integer layer's s8 weight into u8, and fails on
+    the second layer that reads the same one (a head that is called on several levels).
     """
     import onnx
 

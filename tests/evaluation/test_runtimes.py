@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from repapq_plugin.errors import ExportError
+from repapq_plugin.errors import ConfigError, ExportError
 from repapq_plugin.evaluation import OnnxRuntimeNetwork, OpenVINONetwork
 from repapq_plugin.export import export_onnx
-from tests.export.networks import Chain, SharedHead, example, make, outputs_of
+from tests.export.networks import Chain, SharedHead, example, make, outputs_of, quantized, set_ranges
 
 RUNTIMES = [OnnxRuntimeNetwork, OpenVINONetwork]
 
@@ -52,17 +53,39 @@ def test_files_that_are_missing_or_broken_are_named(runtime: type[torch.nn.Modul
         runtime(tmp_path / "broken.onnx")
 
 
-def test_exact_mode_of_onnxruntime_does_not_saturate(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arithmetic", ["exact", "integer"])
+def test_onnxruntime_does_not_saturate(arithmetic: Any, tmp_path: Path) -> None:
     """A linear layer with all codes at their largest, which overflows 16 bits on older processors."""
-    from tests.export.networks import quantized, set_ranges
-
     layer = quantized(torch.nn.Linear(64, 8, bias=False), 8, 8)
     torch.nn.init.ones_(layer.layer.weight)
     x = torch.ones(2, 64)
     set_ranges(layer, x)
     export_onnx(layer, x, tmp_path / "model.onnx")
-    y = OnnxRuntimeNetwork(tmp_path / "model.onnx", threads=1)(x)
+    y = OnnxRuntimeNetwork(tmp_path / "model.onnx", threads=1, arithmetic=arithmetic)(x)
     assert (y - 64).abs().max() < 64e-5
+    with pytest.raises(ConfigError, match="arithmetic='fast' is not allowed"):
+        OnnxRuntimeNetwork(tmp_path / "model.onnx", arithmetic="fast")  # type: ignore[arg-type]
+
+
+def test_integer_arithmetic_runs_integer_kernels(tmp_path: Path) -> None:
+    """Told apart by what they compute: a bias of half a step is rounded away, or is not."""
+    layers = [quantized(torch.nn.Conv2d(4, 4, 1), 8, 8) for _ in range(2)]
+    torch.nn.init.ones_(layers[0].layer.weight)
+    model = set_ranges(torch.nn.Sequential(layers[0], torch.nn.ReLU(), layers[1]), torch.ones(1, 4, 2, 2))
+    with torch.no_grad():
+        step = float(layers[0].input_fake_quant.scale * layers[0].weight_fake_quant.scale[0])
+        layers[0].layer.bias.fill_(0.49 * step)
+        layers[1].input_fake_quant.set_qparams(torch.tensor(0.6 * step), torch.tensor(0))
+    export_onnx(model, torch.zeros(1, 4, 2, 2), tmp_path / "model.onnx")
+    zeros = torch.zeros(1, 4, 2, 2)
+    exact, integer = (
+        OnnxRuntimeNetwork(tmp_path / "model.onnx", threads=1, arithmetic=how)(zeros)
+        for how in ("exact", "integer")
+    )
+    expected = outputs_of(model, zeros)[0]
+    one_code = float(step * 0.6 * layers[1].weight.detach().abs().max())
+    assert (exact - expected).abs().max() < 1e-3 * one_code
+    assert (integer - expected).abs().max() > 1e-1 * one_code
 
 
 def test_openvino_takes_fixed_shapes(tmp_path: Path) -> None:
