@@ -96,6 +96,8 @@ class RepAPQConfig:
         schedule: What is optimised together: one ``unit`` after the other, a ``stage`` at once, or
             the whole ``network``.
         steps: Optimisation steps per unit, stage, or network. 0 only sets ranges (plain PTQ).
+        network_steps: Further steps with the whole network as one stage, once ``schedule`` is done:
+            parts that found their place one after the other then settle together (our choice).
         learning_rates: See `LearningRates`.
         drop_probability: Probability with which an activation value stays unquantized during
             calibration (QDrop); 0 turns it off.
@@ -124,6 +126,7 @@ class RepAPQConfig:
     stage_weight: float = 1.0
     schedule: Schedule = "stage"
     steps: int = 300
+    network_steps: int = 0
     learning_rates: LearningRates = field(default_factory=LearningRates)
     drop_probability: float = 0.0
     guard_fraction: float = 0.125
@@ -145,6 +148,7 @@ class RepAPQConfig:
         _check_number("drop_probability", self.drop_probability, 0.0, 1.0)
         _check_number("guard_fraction", self.guard_fraction, 0.0, 0.5)
         _check_count("steps", self.steps, 0)
+        _check_count("network_steps", self.network_steps, 0)
         _check_count("cache_bytes", self.cache_bytes, 0)
         _check_count("seed", self.seed, 0)
         if isinstance(self.learning_rates, Mapping):

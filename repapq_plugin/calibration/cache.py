@@ -81,6 +81,11 @@ class ActivationCache:
         for key in [key for key in (*self._memory, *self._files) if key[0] == name]:
             self.drop(*key)
 
+    def drop_everything(self) -> None:
+        """Forget all."""
+        for key in [*self._memory, *self._files]:
+            self.drop(*key)
+
     def __enter__(self) -> ActivationCache:
         return self
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,7 +79,14 @@ class AcrossBlockCalibrator:
     def run(self) -> list[UnitResult]:
         """Calibrate everything; return one result per unit, in call order."""
         if self.config.schedule == "network":
-            return self._calibrate_network()
+            return self._calibrate_network(self.config.steps)
+        results = self._calibrate_stages()
+        if self.config.network_steps:
+            settled = {result.name: result for result in self._calibrate_network(self.config.network_steps)}
+            results = [_continued(result, settled.get(result.name)) for result in results]
+        return results
+
+    def _calibrate_stages(self) -> list[UnitResult]:
         results: list[UnitResult] = []
         finished: list[Stage] = []
         for stage in self.stages:
@@ -92,14 +99,15 @@ class AcrossBlockCalibrator:
                 results += self._leave_float(stage, error)
         return results
 
-    def _calibrate_network(self) -> list[UnitResult]:
+    def _calibrate_network(self, steps: int) -> list[UnitResult]:
         networks = self.networks
-        units = [unit for stage in self.stages for unit in stage.units]
+        units = [u for stage in self.stages for u in stage.units if not set(u.layers) & set(self.left_float)]
         subject = NetworkSubject(
-            units, networks.layers, networks.student, networks.teacher,
+            units, self._layers_of(units), networks.student, networks.teacher,
             lambda model, batch: networks.forward_fn(model, networks.batches[batch]), self.cache,
         )
-        return self._results("network", units, self._reconstruct(subject))
+        self.cache.drop_everything()
+        return self._results("network", units, self._reconstruct(subject, steps))
 
     def _calibrate_stage(self, stage: Stage, finished: Sequence[Stage]) -> list[UnitResult]:
         self._run_teacher(stage, finished)
@@ -136,7 +144,7 @@ class AcrossBlockCalibrator:
 
     def _at_once(self, stage: Stage) -> list[UnitResult]:
         subject = StageSubject(stage, self._layers_of(stage.units), self.modules["student"], self.cache)
-        return self._results(stage.name, stage.units, self._reconstruct(subject))
+        return self._results(stage.name, stage.units, self._reconstruct(subject, self.config.steps))
 
     def _unit_by_unit(self, stage: Stage) -> list[UnitResult]:
         results: list[UnitResult] = []
@@ -147,7 +155,7 @@ class AcrossBlockCalibrator:
                 unit, self.networks.calls(unit.name), [done.name for done in stage.units[:position]],
                 bool(self.config.stage_weight), stage, self._layers_of([unit]), self.modules["student"], self.cache,
             )
-            results += self._results(stage.name, [unit], self._reconstruct(subject))
+            results += self._results(stage.name, [unit], self._reconstruct(subject, self.config.steps))
             with torch.no_grad():
                 for index in range(len(self.networks.batches)):
                     self.cache.put(f"student:{unit.name}", index, subject.unit_outputs(index))
@@ -167,8 +175,9 @@ class AcrossBlockCalibrator:
                 self.cache.drop_all(f"student:{unit.name}")
                 self.cache.drop_all(f"teacher:{unit.name}")
 
-    def _reconstruct(self, subject: Subject) -> Outcome:
-        return reconstruct(subject, len(self.networks.batches), self.config, self.advance)
+    def _reconstruct(self, subject: Subject, steps: int) -> Outcome:
+        config = self.config.replace(steps=steps)
+        return reconstruct(subject, len(self.networks.batches), config, self.advance)
 
     def _layers_of(self, units: Sequence[Unit]) -> dict[str, QuantizedLayer]:
         return {name: self.networks.layers[name] for unit in units for name in unit.layers}
@@ -184,6 +193,7 @@ class AcrossBlockCalibrator:
         for unit in stage.units:
             for name in unit.layers:
                 self.left_float[name] = reason
+        self._set_quantizing(stage.units, False)
         for prefix in ("student-in", "teacher-in", "student", "teacher"):
             self.cache.drop_all(f"{prefix}:{stage.name}")
         nothing = dict.fromkeys((unit.name for unit in stage.units), float("nan"))
@@ -208,7 +218,19 @@ def total_steps(stages: Sequence[Stage], config: RepAPQConfig) -> int:
     """Return how many optimisation steps a calibration takes, for a progress bar."""
     if config.schedule == "network":
         return config.steps
-    if config.schedule == "stage":
-        return config.steps * len(stages)
-    return config.steps * sum(len(stage.units) for stage in stages)
+    parts = len(stages) if config.schedule == "stage" else sum(len(stage.units) for stage in stages)
+    return config.steps * parts + config.network_steps
+
+
+def _continued(first: UnitResult, then: UnitResult | None) -> UnitResult:
+    """Join what a unit went through in its stage and then with the whole network."""
+    if then is None:
+        return first
+    return replace(
+        first,
+        loss_after=then.loss_after,
+        kept=first.kept or then.kept,
+        seconds=first.seconds + then.seconds,
+        note="; ".join(note for note in (first.note, then.note and f"network: {then.note}") if note),
+    )
 

@@ -114,7 +114,8 @@ def _check_weight(name: str, module: nn.Module) -> None:
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
         raise CalibrationError(
-            f"The weight of {name!r} is not finite: {bad} of {weight.numel()} values are NaN or Inf. Check the checkpoint."
+            f"The weight of {name!r} is not finite: {bad} of {weight.numel()} values are NaN or Inf. "
+            "Check the checkpoint."
         )
 
 
@@ -124,7 +125,9 @@ def _check_patterns(patterns: tuple[str, ...], names: list[str], key: str) -> No
             raise ConfigError(f"{key}: the pattern {pattern!r} matches no module of the merged model.")
 
 
-def insert_quantizers(model: nn.Module, layers: Mapping[str, LayerPlan], config: RepAPQConfig) -> dict[str, QuantizedLayer]:
+def insert_quantizers(
+    model: nn.Module, layers: Mapping[str, LayerPlan], config: RepAPQConfig
+) -> dict[str, QuantizedLayer]:
     """Replace the planned layers of ``model`` in place by `QuantizedLayer`.
 
     A layer object that stands at several module paths stays one object.

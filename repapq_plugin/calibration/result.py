@@ -132,18 +132,16 @@ class CalibrationResult:
             merges = tuple(_record(record) for record in saved["merges"])
             quantized = rebuild(model, plan, merges, config)
         except (KeyError, TypeError, AttributeError, MergeError) as error:
-            raise ResultError(f"{path} does not fit this model: {error}. Load it into the model it was made from.") from error
+            raise ResultError(_misfit(path, str(error))) from error
         expected = set(_own_state(quantized))
         missing, unexpected = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
         if missing or unexpected:
-            raise ResultError(
-                f"{path} does not fit this model: {len(missing)} missing keys {missing[:5]}, "
-                f"{len(unexpected)} unexpected keys {unexpected[:5]}. Load it into the model it was made from."
-            )
+            counted = f"{len(missing)} missing keys {missing[:5]}, {len(unexpected)} unexpected keys {unexpected[:5]}"
+            raise ResultError(_misfit(path, counted))
         try:
             quantized.load_state_dict(tensors, strict=False)
         except RuntimeError as error:
-            raise ResultError(f"{path} does not fit this model: {error}") from error
+            raise ResultError(_misfit(path, str(error))) from error
         return cls(
             model=quantized.eval(),
             config=config,
@@ -166,6 +164,10 @@ def rebuild(
         for quantizer in (layer.weight_fake_quant, layer.input_fake_quant):
             quantizer.enable_observer(False)
     return merged
+
+
+def _misfit(path: str | Path, why: str) -> str:
+    return f"{path} does not fit this model: {why}. Load it into the model it was made from."
 
 
 def _own_state(model: nn.Module) -> dict[str, Tensor]:
@@ -192,7 +194,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (OSError, SafetensorError) as error:
         raise ResultError(f"Cannot read {path}: {error}.") from error
     if header.get("format") != FORMAT:
-        raise ResultError(f"{path} is not a result of this plugin (format {header.get('format')!r}, wanted {FORMAT!r}).")
+        raise ResultError(f"{path} is not a result of this plugin: format {header.get('format')!r}, not {FORMAT!r}.")
     return tensors, json.loads(header["result"])
 
 

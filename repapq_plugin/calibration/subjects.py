@@ -27,7 +27,11 @@ class StageSubject:
     """
 
     def __init__(
-        self, stage: Stage, layers: Mapping[str, QuantizedLayer], modules: Mapping[str, nn.Module], cache: ActivationCache
+        self,
+        stage: Stage,
+        layers: Mapping[str, QuantizedLayer],
+        modules: Mapping[str, nn.Module],
+        cache: ActivationCache,
     ) -> None:
         self.name = stage.name
         self.stage, self.layers, self.modules, self.cache = stage, layers, modules, cache
