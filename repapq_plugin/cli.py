@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from repapq_plugin.errors import ConfigError, RepAPQError
+from repapq_plugin.errors import ConfigError, HostError, RepAPQError
 
 if TYPE_CHECKING:
     from repapq_plugin.calibration.quantize import Progress
@@ -34,6 +34,57 @@ LOG_FILE = "repapq.log"
 OFF_TERMINAL_WIDTH = 120
 
 PathArgument = click.Path(path_type=Path)
+
+
+CLI_HELP = """\
+Post-training quantization of reparameterized networks (RepAPQ) for OpenMMLab configs.
+
+\b
+  repapq quantize CONFIG [CHECKPOINT]   float in, INT8 files and a comparison out
+  repapq eval     CONFIG RESULT         score a result, simulated or on a runtime
+  repapq export   CONFIG RESULT         write a result as ONNX or OpenVINO
+
+CONFIG is any mmdet, mmyolo, mmpretrain or mmseg config of a model with a training set and a test set. Scores are
+always the toolbox's own metric on the config's test set.
+
+Exit codes: 0 done, 1 wrong input or no room (said in a few lines), 2 command not understood, 130 interrupted (nothing
+is left half written).
+"""
+
+QUANTIZE_HELP = """\
+Quantize the model of CONFIG and compare it with the float one.
+
+Loads CHECKPOINT (default: the config's load_from), merges the branches, calibrates, and writes to the work folder:
+
+\b
+  repapq.safetensors    the quantized network, for `repapq eval` and
+                        `repapq export`
+  repapq.onnx           QDQ ONNX: int8 weights, one Quantize/Dequantize
+                        pair per quantized tensor
+  repapq.xml, .bin      the same network for OpenVINO
+  float.xml, .bin       the float network, merged, to compare with
+  result.json           everything in the table, and more (below)
+  repapq.log, toolbox/  what the toolbox printed and logged
+
+\b
+result.json holds:
+  config, checkpoint    their paths
+  scheme, settings      bits and ranges; all quantizer keys, seed,
+                        calibration source and number of samples
+  scores                all metrics of the toolbox, for float, plain_ptq,
+                        repapq (simulated) and openvino
+  size_bytes            of float, onnx and openvino
+  latency               milliseconds for a batch of one on OpenVINO,
+                        float and INT8 measured in turn
+  kernels               kernel of each layer in OpenVINO's executed
+                        graph; integer ones end in I8
+  exports               operators, Quantize/Dequantize pairs, integer
+                        layers, largest difference from torch
+  calibration           per unit: stage, loss before and after, kept or
+                        not, seconds; merged blocks and their largest
+                        error; bits per layer; float layers and why
+  files, seconds, versions, machine
+"""
 
 
 class _Display:
@@ -57,6 +108,8 @@ class _Display:
     @contextlib.contextmanager
     def step(self, name: str, text: str) -> Iterator[Callable[[int, int], None]]:
         """Show one bar, and note how long it took under ``name``; yields ``report(done, total)``."""
+        # On stdout, which is the log file for the time of the work.
+        click.echo(f"{text} ...")
         task = self.bars.add_task(text, total=None)
         started = time.perf_counter()
         yield lambda done, total: self.bars.update(task, completed=done, total=total)
@@ -73,7 +126,7 @@ class _Display:
     @contextlib.contextmanager
     def working(self, folder: Path) -> Iterator[None]:
         """Show bars, and send what toolboxes print to the work folder's log file."""
-        with (folder / LOG_FILE).open("w") as log, self.bars, _into(log):
+        with (folder / LOG_FILE).open("w", buffering=1) as log, self.bars, _into(log):
             yield
 
 
@@ -141,25 +194,13 @@ def _config_options(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(help=CLI_HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="repapq-plugin", prog_name="repapq")
 def cli() -> None:
-    r"""Post-training quantization of reparameterized networks (RepAPQ) for OpenMMLab configs.
-
-    \b
-      repapq quantize CONFIG [CHECKPOINT]   float in, INT8 files and a comparison out
-      repapq eval     CONFIG RESULT         score a result, simulated or on a runtime
-      repapq export   CONFIG RESULT         write a result as ONNX or OpenVINO
-
-    CONFIG is any mmdet, mmyolo, mmpretrain or mmseg config of a model with a training set and a test set.
-    Scores are always the toolbox's own metric on the config's test set.
-
-    Exit codes: 0 done, 1 wrong input or no room (said in a few lines), 2 command not understood,
-    130 interrupted (nothing is left half written).
-    """
+    """Post-training quantization for OpenMMLab configs."""
 
 
-@cli.command()
+@cli.command(help=QUANTIZE_HELP)
 @click.argument("config", type=PathArgument)
 @click.argument("checkpoint", required=False)
 @click.option("--preset", help="Bits: w8a8, w6a6, w4a4 or any other w<bits>a<bits>. [default: the config's, else w8a8]")
@@ -204,30 +245,7 @@ def quantize(
     compare: bool,
     **common: Any,
 ) -> None:
-    r"""Quantize the model of CONFIG and compare it with the float one.
-
-    Loads CHECKPOINT (default: the config's load_from), merges the branches, calibrates, and writes to the work
-    folder:
-
-    \b
-      repapq.safetensors    the quantized network, for `repapq eval` and `repapq export`
-      repapq.onnx           QDQ ONNX: int8 weights, one Quantize/Dequantize pair per quantized tensor
-      repapq.xml, .bin      the same network for OpenVINO
-      float.xml, .bin       the float network, merged, for the comparison of size and latency
-      result.json           everything in the table, and more (below)
-      repapq.log, toolbox/  what the toolbox printed and logged
-
-    \b
-    result.json holds:
-      config, checkpoint, scheme, settings (all quantizer keys, seed, calibration source and size)
-      scores        all metrics of the toolbox for float, plain_ptq, repapq (simulated), openvino
-      size_bytes    float, onnx, openvino
-      latency       milliseconds for a batch of one on OpenVINO, float and INT8 measured in turn
-      kernels       kernel of each layer in OpenVINO's executed graph, float and INT8 (integer ones end in I8)
-      calibration   per unit: stage, loss before and after, kept or not, seconds; merged blocks with their
-                    largest error; bits per layer; layers that stayed float, and why
-      files, seconds, versions, machine
-    """
+    """Quantize the model of a config and compare it with the float one."""
     from repapq_plugin.hosts.openmmlab.record import Record
     from repapq_plugin.hosts.openmmlab.work import (
         RESULT_FILE,
@@ -323,6 +341,9 @@ def _workbench(
     display: _Display, config: Path, checkpoint: str | None, common: Mapping[str, Any], **arguments: Any
 ) -> Iterator[Workbench]:
     """Open config, model and work folder, with bars shown and the toolbox kept quiet until the end."""
+    # Before the toolboxes are imported, which takes seconds.
+    if not config.is_file():
+        raise HostError(f"The config {config} does not exist.")
     import torch
 
     from repapq_plugin.hosts.openmmlab.pipeline import Workbench, open_config
@@ -410,7 +431,7 @@ def export(config: Path, result: Path, kind: str, out: Path | None, **common: An
     if target.suffix != SUFFIXES[kind]:
         raise ConfigError(f"--out {target.name!r} is not allowed with --format {kind}; end it in {SUFFIXES[kind]}.")
     display = _Display()
-    with _workbench(display, config, None, common, need_weights=False) as bench:
+    with _workbench(display, config, None, common, need_weights=False, need_scores=False) as bench:
         model = _load(result, bench)
         with display.step("export", f"Exporting {kind}"):
             exported = export_network(model, bench.example, target.with_suffix(""), kind)
@@ -442,7 +463,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.exceptions.Exit as ended:
         return ended.exit_code
     except (KeyboardInterrupt, click.Abort):
-        errors.print("Interrupted; files already named are whole, nothing else was left.")
+        errors.print("Interrupted. What was written is whole; nothing half written is left.")
         return 130
     except click.ClickException as error:
         error.show()

@@ -71,6 +71,7 @@ class Workbench:
         folder: Work folder; made if missing.
         seed: Seed of everything drawn at random; ``None`` takes the config's.
         need_weights: Load the checkpoint; a saved or exported network brings its own weights.
+        need_scores: Open the test data; an export does without.
         overrides: See `settings_of`.
 
     Raises:
@@ -87,6 +88,7 @@ class Workbench:
         *,
         seed: int | None = None,
         need_weights: bool = True,
+        need_scores: bool = True,
         overrides: Mapping[str, Any] | None = None,
     ) -> None:
         overrides = dict(overrides or {})
@@ -94,7 +96,7 @@ class Workbench:
             overrides["quantizer"] = {**overrides.get("quantizer", {}), "seed": seed}
         self.settings: Settings = settings_of(cfg, **overrides)
         for key in ("test_dataloader", "test_evaluator"):
-            if not cfg.get(key):
+            if need_scores and not cfg.get(key):
                 raise HostError(
                     f"{cfg.filename} has no {key}, so there is nothing to score on; "
                     "give the config a test_dataloader and a test_evaluator."
@@ -103,7 +105,7 @@ class Workbench:
         if self.checkpoint is None and need_weights:
             raise HostError(f"{cfg.filename} names no checkpoint (load_from); give one after the config.")
         self.folder = writable_folder(folder)
-        self.runner = _build_runner(cfg, self.folder / TOOLBOX_LOG, self.settings.quantizer.seed)
+        self.runner = _build_runner(cfg, self.folder / TOOLBOX_LOG, self.settings.quantizer.seed, need_scores)
         self.cfg = self.runner.cfg
         if need_weights:
             load_weights(self.runner.model, str(self.checkpoint))
@@ -135,6 +137,8 @@ class Workbench:
                     self.cfg, settings.dataloader, 1, settings.quantizer.seed
                 )
             except HostError:
+                if not self.cfg.get("test_dataloader"):
+                    raise
                 batches = [next(iter(self.runner.test_dataloader))]
             self._example = example_images(self.model, batches)
         return self._example
@@ -174,7 +178,7 @@ class Workbench:
         return metrics
 
 
-def _build_runner(cfg: Config, folder: Path, seed: int) -> Runner:
+def _build_runner(cfg: Config, folder: Path, seed: int, with_test_loop: bool) -> Runner:
     cfg = copy.deepcopy(cfg)
     fp16 = bool((cfg.get("test_cfg") or {}).get("fp16", False))
     for key in ("test_cfg", "repapq", "runner_type"):
@@ -189,7 +193,10 @@ def _build_runner(cfg: Config, folder: Path, seed: int) -> Runner:
     cfg.randomness = {**(cfg.get("randomness") or {}), "seed": seed}
     try:
         runner: Runner = RUNNERS.build(cfg)
-    except Exception as error:  # Whatever a toolbox raises for a model it cannot build.
+        if with_test_loop:
+            # Builds it: test data that is missing shall be noticed before the calibration, not after.
+            _ = runner.test_loop
+    except Exception as error:  # Whatever a toolbox raises for what it cannot build.
         raise HostError(f"{cfg.filename} cannot be built: {type(error).__name__}: {error}") from error
     drop_ema(runner)
     return runner

@@ -46,6 +46,8 @@ class Record:
             how that was measured (see `compare_on_openvino`).
         kernels: Kernel of each convolution and matrix product in OpenVINO's executed graph, by the
             same names; those in integers end in ``I8``.
+        exports: Per exported network: operators, Quantize/Dequantize pairs, integer layers, and the
+            largest difference from the torch network on one image (`OnnxSummary`, `OpenVINOSummary`).
         calibration: `CalibrationResult.summary`: per unit the loss before and after and whether
             its result was kept; what was merged; bits of each layer; layers that stayed float and
             why; seconds.
@@ -63,6 +65,7 @@ class Record:
     size_bytes: dict[str, int] = field(default_factory=dict)
     latency: dict[str, Any] = field(default_factory=dict)
     kernels: dict[str, Any] = field(default_factory=dict)
+    exports: dict[str, dict[str, Any]] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     files: dict[str, list[str]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -92,9 +95,14 @@ class Record:
         self.files[name] = [str(path) for path in paths]
 
     def add_exported(self, name: str, exported: Exported) -> None:
-        """Note an exported network and its size."""
+        """Note an exported network, its size, and what the exporter counted and compared."""
         self.add_file(name, *exported.files)
-        self.size_bytes[name] = exported.size_bytes
+        self.size_bytes[name] = exported.summary.size_bytes
+        self.exports[name] = {
+            key: value
+            for key, value in dataclasses.asdict(exported.summary).items()
+            if key not in ("path", "weights_path", "size_bytes", "kernels")
+        }
 
     def write(self, folder: Path) -> Path:
         """Write ``result.json`` into ``folder``, whole or not at all.

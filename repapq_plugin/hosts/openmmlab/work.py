@@ -18,8 +18,8 @@ from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.errors import HostError
 from repapq_plugin.evaluation.latency import measure_latency
 from repapq_plugin.evaluation.runtimes import OnnxRuntimeNetwork, OpenVINONetwork
-from repapq_plugin.export.openvino import export_openvino, layer_kernels
-from repapq_plugin.export.qdq_onnx import export_onnx
+from repapq_plugin.export.openvino import OpenVINOSummary, export_openvino, layer_kernels
+from repapq_plugin.export.qdq_onnx import OnnxSummary, export_onnx
 from repapq_plugin.hosts.openmmlab.network import TensorPath, prepare, run_batch, serving_points
 
 RESULT_FILE = "repapq.safetensors"
@@ -37,17 +37,17 @@ class Exported:
     """One exported network.
 
     Args:
-        path: The file a runtime opens.
-        files: All files it consists of.
+        files: What it consists of; the first is the one that a runtime opens.
+        summary: What the exporter counted and compared.
     """
 
-    path: Path
     files: tuple[Path, ...]
+    summary: OnnxSummary | OpenVINOSummary
 
     @property
-    def size_bytes(self) -> int:
-        """Size of all its files together."""
-        return sum(file.stat().st_size for file in self.files)
+    def path(self) -> Path:
+        """The file that a runtime opens."""
+        return self.files[0]
 
 
 def writable_folder(path: str | Path) -> Path:
@@ -103,10 +103,10 @@ def export_network(model: nn.Module, example: Tensor, path: Path, kind: str) -> 
     serving_points(model)
     network, target = TensorPath(model).eval(), path.with_name(path.name + SUFFIXES[kind])
     if kind == "onnx":
-        export_onnx(network, example, target)
-        return Exported(target, (target,))
-    export_openvino(network, example, target)
-    return Exported(target, (target, target.with_suffix(".bin")))
+        written = export_onnx(network, example, target)
+        return Exported((written.path,), written)
+    converted = export_openvino(network, example, target)
+    return Exported((converted.path, converted.weights_path), converted)
 
 
 def open_network(path: str | Path, backend: str, threads: int | None = None) -> nn.Module:
