@@ -48,7 +48,7 @@ def mmyolo_repvgg(block: Any) -> BranchSpec | None:
     if hasattr(block, "rbr_reparam"):
         return None
     # The block itself tests alpha for truth: at exactly zero it adds the unscaled 1x1 branch.
-    alpha = 1.0 if block.alpha is None or float(block.alpha) == 0.0 else block.alpha
+    alpha = block.alpha if block.alpha is not None and bool(block.alpha) else 1.0
     branches = (
         Branch(_conv_module(block.rbr_dense)),
         Branch(_conv_module(block.rbr_1x1), scale=alpha),

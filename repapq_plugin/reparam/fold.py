@@ -10,13 +10,13 @@ import copy
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from repapq_plugin.errors import MergeError
 from repapq_plugin.reparam.norms import is_norm, norm_affine, tail_of
@@ -81,35 +81,59 @@ def _folded(layer: Any, bn: nn.Module) -> tuple[Tensor, Tensor]:
     return weight.to(layer.weight.dtype), bias.to(layer.weight.dtype)
 
 
-@dataclass
-class _Calls:
-    """Which layer's output every norm was given, over one run."""
+class _Watch(TorchFunctionMode):
+    """Sees, over one run, which layer's output every norm was given, and who else used such an output."""
 
-    made: Counter[nn.Module] = field(default_factory=Counter)
-    given: dict[nn.Module, list[nn.Module | None]] = field(default_factory=dict)
-    outputs: dict[int, tuple[weakref.ref[Tensor], nn.Module]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: Counter[nn.Module] = Counter()
+        self.given: dict[nn.Module, list[nn.Module | None]] = {}
+        self.used_elsewhere: set[nn.Module] = set()
+        self._outputs: dict[int, tuple[weakref.ref[Tensor], nn.Module]] = {}
+        self._read_by_norm: Tensor | None = None
+
+    def maker_of(self, tensor: Any) -> nn.Module | None:
+        """Return the layer whose output ``tensor`` is."""
+        reference, layer = self._outputs.get(id(tensor), (None, None))
+        # An id may belong to a new tensor by now, so the tensor itself decides.
+        return layer if reference is not None and reference() is tensor else None
 
     def layer_ran(self, layer: nn.Module, _: Any, output: Any) -> None:
         self.made[layer] += 1
         if isinstance(output, Tensor):
-            self.outputs[id(output)] = (weakref.ref(output), layer)
+            self._outputs[id(output)] = (weakref.ref(output), layer)
 
     def norm_runs(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
-        tensor = args[0] if args else None
-        # An id may belong to a new tensor by now, so the tensor itself decides.
-        reference, layer = self.outputs.get(id(tensor), (None, None))
-        same = reference is not None and reference() is tensor
-        self.given.setdefault(norm, []).append(layer if same else None)
+        self._read_by_norm = args[0] if args else None
+        self.given.setdefault(norm, []).append(self.maker_of(self._read_by_norm))
+
+    def norm_ran(self, *_: Any) -> None:
+        self._read_by_norm = None
+
+    def note_use(self, values: Any) -> None:
+        """Note that tensors are computed with, or returned; a norm reading its input is no such use."""
+        for tensor in tensors_of(values):
+            layer = None if tensor is self._read_by_norm else self.maker_of(tensor)
+            if layer is not None:
+                self.used_elsewhere.add(layer)
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if tensors_of(result):  # reading a shape or a dtype gives none
+            self.note_use([args, kwargs or {}])
+        return result
 
     def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Layers all of whose outputs went to one norm that was given nothing else."""
+        """Layers all of whose outputs went to one norm and nowhere else, the norm being given nothing else."""
         found = []
         for norm, layers in self.given.items():
             layer = layers[0]
             only_one = layer is not None and all(other is layer for other in layers)
             if layer is not None and only_one and self.made[layer] == len(layers):
                 found.append((layer, norm))
-        return found
+        return [(layer, norm) for layer, norm in found if layer not in self.used_elsewhere]
 
 
 def _outputs(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[Tensor]:
@@ -161,20 +185,22 @@ class _Pair:
 
 def _candidates(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[list[_Pair], list[Tensor]]:
     """Observe one run: the pairs that look foldable, and the model's outputs."""
-    calls = _Calls()
+    watch = _Watch()
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, _CONV | nn.Linear):
-                handle = module.register_forward_hook(calls.layer_ran)
+                stack.callback(module.register_forward_hook(watch.layer_ran).remove)
             elif is_norm(module):
-                handle = module.register_forward_pre_hook(calls.norm_runs)
-            else:
-                continue
-            stack.callback(handle.remove)
-        outputs = _outputs(model, run)
+                stack.callback(module.register_forward_pre_hook(watch.norm_runs).remove)
+                stack.callback(module.register_forward_hook(watch.norm_ran).remove)
+        with inference(model):
+            with watch:
+                result = run(model)
+            watch.note_use(result)
+            outputs = [tensor.detach().clone() for tensor in tensors_of(result)]
     pairs = []
     with torch.no_grad():
-        for layer, norm in calls.pairs():
+        for layer, norm in watch.pairs():
             try:
                 if "weight" in layer._parameters:
                     pairs.append(_Pair(model, layer, norm))
@@ -188,10 +214,10 @@ def fold_conv_norm_pairs(
 ) -> list[tuple[str, str]]:
     """Fold every norm into the layer whose output it normalises, whatever framework built them.
 
-    A pair counts when the norm was only ever given the outputs of that one layer, and the layer's
-    outputs went to that norm. The folded model is run again; if its outputs differ (a layer's
-    output was used elsewhere too), the guilty pairs are found by halving and stay as they were. A
-    folded norm is replaced, under its own name, by ``nn.Identity`` or by the activation that it
+    A pair counts when the norm was only ever given the outputs of that one layer, and these went
+    nowhere else. The folded model is run again; if its outputs differ (a layer that does more with
+    its weights than others), the guilty pairs are found by halving and stay as they were. A folded
+    norm is replaced, under its own name, by ``nn.Identity`` or by the activation that it
     carried itself.
 
     Args:

@@ -216,8 +216,9 @@ def in_parallel(maps: Sequence[LinearMap], where: str) -> LinearMap:
     """
     first = maps[0]
     for other in maps[1:]:
-        _check_channels(other.in_channels, first.in_channels, where)
-        _check_channels(other.out_channels, first.out_channels, where)
+        shapes = [(member.in_channels, member.out_channels) for member in (first, other)]
+        if shapes[0] != shapes[1]:
+            raise MergeError(f"{where}: branches have {shapes[0]} and {shapes[1]} channels in and out.")
         if other.stride != first.stride:
             raise MergeError(f"{where}: branches have strides {first.stride} and {other.stride}.")
         if other.slack != first.slack:

@@ -27,16 +27,17 @@ _SUMS = {"add", "add_", "__add__", "__iadd__", "__radd__", "sub", "sub_", "__sub
 _SCALINGS = {"mul", "mul_", "__mul__", "__imul__", "__rmul__", "div", "__truediv__"}
 _COPIES = {"clone", "contiguous", "dropout", "to"}
 
-# Serial number of a tensor value -> how many parallel convolutions and norms lie between it and another.
-Terms = dict[int, int]
+# Serial number of a tensor value -> the layers that read that value at the start of a branch.
+Terms = dict[int, frozenset[nn.Module]]
 
 
 @dataclass
 class _Frame:
-    """One running call of a composite module."""
+    """One running call of a composite module: its input, and the first value made inside it."""
 
     name: str
     source: int | None
+    first: int
     sums: list[torch.Size] = field(default_factory=list)
 
 
@@ -72,7 +73,7 @@ class _LinearTerms(TorchFunctionMode):
     def terms(self, tensor: Tensor) -> Terms:
         """Return which values ``tensor`` is a linear function of; always one of itself."""
         value = self.value_of(tensor)
-        return {**value.terms, value.serial: 0}
+        return {**value.terms, value.serial: frozenset()}
 
     def __torch_function__(
         self,
@@ -98,24 +99,31 @@ class _LinearTerms(TorchFunctionMode):
             return self.terms(operands[0]) if len(operands) == 1 else {}
         if name in _SUMS and len(operands) == 2:
             left, right = self.terms(operands[0]), self.terms(operands[1])
-            return {serial: left[serial] + right[serial] for serial in left.keys() & right.keys()}
+            return {serial: left[serial] | right[serial] for serial in left.keys() & right.keys()}
         return self.terms(operands[0]) if name in _SUMS | _COPIES and operands else {}
 
     def _note_sum(self, result: Tensor, terms: Terms) -> None:
+        sources = [serial for serial, starts in terms.items() if len(starts) >= 2]
         for frame in reversed(self.frames):
-            if frame.source is not None and terms.get(frame.source, 0) >= 2:
+            if any(serial == frame.source or serial >= frame.first for serial in sources):
                 frame.sums.append(result.shape)
                 return
 
     def layer_ran(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """One layer makes one branch of what it reads, and of all that this is linear in."""
-        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-            linear = not has_activation(layer)
-            self.remember(output, dict.fromkeys(self.terms(args[0]), 1) if linear else {})
+        """A layer starts a branch from what it reads, and goes on with those that lead there."""
+        if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
+            return
+        terms: Terms = {}
+        if not has_activation(layer):
+            own = frozenset({layer})
+            # Branches that were added before are one from here on.
+            terms = {serial: starts if len(starts) == 1 else own for serial, starts in self.terms(args[0]).items()}
+        self.remember(output, terms)
 
     def enter(self, name: str, args: tuple[Any, ...]) -> None:
-        first = args[0] if args else None
-        self.frames.append(_Frame(name, self.value_of(first).serial if isinstance(first, Tensor) else None))
+        given = args[0] if args else None
+        source = self.value_of(given).serial if isinstance(given, Tensor) else None
+        self.frames.append(_Frame(name, source, first=next(self._serials)))
 
     def leave(self, output: Any) -> None:
         frame = self.frames.pop()
@@ -127,7 +135,8 @@ def find_unknown_multibranch(model: nn.Module, run: Callable[[nn.Module], Any]) 
     """Find modules that look like reparameterizable blocks of a class that was not taught.
 
     Such a module adds the outputs of two or more convolutions or norms (each perhaps with its norm)
-    that all read the module's own first input, and gives an output of the sum's shape.
+    that all read one tensor, its own first input or one that it made, and gives an output of the
+    sum's shape.
 
     Args:
         model: Any model, after `merge_branches`; run as at inference, its modes come back.

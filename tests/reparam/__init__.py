@@ -1,0 +1,1 @@
+"""Reparameterization: families, fusing, folding, unknown blocks."""
