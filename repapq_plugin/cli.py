@@ -246,6 +246,8 @@ def quantize(
     **common: Any,
 ) -> None:
     """Quantize the model of a config and compare it with the float one."""
+    from repapq_plugin.export.openvino import require_openvino
+    from repapq_plugin.export.qdq_onnx import require_onnx
     from repapq_plugin.hosts.openmmlab.record import Record
     from repapq_plugin.hosts.openmmlab.work import (
         RESULT_FILE,
@@ -257,7 +259,13 @@ def quantize(
     overrides: dict[str, Any] = {"quantizer": _pairs(quantizer, "--quantizer")}
     if preset is not None:
         overrides["quantizer"]["preset"] = preset
-    overrides["export"] = [name for name in formats.split(",") if name and name != "none"]
+    kinds = [name for name in formats.split(",") if name and name != "none"]
+    # What is missing shall be noticed before the calibration, not after.
+    if kinds:
+        require_onnx()
+    if "openvino" in kinds:
+        require_openvino()
+    overrides["export"] = kinds
     calibration = {"num_samples": calib_samples, "dataloader": calib_dataloader}
     overrides["calibration"] = {key: value for key, value in calibration.items() if value is not None}
     display = _Display()

@@ -67,7 +67,7 @@ class LearningRates:
             larger learning rate").
     """
 
-    weight: float = 0.05
+    weight: float = 0.02
     scale: float = 0.1
     affine: float = 0.1
 
@@ -118,14 +118,14 @@ class RepAPQConfig:
     weight_bits: int = 8
     activation_bits: int = 8
     first_last_bits: int | None = 8
-    activation_observer: ObserverName = "min_max"
-    weight_observer: WeightObserverName = "min_max"
+    activation_observer: ObserverName = "auto"
+    weight_observer: WeightObserverName = "mse"
     percentile: float = 99.99
     affine: bool = True
     loss: LossName = "mae"
     stage_weight: float = 1.0
     schedule: Schedule = "stage"
-    steps: int = 300
+    steps: int = 150
     network_steps: int = 0
     learning_rates: LearningRates = field(default_factory=LearningRates)
     drop_probability: float = 0.0

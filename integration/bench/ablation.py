@@ -1,11 +1,11 @@
 """What each idea is worth: loss, affine layer, stage term, schedule, at few bits on both classifiers.
 
-    python -m integration.bench.ablation --split test --seeds 0 1 2
+    python -m integration.bench.ablation --model repvgg --split test --source subset --seeds 0,1,2
 
 Every run quantizes the same float network with the same 512 calibration images of the shipped subset;
 only the order in which batches are drawn depends on the seed. ``--split val`` is for choosing, ``test``
-(10,000 images) for reporting. Results go to ``results/ablation-<model>.json`` after every run, and a run that
-is there already is not repeated.
+for reporting; ``--source subset`` scores the 2,000 test images that ship, ``full`` all 10,000. Results
+go to ``results/ablation-<model>.json`` after every run, and a run that is there already is not repeated.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from integration.bench.reference import (
 from repapq_plugin import RepAPQConfig, quantize_model
 
 METHODS: dict[str, dict[str, Any]] = {
-    "ranges only, min-max": {"steps": 0},
+    "ranges only, min-max": {"steps": 0, "activation_observer": "min_max", "weight_observer": "min_max"},
     "ranges only, MSE": {"steps": 0, "activation_observer": "mse", "weight_observer": "mse"},
     "ranges only, MAE": {"steps": 0, "activation_observer": "mae", "weight_observer": "mse"},
     "stage, MSE": {"loss": "mse", "affine": False, "stage_weight": 0.0},
@@ -49,13 +49,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "unit, MAE + affine + stage term": {"schedule": "unit"},
     "network, MAE + affine + stage term": {"schedule": "network"},
 }
-UNIT_STEPS = 100
+UNIT_STEPS = 60
 """Steps a unit, so that unit by unit and a stage at once take about the same time."""
 
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """Return what identifies a run."""
-    return row["method"], row["preset"], row["seed"], row["split"]
+    return row["method"], row["preset"], row["seed"], row["split"], row["source"]
 
 
 @click.command()
@@ -64,10 +64,17 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
 @click.option("--method", "methods", multiple=True, default=tuple(METHODS), help="Which rows of the table.")
 @click.option("--seeds", default="0,1,2", help="Seeds, separated by commas.")
 @click.option("--split", type=click.Choice(["val", "test"]), default="val")
+@click.option("--source", type=click.Choice(["subset", "full"]), default="full")
 @click.option("--name", default="ablation", help="Results go to results/<name>-<model>.json.")
 @click.option("--set", "overrides", multiple=True, help="key=json, overrides a key of every run.")
 def main(
-    names: tuple[str, ...], presets: tuple[str, ...], methods: tuple[str, ...], seeds: str, split: str, name: str,
+    names: tuple[str, ...],
+    presets: tuple[str, ...],
+    methods: tuple[str, ...],
+    seeds: str,
+    split: str,
+    source: str,
+    name: str,
     overrides: tuple[str, ...],
 ) -> None:
     """Run the ablation and print one table per model."""
@@ -75,7 +82,7 @@ def main(
     extra = {key: json.loads(value) for key, _, value in (item.partition("=") for item in overrides)}
     for model_name in names:
         model = load_classifier(model_name)
-        images, labels = images_and_labels(split, "full", model)
+        images, labels = images_and_labels(split, source, model)
         batches = calibration_batches(model)
         path = RESULTS / f"{name}-{model_name}.json"
         rows = _previous(path)
@@ -86,7 +93,7 @@ def main(
             for method in methods:
                 settings = {**({"steps": UNIT_STEPS} if method.startswith("unit") else {}), **METHODS[method], **extra}
                 for seed in [int(text) for text in seeds.split(",")]:
-                    if (method, preset, seed, split) in done or (settings.get("steps") == 0 and seed):
+                    if (method, preset, seed, split, source) in done or (settings.get("steps") == 0 and seed):
                         continue
                     config = RepAPQConfig.from_preset(preset, **settings, seed=seed)
                     started = time.perf_counter()
@@ -96,6 +103,7 @@ def main(
                         "preset": preset,
                         "seed": seed,
                         "split": split,
+                        "source": source,
                         "float": float_accuracy,
                         "accuracy": accuracy(result.model, images, labels),
                         "seconds": round(time.perf_counter() - started, 1),
@@ -107,7 +115,7 @@ def main(
                     rows.append(row)
                     click.echo(f"{preset} {method:38s} seed {seed}: {row['accuracy']:.2f}  ({row['seconds']} s)")
                     write_result(f"{name}-{model_name}", {"environment": environment(), "rows": rows})
-        _print_table(model_name, [row for row in rows if row["split"] == split])
+        _print_table(model_name, [row for row in rows if (row["split"], row["source"]) == (split, source)])
 
 
 def _previous(path: Path) -> list[dict[str, Any]]:

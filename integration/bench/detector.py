@@ -82,10 +82,14 @@ def main(
                     "config": settings.to_dict(),
                 }
                 rows.append(row)
-                click.echo(f"{preset} {method:10s} seed {seed}: mAP {row['mAP']:.3f} mAP50 {row['mAP50']:.3f} ({seconds} s)")
+                click.echo(
+                    f"{preset} {method:10s} seed {seed}: mAP {row['mAP']:.3f} mAP50 {row['mAP50']:.3f} ({seconds} s)"
+                )
                 write_result(name, {"environment": environment(), "rows": rows})
     for preset in presets:
-        found = [row["mAP"] for row in rows if (row["preset"], row["method"], row["split"]) == (preset, "RepAPQ", split)]
+        found = [
+            row["mAP"] for row in rows if (row["preset"], row["method"], row["split"]) == (preset, "RepAPQ", split)
+        ]
         if found:
             spread = f" ± {statistics.stdev(found):.4f}" if len(found) > 1 else ""
             click.echo(f"{preset}: float {float_score:.3f}, RepAPQ {statistics.mean(found):.4f}{spread}")

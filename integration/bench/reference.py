@@ -69,7 +69,9 @@ def environment() -> dict[str, Any]:
     return {
         "cpus": os.cpu_count(),
         "machine": platform.machine(),
-        "features": [feature for feature in ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8") if feature in flags],
+        "features": [
+            feature for feature in ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8") if feature in flags
+        ],
         "threads": torch.get_num_threads(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }

@@ -5,8 +5,9 @@
         --test-metrics TEST_DIR/RUN/RUN.json --train-command "python ... train.py ..." --test-command "..."
 
 writes ``integration/assets/repvgg_fashion.pth`` (``state_dict`` and ``meta`` alone, float32, loadable with
-``weights_only=True``) and ``integration/assets/repvgg_fashion.json``. Where the run kept an exponential moving
-average, the toolbox's own hook has already put the averaged weights under ``state_dict``.
+``weights_only=True``) and ``integration/assets/repvgg_fashion.json``. With ``--half-kernels`` the kernels are stored
+in float16 to halve the file: a float32 model takes them by ``load_state_dict`` and runs in float32. Where the run
+kept an exponential moving average, the toolbox's own hook has already put the averaged weights under ``state_dict``.
 """
 
 from __future__ import annotations
@@ -45,16 +46,20 @@ DISTRIBUTIONS = (
 )
 
 
-def plain_checkpoint(path: Path) -> dict[str, Any]:
+def plain_checkpoint(path: Path, half_kernels: bool = False) -> dict[str, Any]:
     """Weights (float32, integers as they are) and a plain ``meta`` of a training checkpoint.
+
+    ``half_kernels`` rounds kernels (tensors of rank 2 and more) to float16; norms and biases stay float32.
 
     The file is read as a pickle: use it only on checkpoints of your own.
     """
     trained = torch.load(path, map_location="cpu", weights_only=False)
-    weights = {
-        key: (value.float() if value.is_floating_point() else value).clone().contiguous()
-        for key, value in trained["state_dict"].items()
-    }
+    weights = {}
+    for key, value in trained["state_dict"].items():
+        kernel = torch.float16 if half_kernels and value.dim() >= 2 else torch.float32
+        weights[key] = value.to(kernel if value.is_floating_point() else value.dtype).clone().contiguous()
+        if not torch.isfinite(weights[key]).all():
+            raise SystemExit(f"{path}: {key} is not finite as {weights[key].dtype}; train again or keep float32")
     meta = trained.get("meta", {})
     return {
         "state_dict": weights,
@@ -63,6 +68,7 @@ def plain_checkpoint(path: Path) -> dict[str, Any]:
             "epoch": int(meta.get("epoch", 0)),
             "iter": int(meta.get("iter", 0)),
             "seed": meta.get("seed"),
+            "half_kernels": half_kernels,
             "averaged": "ema_state_dict" in trained,
         },
     }
@@ -100,13 +106,15 @@ def main() -> None:
     parser.add_argument("--test-metrics", type=Path, help="JSON file of metrics that the test tool wrote")
     parser.add_argument("--train-command", default="", help="the exact command of the training")
     parser.add_argument("--test-command", default="", help="the exact command of the test")
+    parser.add_argument("--remark", default="", help="what a reader of the description must know beside it")
+    parser.add_argument("--half-kernels", action="store_true", help="store kernels in float16")
     parser.add_argument("--every", type=int, default=4, help="keep one of so many training entries of the log")
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder to write to")
     args = parser.parse_args()
     if args.every < 1:
         parser.error(f"--every {args.every}: give 1 or more")
 
-    checkpoint = plain_checkpoint(args.checkpoint)
+    checkpoint = plain_checkpoint(args.checkpoint, args.half_kernels)
     target = args.out / f"{args.name}.pth"
     draft = target.with_suffix(".pth.part")
     torch.save(checkpoint, draft)
@@ -122,9 +130,11 @@ def main() -> None:
         "epochs": meta["epoch"],
         "iterations": meta["iter"],
         "averaged_weights": meta["averaged"],
+        "kernels": "float16" if args.half_kernels else "float32",
         "parameters": sum(value.numel() for key, value in checkpoint["state_dict"].items() if not _is_statistic(key)),
         "versions": versions(),
         "test": json.loads(args.test_metrics.read_text().splitlines()[-1]) if args.test_metrics else None,
+        **({"remark": args.remark} if args.remark else {}),
         "log": read_log(args.train_log, args.every) if args.train_log else [],
     }
     text = json.dumps(description, indent=1)

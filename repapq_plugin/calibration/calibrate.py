@@ -103,8 +103,12 @@ class AcrossBlockCalibrator:
         networks = self.networks
         units = [u for stage in self.stages for u in stage.units if not set(u.layers) & set(self.left_float)]
         subject = NetworkSubject(
-            units, self._layers_of(units), networks.student, networks.teacher,
-            lambda model, batch: networks.forward_fn(model, networks.batches[batch]), self.cache,
+            units,
+            self._layers_of(units),
+            networks.student,
+            networks.teacher,
+            lambda model, batch: networks.forward_fn(model, networks.batches[batch]),
+            self.cache,
         )
         self.cache.drop_everything()
         return self._results("network", units, self._reconstruct(subject, steps))
@@ -152,8 +156,14 @@ class AcrossBlockCalibrator:
         for position, unit in enumerate(stage.units):
             self._set_quantizing([unit], True)
             subject = UnitSubject(
-                unit, self.networks.calls(unit.name), [done.name for done in stage.units[:position]],
-                bool(self.config.stage_weight), stage, self._layers_of([unit]), self.modules["student"], self.cache,
+                unit,
+                self.networks.calls(unit.name),
+                [done.name for done in stage.units[:position]],
+                bool(self.config.stage_weight),
+                stage,
+                self._layers_of([unit]),
+                self.modules["student"],
+                self.cache,
             )
             results += self._results(stage.name, [unit], self._reconstruct(subject, self.config.steps))
             with torch.no_grad():
@@ -233,4 +243,3 @@ def _continued(first: UnitResult, then: UnitResult | None) -> UnitResult:
         seconds=first.seconds + then.seconds,
         note="; ".join(note for note in (first.note, then.note and f"network: {then.note}") if note),
     )
-

@@ -48,9 +48,7 @@ def ancestors(name: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
 
 
-def find_units(
-    model: nn.Module, trace: Trace, layers: Collection[str], patterns: Sequence[str] = ()
-) -> list[Unit]:
+def find_units(model: nn.Module, trace: Trace, layers: Collection[str], patterns: Sequence[str] = ()) -> list[Unit]:
     """Group the quantized ``layers`` of ``model`` into units, in call order.
 
     A unit is a module that matches ``patterns``, else the merged block around a layer, else the

@@ -91,8 +91,10 @@ class _RangeChooser:
                 quantizer,
                 {
                     name: OBSERVERS[name](
-                        dtype=watched.dtype, qscheme=watched.qscheme,
-                        quant_min=watched.quant_min, quant_max=watched.quant_max,
+                        dtype=watched.dtype,
+                        qscheme=watched.qscheme,
+                        quant_min=watched.quant_min,
+                        quant_max=watched.quant_max,
                     ).to(layer.weight.device)
                     for name in AUTO_CANDIDATES
                 },

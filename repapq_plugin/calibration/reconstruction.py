@@ -116,9 +116,7 @@ def output_magnitudes(subject: Subject, batch: int) -> dict[str, float]:
     return found
 
 
-def reconstruct(
-    subject: Subject, batches: int, config: RepAPQConfig, advance: Callable[[], None]
-) -> Outcome:
+def reconstruct(subject: Subject, batches: int, config: RepAPQConfig, advance: Callable[[], None]) -> Outcome:
     """Minimise the across-block loss of ``subject`` and keep the result if held-out batches agree.
 
     Args:
@@ -175,9 +173,7 @@ def _optimise(subject: Subject, training: list[int], config: RepAPQConfig, advan
 
 def _loss(subject: Subject, batch: int, config: RepAPQConfig) -> tuple[Tensor, dict[str, float]]:
     target, output = subject.teacher(batch), subject.student(batch)
-    return across_block_loss(
-        output.units, target.units, output.stage, target.stage, config.loss, config.stage_weight
-    )
+    return across_block_loss(output.units, target.units, output.stage, target.stage, config.loss, config.stage_weight)
 
 
 @torch.no_grad()

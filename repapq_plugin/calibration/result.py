@@ -153,9 +153,7 @@ class CalibrationResult:
         )
 
 
-def rebuild(
-    model: nn.Module, plan: QuantizationPlan, merges: Sequence[MergeRecord], config: RepAPQConfig
-) -> nn.Module:
+def rebuild(model: nn.Module, plan: QuantizationPlan, merges: Sequence[MergeRecord], config: RepAPQConfig) -> nn.Module:
     """Return a copy of ``model``, merged, folded and with quantizers as ``plan`` and ``merges`` say."""
     skip = [record.name for record in merges if not record.merged]
     merged, _ = merge_branches(copy.deepcopy(model).eval(), inplace=True, verify=False, skip=skip)

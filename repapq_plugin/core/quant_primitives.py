@@ -80,6 +80,6 @@ def fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, ch_axis: int | None = None
 ) -> Tensor:
     """Return ``dequantize(quantize(x))`` in ``x``'s dtype; no gradient."""
-    return dequantize(
-        quantize(x, scale, zero_point, quant_min, quant_max, ch_axis), scale, zero_point, ch_axis
-    ).to(x.dtype)
+    return dequantize(quantize(x, scale, zero_point, quant_min, quant_max, ch_axis), scale, zero_point, ch_axis).to(
+        x.dtype
+    )

@@ -122,9 +122,7 @@ class OpenVINONetwork(RuntimeNetwork):
         try:
             import openvino
         except ImportError as error:
-            raise ExportError(
-                "This needs the openvino package: pip install 'repapq-plugin[export]'"
-            ) from error
+            raise ExportError("This needs the openvino package: pip install 'repapq-plugin[export]'") from error
         path = _existing_file(path)
         options: dict[str, Any] = {"PERFORMANCE_HINT": hint}
         if precision is not None:

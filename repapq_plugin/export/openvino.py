@@ -117,9 +117,7 @@ def _convert(ov: Any, onnx_path: Path, xml_path: Path) -> Any:
         options = {"INFERENCE_PRECISION_HINT": "f32"}
         return core.compile_model(core.read_model(xml_path), "CPU", options)
     except RuntimeError as error:
-        raise ExportError(
-            f"OpenVINO cannot convert {onnx_path.name}, or write {xml_path.name}: {error}"
-        ) from error
+        raise ExportError(f"OpenVINO cannot convert {onnx_path.name}, or write {xml_path.name}: {error}") from error
 
 
 def _difference(compiled: Any, source: Any, example: Tensor | tuple[Any, ...]) -> float:

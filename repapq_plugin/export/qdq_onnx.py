@@ -180,8 +180,7 @@ class _Names:
             return [kind] if len(tensors) == 1 else [f"{kind}_{i}" for i in range(len(tensors))]
         if len(names) != len(tensors) or len(set(names)) != len(names):
             raise ExportError(
-                f"{kind}_names={list(names)} must be {len(tensors)} different names, one for each {kind} of "
-                "the model."
+                f"{kind}_names={list(names)} must be {len(tensors)} different names, one for each {kind} of the model."
             )
         return list(names)
 

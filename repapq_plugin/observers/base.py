@@ -222,11 +222,14 @@ class HistogramRangeObserver(RangeObserver):
 class SearchedRangeObserver(HistogramRangeObserver):
     """Searches the range whose quantization error is smallest on the histogram.
 
-    Upper and lower bound shrink in turn over ``candidates`` fractions of the observed bounds; the
-    full min-max range is always among them, so the result is never worse under its own measure.
+    Upper and lower bound move in turn, first over fractions of the observed bounds, then twice over
+    fractions of twice the value found: so the search stays fine behind an outlier of any size. What was
+    found is always tried again, and the full min-max range first of all, so the result is never worse
+    than it under its own measure.
 
     Args:
-        candidates: Number of fractions tried for a bound in one pass.
+        candidates: Number of evenly spaced fractions tried for a bound in one pass; half as many more
+            are spaced by a ratio, down to a ten-thousandth.
         **kwargs: See `HistogramRangeObserver`.
     """
 
@@ -252,17 +255,25 @@ class SearchedRangeObserver(HistogramRangeObserver):
     def find_range(self) -> tuple[Tensor, Tensor]:
         """Return the searched range, float32 scalars."""
         low, high = self.min_val.double().clamp(max=0), self.max_val.double().clamp(min=0)
-        full_low, full_high = low, high
-        fractions = torch.linspace(1.0, 1.0 / self.candidates, self.candidates).to(low)
         if self.symmetric:
-            bound = torch.maximum(-low, high) * fractions
-            best = bound[self.range_error(-bound, bound).argmin()]
-            return -best.float(), best.float()
-        for _ in range(2):
-            if full_high > 0:
-                highs = full_high * fractions
-                high = highs[self.range_error(low.expand_as(highs), highs).argmin()]
-            if full_low < 0:
-                lows = full_low * fractions
-                low = lows[self.range_error(lows, high.expand_as(lows)).argmin()]
+            low, high = -torch.maximum(-low, high), torch.maximum(-low, high)
+        full_low, full_high = low, high
+        for spread in (1.0, 2.0, 2.0):
+            highs = self._tried(high, full_high, spread)
+            if self.symmetric:
+                high = highs[self.range_error(-highs, highs).argmin()]
+                low = -high
+                continue
+            high = highs[self.range_error(low.expand_as(highs), highs).argmin()]
+            lows = self._tried(low, full_low, spread)
+            low = lows[self.range_error(lows, high.expand_as(lows)).argmin()]
         return low.float(), high.float()
+
+    def _tried(self, bound: Tensor, full: Tensor, spread: float) -> Tensor:
+        """Return ``bound`` itself and fractions of ``spread`` times it, none beyond ``full``."""
+        if full == 0:
+            return bound[None]
+        even = torch.linspace(1.0, 1.0 / self.candidates, self.candidates)
+        fractions = torch.cat([even, torch.logspace(0, -4, self.candidates // 2)]).to(bound)
+        magnitudes = (bound.abs() * spread * fractions).clamp(max=full.abs())
+        return torch.cat([bound[None], magnitudes * torch.sign(full)])

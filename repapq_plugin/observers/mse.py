@@ -41,8 +41,11 @@ class PerChannelMSEObserver(PerChannelMinMaxObserver):
         fractions = torch.linspace(1.0, 0.2, self.candidates, device=x.device)
         for fraction in fractions:
             scale, zero_point = choose_qparams(
-                self.min_val * fraction, self.max_val * fraction,
-                self.quant_min, self.quant_max, symmetric=self.symmetric,
+                self.min_val * fraction,
+                self.max_val * fraction,
+                self.quant_min,
+                self.quant_max,
+                symmetric=self.symmetric,
             )
             hat = fake_quantize(rows, scale, zero_point, self.quant_min, self.quant_max, 0)
             errors.append((hat - rows).square().mean(1))

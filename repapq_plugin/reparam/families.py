@@ -77,9 +77,7 @@ def timm_repvgg(block: Any) -> BranchSpec | None:
     """RepVGG of timm: kxk + 1x1 [+ normalised identity], then attention, then activation."""
     if block.reparam_conv is not None:
         return None
-    branches = _branches(
-        _conv_norm_act(block.conv_kxk), _conv_norm_act(block.conv_1x1), _alone(block.identity)
-    )
+    branches = _branches(_conv_norm_act(block.conv_kxk), _conv_norm_act(block.conv_1x1), _alone(block.identity))
     return BranchSpec(branches, after=_present(block.attn, block.act))
 
 

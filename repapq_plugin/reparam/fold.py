@@ -68,9 +68,7 @@ def _folded(layer: Any, bn: nn.Module) -> tuple[Tensor, Tensor]:
     # A transposed convolution keeps its output channels, within each group, in the second axis.
     channels = weight.shape[1] * groups if isinstance(layer, _TRANSPOSED) else weight.shape[0]
     if channels != len(scale):
-        raise MergeError(
-            f"A norm over {len(scale)} channels cannot be folded into a layer that gives {channels}."
-        )
+        raise MergeError(f"A norm over {len(scale)} channels cannot be folded into a layer that gives {channels}.")
     taps = [1] * (weight.dim() - 2)
     if isinstance(layer, _TRANSPOSED):
         grouped = weight.unflatten(0, (groups, -1)) * scale.reshape(groups, 1, -1, *taps)
@@ -166,10 +164,7 @@ class _Pair:
         self.rest: nn.Module = nn.Sequential(*tail) if tail else nn.Identity()
         self.rest.training = norm.training
         self.places = [
-            (parent, name)
-            for parent in model.modules()
-            for name, child in parent._modules.items()
-            if child is norm
+            (parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is norm
         ]
 
     def fold(self) -> None:

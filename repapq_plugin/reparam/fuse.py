@@ -90,9 +90,7 @@ def _branch(branch: Branch, channels: int, like: Tensor, where: str) -> LinearMa
     result = branch_map(flattened(branch.layers), channels, like, where)
     scale = torch.as_tensor(branch.scale, dtype=torch.float64, device=like.device).detach().flatten()
     if scale.numel() not in (1, result.out_channels):
-        raise MergeError(
-            f"{where}: Branch.scale has {scale.numel()} elements; give one, or {result.out_channels}."
-        )
+        raise MergeError(f"{where}: Branch.scale has {scale.numel()} elements; give one, or {result.out_channels}.")
     return scaled(result, scale)
 
 
@@ -201,9 +199,7 @@ def _verified(block: nn.Module, spec: BranchSpec, conv: nn.Conv2d, where: str) -
     return error
 
 
-def _merge(
-    block: nn.Module, spec: BranchSpec, name: str, verify: bool
-) -> tuple[MergedBlock | None, MergeRecord]:
+def _merge(block: nn.Module, spec: BranchSpec, name: str, verify: bool) -> tuple[MergedBlock | None, MergeRecord]:
     where = name or "model"
     block_class, count = qualified_name(type(block)), len(spec.branches)
     try:

@@ -81,9 +81,7 @@ def identity_map(channels: int, like: Tensor) -> LinearMap:
 
 def scaled(linear: LinearMap, scale: Tensor, shift: Tensor | float = 0.0) -> LinearMap:
     """Multiply the outputs of a map by ``scale`` (one or one per channel) and add ``shift``."""
-    return replace(
-        linear, weight=linear.weight * scale.reshape(-1, 1, 1, 1), bias=linear.bias * scale + shift
-    )
+    return replace(linear, weight=linear.weight * scale.reshape(-1, 1, 1, 1), bias=linear.bias * scale + shift)
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -91,9 +89,7 @@ def _pair(value: Any) -> tuple[int, int]:
     return int(first), int(second)
 
 
-def _taps(
-    size: tuple[int, int], dilation: tuple[int, int], padding: tuple[int, int]
-) -> list[tuple[int, ...]]:
+def _taps(size: tuple[int, int], dilation: tuple[int, int], padding: tuple[int, int]) -> list[tuple[int, ...]]:
     axes = zip(size, dilation, padding, strict=True)
     return [tuple(i * step - before for i in range(count)) for count, step, before in axes]
 
@@ -258,8 +254,17 @@ def to_conv(linear: LinearMap, dtype: torch.dtype) -> nn.Conv2d:
     size, dilation, padding = zip(*grids, strict=True)
     # skip_init leaves the global random state alone, which nn.Conv2d's initialisation would advance.
     conv: nn.Conv2d = nn.utils.skip_init(  # type: ignore[no-untyped-call]
-        nn.Conv2d, linear.in_channels, linear.out_channels, size, stride=linear.stride, padding=padding,
-        dilation=dilation, groups=linear.groups, bias=True, dtype=dtype, device=linear.weight.device,
+        nn.Conv2d,
+        linear.in_channels,
+        linear.out_channels,
+        size,
+        stride=linear.stride,
+        padding=padding,
+        dilation=dilation,
+        groups=linear.groups,
+        bias=True,
+        dtype=dtype,
+        device=linear.weight.device,
     )
     at_rows = torch.tensor([(tap + padding[0]) // dilation[0] for tap in linear.rows])
     at_cols = torch.tensor([(tap + padding[1]) // dilation[1] for tap in linear.cols])

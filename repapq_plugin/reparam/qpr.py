@@ -100,7 +100,11 @@ def _requantize(layer: QuantizedLayer, gamma: Tensor) -> None:
     quantizer = layer.weight_fake_quant
     logger.warning(
         "The weight grid (%s, %d to %d) cannot take the affine layer in exactly: %d channels are scaled and "
-        "quantized again.", quantizer.qscheme, quantizer.quant_min, quantizer.quant_max, gamma.numel(),
+        "quantized again.",
+        quantizer.qscheme,
+        quantizer.quant_min,
+        quantizer.quant_max,
+        gamma.numel(),
     )
     scaled = quantizer.quantize_dequantize(layer.weight) * gamma
     quantizer.activation_post_process.reset_min_max_vals()

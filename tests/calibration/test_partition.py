@@ -1,13 +1,13 @@
 import pytest
 import timm
 import torch
-from tests.calibration.networks import Chain, Pyramid, settle
 from torch import nn
 
 from repapq_plugin.calibration.partition import find_stages, find_units
 from repapq_plugin.calibration.quantize import merge_for_inference
 from repapq_plugin.calibration.trace import trace_network
 from repapq_plugin.errors import ConfigError
+from tests.calibration.networks import Chain, Pyramid, settle
 
 
 def partition(model: nn.Module, size: int = 16, units=(), stages=()):

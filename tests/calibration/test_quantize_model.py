@@ -3,7 +3,6 @@ import logging
 
 import pytest
 import torch
-from tests.calibration.networks import Chain, Pyramid, TwoBranchBlock, batches, settle
 from torch import nn
 
 from repapq_plugin import CalibrationResult, RepAPQConfig, quantize_model
@@ -11,6 +10,7 @@ from repapq_plugin.calibration.trace import flatten_tensors
 from repapq_plugin.core.losses import mae_loss
 from repapq_plugin.errors import CalibrationError, ConfigError
 from repapq_plugin.layers import QuantizedLayer
+from tests.calibration.networks import Chain, Pyramid, TwoBranchBlock, batches, settle
 
 SCHEDULES = ("unit", "stage", "network")
 

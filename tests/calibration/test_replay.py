@@ -1,9 +1,9 @@
 import pytest
 import torch
-from tests.calibration.networks import Pyramid, settle
 
 from repapq_plugin.calibration.replay import answering, inputs_of, outputs_of, recording
 from repapq_plugin.calibration.trace import flatten_tensors
+from tests.calibration.networks import Pyramid, settle
 
 
 @pytest.fixture

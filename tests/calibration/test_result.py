@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 import textwrap
@@ -7,11 +6,11 @@ import textwrap
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.calibration.networks import Chain, Pyramid, batches, settle
 
 from repapq_plugin import CalibrationResult, RepAPQConfig, quantize_model
 from repapq_plugin.calibration.trace import flatten_tensors
 from repapq_plugin.errors import ResultError
+from tests.calibration.networks import Chain, Pyramid, batches, settle
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +33,7 @@ def test_a_saved_result_comes_back_equal(pair, tmp_path):
     assert loaded.merges == result.merges
     layers = dict(loaded.model.named_modules())
     assert layers["classes"].input_fake_quant is layers["boxes"].input_fake_quant
-    assert os.listdir(tmp_path / "a") == ["result.safetensors"]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["result.safetensors"]
 
 
 def test_the_summary_is_plain_json(pair):
@@ -91,4 +90,4 @@ def test_a_full_disk_leaves_the_older_file_and_nothing_else(tmp_path):
     )
     assert "refused: Cannot write" in done.stdout, done.stderr
     assert target.read_text() == "older"
-    assert os.listdir(tmp_path) == ["result.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["result.safetensors"]

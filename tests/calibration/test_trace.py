@@ -1,9 +1,9 @@
 import torch
-from tests.calibration.networks import Chain, Pyramid, settle
 from torch import nn
 
 from repapq_plugin.calibration.quantize import merge_for_inference
 from repapq_plugin.calibration.trace import flatten_tensors, trace_network
+from tests.calibration.networks import Chain, Pyramid, settle
 
 
 def merged(model: nn.Module) -> nn.Module:

@@ -30,9 +30,7 @@ def test_results_are_the_callers_own(runtime: type[torch.nn.Module], tmp_path: P
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_one_output_is_a_tensor_and_any_memory_layout_will_do(
-    runtime: type[torch.nn.Module], tmp_path: Path
-) -> None:
+def test_one_output_is_a_tensor_and_any_memory_layout_will_do(runtime: type[torch.nn.Module], tmp_path: Path) -> None:
     model, x = make(Chain, 7, 8)
     export_onnx(model, x, tmp_path / "model.onnx")
     network = runtime(tmp_path / "model.onnx")
@@ -69,7 +67,7 @@ def test_onnxruntime_does_not_saturate(arithmetic: Any, tmp_path: Path) -> None:
 
 def test_integer_arithmetic_runs_integer_kernels(tmp_path: Path) -> None:
     """Told apart by what they compute: a bias of half a step is rounded away, or is not."""
-    layers = [quantized(torch.nn.Conv2d(4, 4, 1), 8, 8) for _ in range(2)]
+    layers = [quantized(torch.nn.Conv2d(4, 4, 1, bias=has_bias), 8, 8) for has_bias in (True, False)]
     torch.nn.init.ones_(layers[0].layer.weight)
     model = set_ranges(torch.nn.Sequential(layers[0], torch.nn.ReLU(), layers[1]), torch.ones(1, 4, 2, 2))
     with torch.no_grad():
@@ -79,8 +77,7 @@ def test_integer_arithmetic_runs_integer_kernels(tmp_path: Path) -> None:
     export_onnx(model, torch.zeros(1, 4, 2, 2), tmp_path / "model.onnx")
     zeros = torch.zeros(1, 4, 2, 2)
     exact, integer = (
-        OnnxRuntimeNetwork(tmp_path / "model.onnx", threads=1, arithmetic=how)(zeros)
-        for how in ("exact", "integer")
+        OnnxRuntimeNetwork(tmp_path / "model.onnx", threads=1, arithmetic=how)(zeros) for how in ("exact", "integer")
     )
     expected = outputs_of(model, zeros)[0]
     one_code = float(step * 0.6 * layers[1].weight.detach().abs().max())

@@ -20,9 +20,7 @@ def quantized(
     layer: nn.Module, weight_bits: int, activation_bits: int, shared: LearnableFakeQuantize | None = None
 ) -> QuantizedLayer:
     low, high = weight_bounds(weight_bits)
-    weight = PerChannelLearnableFakeQuantize(
-        quant_min=low, quant_max=high, ch_axis=output_channels_axis(layer)
-    )
+    weight = PerChannelLearnableFakeQuantize(quant_min=low, quant_max=high, ch_axis=output_channels_axis(layer))
     return QuantizedLayer(layer, weight, shared or input_quantizer(activation_bits))
 
 

@@ -97,9 +97,7 @@ def test_without_quantizers_is_the_float_model() -> None:
 def test_per_tensor_weights() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 6, 6)
-    weight = LearnableFakeQuantize(
-        quant_min=-7, quant_max=7, dtype=torch.qint8, qscheme=torch.per_tensor_symmetric
-    )
+    weight = LearnableFakeQuantize(quant_min=-7, quant_max=7, dtype=torch.qint8, qscheme=torch.per_tensor_symmetric)
     layer = QuantizedLayer(nn.Conv2d(3, 4, 3), weight, LearnableFakeQuantize(quant_min=0, quant_max=15))
     set_ranges(layer, x)
     assert torch.equal(deployable(layer)(x), layer(x))

@@ -32,9 +32,7 @@ BITS = [(7, 8), (6, 6), (4, 4), (3, 5)]
 
 @pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize(("w", "a"), BITS)
-def test_integer_kernels_compute_what_the_model_computes(
-    kind: type[nn.Module], w: int, a: int, tmp_path: Path
-) -> None:
+def test_integer_kernels_compute_what_the_model_computes(kind: type[nn.Module], w: int, a: int, tmp_path: Path) -> None:
     model, x = make(kind, w, a)
     summary = export_openvino(model, x, tmp_path / "model.xml", dynamic_batch=False)
     assert summary.integer_layers == kind.layers

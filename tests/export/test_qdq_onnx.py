@@ -61,15 +61,11 @@ def test_onnxruntime_computes_the_same_and_its_integers_stay_within_rounding(
 
 
 def weight_initializers(graph: Any) -> list[Any]:
-    return [
-        numpy_helper.to_array(t) for t in graph.initializer if t.data_type == onnx.TensorProto.INT8 and t.dims
-    ]
+    return [numpy_helper.to_array(t) for t in graph.initializer if t.data_type == onnx.TensorProto.INT8 and t.dims]
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_initializers_are_the_models_integers_and_nothing_float_is_left(
-    kind: type[nn.Module], tmp_path: Path
-) -> None:
+def test_initializers_are_the_models_integers_and_nothing_float_is_left(kind: type[nn.Module], tmp_path: Path) -> None:
     model, x = make(kind, 4, 8)
     export_onnx(model, x, tmp_path / "model.onnx")
     graph = onnx.load(tmp_path / "model.onnx").graph
@@ -80,9 +76,7 @@ def test_initializers_are_the_models_integers_and_nothing_float_is_left(
         assert any(a.shape == wanted.shape and np.array_equal(a, wanted) for a in stored) or any(
             wanted.ndim == 2 and np.array_equal(a, wanted.T) for a in stored
         )
-    kept = {
-        m.weight.shape for m in model.modules() if type(m) is nn.Conv2d and m is getattr(model, "plain", None)
-    }
+    kept = {m.weight.shape for m in model.modules() if type(m) is nn.Conv2d and m is getattr(model, "plain", None)}
     floats = [t for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) > 1]
     assert {tuple(t.dims) for t in floats} == {tuple(shape) for shape in kept}
 

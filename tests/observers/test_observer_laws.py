@@ -21,9 +21,9 @@ from repapq_plugin.observers import (
     MAEObserver,
     MinMaxObserver,
     MSEObserver,
+    PercentileObserver,
     PerChannelMinMaxObserver,
     PerChannelMSEObserver,
-    PercentileObserver,
     RangeObserver,
     register_observer,
 )

@@ -15,9 +15,9 @@ from repapq_plugin.observers import (
     MAEObserver,
     MinMaxObserver,
     MSEObserver,
+    PercentileObserver,
     PerChannelMinMaxObserver,
     PerChannelMSEObserver,
-    PercentileObserver,
 )
 
 seeds = st.integers(0, 2**32 - 1)
@@ -83,6 +83,20 @@ def test_behind_a_relu_it_is_the_best_of_all_candidates(cls: Any, seed: int, bit
     best = min(error(x, cls.power, qparams, bounds) for qparams in ranges)
     bin_width = 2 * float(observer.radius) / observer.bins
     assert error(x, cls.power, observer.calculate_qparams(), bounds) <= best + 2 * bin_width
+
+
+@searched
+@given(seed=seeds, bits=bit_widths, outlier=st.floats(20, 5000))
+def test_behind_an_outlier_of_any_size_the_search_stays_fine(cls: Any, seed: int, bits: int, outlier: float) -> None:
+    bounds = activation_bounds(bits)
+    observer = cls(quant_min=bounds[0], quant_max=bounds[1])
+    x = torch.relu(torch.randn(5000, generator=torch.Generator().manual_seed(seed)))
+    x[7] = outlier
+    observer(x)
+    dense = torch.logspace(-4, 0, 300) * outlier
+    best = observer.range_error(torch.zeros(300), dense).min()
+    low, high = observer.find_range()
+    assert observer.range_error(low[None], high[None]) <= 1.1 * best
 
 
 @given(seed=seeds, bits=bit_widths, outlier=st.floats(15, 1000))

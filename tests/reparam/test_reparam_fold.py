@@ -53,10 +53,14 @@ LAYERS = {
     "conv2d": lambda groups: (nn.Conv2d(4, 8, 3, 2, 1, groups=groups, bias=False), nn.BatchNorm2d(8), (2, 4, 9, 9)),
     "conv3d": lambda groups: (nn.Conv3d(4, 8, 2, groups=groups), nn.BatchNorm3d(8), (2, 4, 5, 5, 5)),
     "reflecting": lambda groups: (
-        nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect", groups=groups), nn.SyncBatchNorm(8), (2, 4, 9, 9),
+        nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect", groups=groups),
+        nn.SyncBatchNorm(8),
+        (2, 4, 9, 9),
     ),
     "transposed": lambda groups: (
-        nn.ConvTranspose2d(4, 8, 3, 2, 1, output_padding=1, groups=groups), nn.BatchNorm2d(8), (2, 4, 9, 9),
+        nn.ConvTranspose2d(4, 8, 3, 2, 1, output_padding=1, groups=groups),
+        nn.BatchNorm2d(8),
+        (2, 4, 9, 9),
     ),
     "linear": lambda groups: (nn.Linear(4, 8, bias=groups > 1), nn.BatchNorm1d(8, affine=False), (5, 4)),
 }
@@ -111,7 +115,12 @@ def test_convolution_and_norm_of_every_toolbox_are_found() -> None:
     check_folding(
         model,
         [
-            ("0.conv", "0.bn"), ("1.conv", "1.bn"), ("2.0", "2.1"), ("3.0", "3.1"), ("4.0", "4.1"), ("5.2", "5.3"),
+            ("0.conv", "0.bn"),
+            ("1.conv", "1.bn"),
+            ("2.0", "2.1"),
+            ("3.0", "3.1"),
+            ("4.0", "4.1"),
+            ("5.2", "5.3"),
         ],
     )
     assert isinstance(model[0].norm, nn.Identity)

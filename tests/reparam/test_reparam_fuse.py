@@ -204,9 +204,7 @@ REFUSED = {
     "keeps no running statistics": [Branch((conv3(), nn.BatchNorm2d(4, track_running_stats=False)))],
     "not finite": [Branch((conv3(), norm_with(running_var=float("nan"))))],
     "negative variance": [Branch((conv3(), norm_with(running_var=-1.0)))],
-    "leaves padding out of the mean": [
-        Branch((conv3(),)), Branch((nn.AvgPool2d(3, 1, 1, count_include_pad=False),))
-    ],
+    "leaves padding out of the mean": [Branch((conv3(),)), Branch((nn.AvgPool2d(3, 1, 1, count_include_pad=False),))],
     "ceil_mode": [Branch((conv3(stride=2),)), Branch((nn.AvgPool2d(2, ceil_mode=True),))],
     "no branch holds a convolution": [Branch(()), Branch((nn.AvgPool2d(3, 1, 1),))],
     "scale has 3 elements; give one, or 4": [Branch((conv3(),), scale=torch.ones(3))],
