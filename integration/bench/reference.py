@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from integration.fashion.items import load_items
-
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
 CALIBRATION_IMAGES = 512
@@ -32,11 +30,14 @@ def load_classifier(name: str) -> nn.Module:
 
 
 def images_and_labels(split: str, source: str, model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return normalised images, float ``(N, C, 28, 28)``, and labels, ``(N,)``, of one split."""
-    items = load_items(split, source)
-    channels = len(model.data_preprocessor.mean)
-    raw = torch.from_numpy(items.images.copy())[:, None].expand(-1, channels, -1, -1)
-    return model.data_preprocessor({"inputs": raw.contiguous()})["inputs"], torch.from_numpy(items.labels.copy())
+    """Return normalised images, float ``(N, C, H, W)``, and labels, ``(N,)``, through the config's test pipeline."""
+    from mmpretrain.registry import DATASETS
+
+    dataset = DATASETS.build({**model._config.test_dataloader.dataset, "split": split, "source": source})
+    samples = [dataset[index] for index in range(len(dataset))]
+    raw = torch.stack([sample["inputs"] for sample in samples])
+    labels = torch.cat([sample["data_samples"].gt_label for sample in samples])
+    return model.data_preprocessor({"inputs": raw})["inputs"], labels
 
 
 def calibration_batches(model: nn.Module, count: int = CALIBRATION_IMAGES) -> list[Tensor]:
