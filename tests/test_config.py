@@ -32,6 +32,7 @@ allowed: dict[str, st.SearchStrategy[Any]] = {
     "stage_weight": st.floats(0, 1e6),
     "schedule": st.sampled_from(["unit", "stage", "network"]),
     "steps": st.integers(0, 10**6),
+    "network_steps": st.integers(0, 10**6),
     "learning_rates": st.fixed_dictionaries({}, optional={"weight": shares, "scale": shares, "affine": shares}),
     "drop_probability": shares,
     "guard_fraction": st.floats(0, 0.5),
@@ -74,6 +75,7 @@ bad_values: list[tuple[str, Any, str]] = [
     *(("drop_probability", value, "0 to 1") for value in (-0.1, 1.1, NAN, None)),
     *(("guard_fraction", value, "0 to 0.5") for value in (-0.1, 0.6, "half")),
     *(("steps", value, "at least 0") for value in (-1, 1.5, "300", None, True)),
+    *(("network_steps", value, "at least 0") for value in (-1, 0.5, "10", None, False)),
     *(("cache_bytes", value, "at least 0") for value in (-1, 1e9, None)),
     *(("seed", value, "at least 0") for value in (-1, 0.5, None)),
     *(("learning_rates", value, "LearningRates") for value in (0.1, None, [])),
@@ -124,7 +126,9 @@ def test_presets(preset: str, bits: tuple[int, int]) -> None:
     config = RepAPQConfig.from_preset(preset, steps=7, learning_rates={"affine": 0.5})
     assert (config.weight_bits, config.activation_bits) == bits
     assert (config.steps, config.learning_rates.affine) == (7, 0.5)
-    assert config.replace(steps=300, learning_rates={}) == RepAPQConfig(weight_bits=bits[0], activation_bits=bits[1])
+    assert config.replace(steps=RepAPQConfig().steps, learning_rates={}) == RepAPQConfig(
+        weight_bits=bits[0], activation_bits=bits[1]
+    )
     assert config.scheme.startswith(preset.upper())
 
 

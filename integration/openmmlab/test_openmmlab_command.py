@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,12 @@ def test_interrupting_a_calibration_leaves_nothing_half_written(detector_checkpo
     words += ["-q", "steps=1000000", *options(FEW_SCENES)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "repapq_plugin", *words], env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "repapq_plugin", *words],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        # In the background of a script the tests themselves ignore an interrupt, which children would inherit.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     try:
         log = folder / "repapq.log"

@@ -31,9 +31,15 @@ LOG_KEYS = (
     "loss",
     "loss_cls",
     "loss_bbox",
+    "loss_mask",
+    "decode.acc_seg",
     "accuracy/top1",
     "coco/bbox_mAP",
     "coco/bbox_mAP_50",
+    "coco/segm_mAP",
+    "coco/segm_mAP_50",
+    "mIoU",
+    "aAcc",
 )
 DISTRIBUTIONS = (
     "torch",
@@ -42,6 +48,7 @@ DISTRIBUTIONS = (
     "onedl-mmcv",
     "onedl-mmdetection",
     "onedl-mmpretrain",
+    "onedl-mmsegmentation",
     "visaion4mmyolo",
 )
 
@@ -64,7 +71,8 @@ def plain_checkpoint(path: Path, half_kernels: bool = False) -> dict[str, Any]:
     return {
         "state_dict": weights,
         "meta": {
-            "dataset_meta": {"classes": list(CLASSES)},
+            # A segmentor has one class more, the background.
+            "dataset_meta": {"classes": list(meta.get("dataset_meta", {}).get("classes", CLASSES))},
             "epoch": int(meta.get("epoch", 0)),
             "iter": int(meta.get("iter", 0)),
             "seed": meta.get("seed"),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from repapq_plugin.errors import ExportError
 from repapq_plugin.export.deploy import DeployedLayer, deployable, without_quantizers
 from repapq_plugin.export.files import write_atomically
+from repapq_plugin.reparam.norms import is_norm
 
 LOGGER = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class _Expected:
     layer_calls: int
     input_pairs: int
     clamps: int
+    norms: int
     weights: dict[str, Tensor]
 
 
@@ -189,7 +191,7 @@ class _Names:
 def _run(deployed: nn.Module, args: tuple[Any, ...]) -> _Expected:
     """Run the deployed model once and note what its layers read."""
     read: list[tuple[Tensor, tuple[Any, ...]]] = []  # the tensors are kept, so that an id stays theirs
-    calls = 0
+    calls = norms = 0
     layers = {name: m for name, m in deployed.named_modules() if isinstance(m, DeployedLayer)}
 
     def note(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -201,7 +203,12 @@ def _run(deployed: nn.Module, args: tuple[Any, ...]) -> _Expected:
             grid = (float(layer.input_scale), int(layer.input_zero_point), layer.clamp_range)
             read.append((x, (id(x), x._version, *grid)))
 
+    def note_norm(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
+        nonlocal norms
+        norms += 1
+
     hooks = [layer.register_forward_pre_hook(note) for layer in layers.values()]
+    hooks += [module.register_forward_pre_hook(note_norm) for module in deployed.modules() if is_norm(module)]
     try:
         outputs = deployed(*args)
     except Exception as error:
@@ -215,6 +222,7 @@ def _run(deployed: nn.Module, args: tuple[Any, ...]) -> _Expected:
         layer_calls=calls,
         input_pairs=len(keys),
         clamps=sum(key[-1] is not None for key in keys),
+        norms=norms,
         weights={name: layer.weight_codes for name, layer in layers.items() if layer.quantizes_weight},
     )
 
@@ -409,7 +417,9 @@ def _verify(proto: Any, plain: Any, expected: _Expected) -> None:
     except onnx.checker.ValidationError as error:
         raise ExportError(f"The traced graph is not valid ONNX: {error}") from error
     graph = proto.graph
-    allowed = _operators(plain.graph) + Counter(Clip=expected.clamps)
+    # A norm that the merge had to leave (several read one shared convolution) vanishes from the float graph
+    # alone: the tracer folds it into a copy of the float weights, and integer ones stay shared.
+    allowed = _operators(plain.graph) + Counter(Clip=expected.clamps, BatchNormalization=expected.norms)
     counts = _operators(graph)
     quantizers = {"QuantizeLinear", "DequantizeLinear"}
     extra = {op: n - allowed[op] for op, n in counts.items() if op not in quantizers and n > allowed[op]}
