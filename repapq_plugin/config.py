@@ -67,7 +67,7 @@ class LearningRates:
             larger learning rate").
     """
 
-    weight: float = 0.02
+    weight: float = 0.01
     scale: float = 0.03
     affine: float = 0.03
 
@@ -126,7 +126,7 @@ class RepAPQConfig:
     loss: LossName = "mse"
     stage_weight: float = 1.0
     schedule: Schedule = "stage"
-    steps: int = 150
+    steps: int = 300
     network_steps: int = 0
     learning_rates: LearningRates = field(default_factory=LearningRates)
     drop_probability: float = 0.0
