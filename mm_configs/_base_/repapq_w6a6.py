@@ -1,15 +1,10 @@
 """RepAPQ with 6-bit weights and activations: one more `_base_` beside any config of any toolbox.
 
-Only these two keys, so that no other `_base_` file can collide with them.
+Only the two keys `runner_type` and `repapq`, so that no other `_base_` file can collide with them; they stand in
+`repapq_plugin.configs.w6a6`, which an ordinary config may also import by itself.
 """
 
-runner_type = 'repapq_plugin.hosts.openmmlab.RepAPQRunner'
-repapq = dict(
-    # preset and any key of RepAPQConfig
-    quantizer=dict(preset='w6a6'),
-    # None: calib_dataloader if the config has one, else the training set with the test pipeline
-    calibration=dict(dataloader=None, num_samples=512),
-    # what runs the network while it is scored: simulated, onnxruntime, openvino
-    backend='simulated',
-    # any of onnx, openvino
-    export=[])
+# Says that this is a config of the ordinary kind, although it imports.
+_base_ = []
+
+from repapq_plugin.configs.w6a6 import *  # noqa: E402, F403

@@ -1,4 +1,4 @@
-"""What gets a name in mmengine's root registries."""
+"""What gets a name in mmengine's root registries, and its configs a scope."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from repapq_plugin.fake_quantize import LearnableFakeQuantize, PerChannelLearnab
 from repapq_plugin.hosts.openmmlab.hooks import QPRFusionHook
 from repapq_plugin.hosts.openmmlab.loops import RepAPQTestLoop
 from repapq_plugin.hosts.openmmlab.runner import RepAPQRunner
+from repapq_plugin.hosts.openmmlab.scopes import register_scopes
 from repapq_plugin.observers import OBSERVERS
 
 
@@ -28,3 +29,4 @@ def register() -> None:
     ]
     for registry, cls in entries:
         registry.register_module(module=cls, force=True)
+    register_scopes()
