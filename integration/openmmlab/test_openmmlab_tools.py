@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ from integration.openmmlab.scenes import (
 )
 
 
-def _run_tool(toolbox: str, config: Path, checkpoint: Path, folder: Path, *overrides: str) -> dict[str, Any]:
-    """Run a tool as a user does, and return the record it leaves."""
+def run_tool(
+    toolbox: str, config: Path, checkpoint: Path, folder: Path, *overrides: str, start: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Run a tool as a user does, and return the record it leaves; ``start`` stands between Python and the tool."""
     spec = find_spec(toolbox)
     assert spec is not None and spec.origin is not None
     tool = Path(spec.origin).parent / ".mim" / "tools" / "test.py"
-    command = [sys.executable, str(tool), str(config), str(checkpoint), "--work-dir", str(folder)]
+    command = [sys.executable, *start, str(tool), str(config), str(checkpoint), "--work-dir", str(folder)]
     if overrides:
         command += ["--cfg-options", *overrides]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -38,7 +41,7 @@ def _run_tool(toolbox: str, config: Path, checkpoint: Path, folder: Path, *overr
 
 
 def test_mmyolo_with_one_more_base_on_onnxruntime(detector_checkpoint: Path, tmp_path: Path) -> None:
-    record = _run_tool(
+    record = run_tool(
         "mmyolo",
         DETECTOR_W6A6,
         detector_checkpoint,
@@ -62,7 +65,7 @@ def test_mmpretrain_with_loop_and_hook_by_name(classifier_checkpoint: Path, tmp_
         "test_cfg = dict(_delete_=True, type='RepAPQTestLoop', quantizer=dict(preset='w4a4', steps=1))\n"
         "custom_hooks = [dict(type='QPRFusionHook')]\n"
     )
-    record = _run_tool("mmpretrain", config, classifier_checkpoint, tmp_path / "work", *FEW_ITEMS)
+    record = run_tool("mmpretrain", config, classifier_checkpoint, tmp_path / "work", *FEW_ITEMS)
     assert 0 <= record["scores"]["repapq"]["accuracy/top1"] <= 100
     assert record["scheme"].startswith("W4A4")
     assert sum(merge["merged"] for merge in record["calibration"]["merges"]) == 13
@@ -97,6 +100,6 @@ def test_mmdet_with_a_head_shared_by_levels(tmp_path: Path) -> None:
         "custom_hooks = [*_base_.custom_hooks, dict(type='QPRFusionHook')]\n"
     )
     checkpoint = random_checkpoint(config, tmp_path / "rtmdet.pth")
-    record = _run_tool("mmdet", config, checkpoint, tmp_path / "work")
+    record = run_tool("mmdet", config, checkpoint, tmp_path / "work")
     assert "coco/bbox_mAP" in record["scores"]["openvino"]
     assert len(record["calibration"]["plan"]["layers"]) > 30

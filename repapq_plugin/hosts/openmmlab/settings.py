@@ -88,10 +88,7 @@ def quantizer_config(values: Mapping[str, Any]) -> RepAPQConfig:
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     # mmengine's ConfigDict resolves attributes on access; the plugin's core wants ordinary dicts.
-    # It also marks what comes from a scoped base with the scope, which is no key of ours.
-    return {
-        key: _plain(value) if isinstance(value, Mapping) else value for key, value in values.items() if key != "_scope_"
-    }
+    return {key: _plain(value) if isinstance(value, Mapping) else value for key, value in values.items()}
 
 
 def settings_of(cfg: Mapping[str, Any], **overrides: Any) -> Settings:
@@ -124,7 +121,7 @@ def settings_of(cfg: Mapping[str, Any], **overrides: Any) -> Settings:
 
 def _said(cfg: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     if cfg.get("repapq") is not None:
-        return {key: value for key, value in cfg["repapq"].items() if key != "_scope_"}, "repapq"
+        return dict(cfg["repapq"]), "repapq"
     test_cfg = cfg.get("test_cfg") or {}
     if str(test_cfg.get("type", "")).rpartition(".")[2] == "RepAPQTestLoop":
         return {key: test_cfg[key] for key in test_cfg if key not in ("type", "fp16", "_scope_")}, "test_cfg"
