@@ -12,6 +12,9 @@ from torch import nn
 from repapq_plugin.hosts.openmmlab.checkpoint import load_state
 from repapq_plugin.reparam.fuse import merge_branches
 
+DEPLOY_HOOK = "SwitchToDeployHook"
+"""mmyolo's hook, by name: this package imports no toolbox."""
+
 
 def model_of(runner: Runner) -> nn.Module:
     """Return the runner's model without its parallel wrapper."""
@@ -19,14 +22,17 @@ def model_of(runner: Runner) -> nn.Module:
     return model
 
 
-def drop_ema(runner: Runner) -> None:
-    """Take every `EMAHook` out of a runner that only evaluates.
+def drop_hooks_on_weights(runner: Runner) -> None:
+    """Take the hooks that change the model around an evaluation out of a runner that only evaluates.
 
-    Around an evaluation the hook swaps parameters with its own copy of the model by position, which
-    breaks once modules were replaced. A checkpoint's ``state_dict`` holds the averaged weights already.
+    `EMAHook` swaps parameters with its own copy of the model by position, which breaks once modules were replaced; a
+    checkpoint's ``state_dict`` holds the averaged weights already. mmyolo's ``SwitchToDeployHook`` would merge the
+    branches of the float model in place and drop their norms, so that a saved result no longer fits the config's model.
     """
     # A new list, because a hook may be calling this from within the runner's loop over the old one.
-    runner._hooks = [hook for hook in runner.hooks if not isinstance(hook, EMAHook)]
+    runner._hooks = [
+        hook for hook in runner.hooks if not isinstance(hook, EMAHook) and type(hook).__name__ != DEPLOY_HOOK
+    ]
 
 
 class QPRFusionHook(Hook):  # type: ignore[misc]
@@ -63,7 +69,7 @@ class QPRFusionHook(Hook):  # type: ignore[misc]
         self._merge(runner)
 
     def _merge(self, runner: Runner) -> None:
-        drop_ema(runner)
+        drop_hooks_on_weights(runner)
         _, records = merge_branches(model_of(runner), inplace=True, verify=self.verify)
         merged = [record for record in records if record.merged]
         if merged:

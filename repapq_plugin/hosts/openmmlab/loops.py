@@ -15,7 +15,7 @@ from repapq_plugin.calibration.quantize import Progress
 from repapq_plugin.calibration.result import CalibrationResult
 from repapq_plugin.errors import HostError
 from repapq_plugin.hosts.openmmlab.data import calibration_batches
-from repapq_plugin.hosts.openmmlab.hooks import CheckpointFitHook, drop_ema
+from repapq_plugin.hosts.openmmlab.hooks import CheckpointFitHook, drop_hooks_on_weights
 from repapq_plugin.hosts.openmmlab.network import serve_with
 from repapq_plugin.hosts.openmmlab.record import Record
 from repapq_plugin.hosts.openmmlab.settings import FORMATS, Settings
@@ -64,7 +64,7 @@ class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
     ) -> None:
         self.settings = Settings.from_values(quantizer, calibration, backend, export)
         super().__init__(runner, dataloader, evaluator, fp16)
-        drop_ema(runner)
+        drop_hooks_on_weights(runner)
         runner.register_hook(CheckpointFitHook())
         self.result: CalibrationResult | None = None
         self.network: nn.Module | None = None

@@ -23,7 +23,7 @@ from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.errors import ConfigError, HostError
 from repapq_plugin.hosts.openmmlab.checkpoint import load_weights
 from repapq_plugin.hosts.openmmlab.data import calibration_batches
-from repapq_plugin.hosts.openmmlab.hooks import drop_ema
+from repapq_plugin.hosts.openmmlab.hooks import drop_hooks_on_weights
 from repapq_plugin.hosts.openmmlab.network import run_batch, serve_with
 from repapq_plugin.hosts.openmmlab.settings import Settings, settings_of
 from repapq_plugin.hosts.openmmlab.work import calibrate, example_images, writable_folder
@@ -198,7 +198,7 @@ def _build_runner(cfg: Config, folder: Path, seed: int, with_test_loop: bool) ->
             _ = runner.test_loop
     except Exception as error:  # Whatever a toolbox raises for what it cannot build.
         raise HostError(f"{cfg.filename} cannot be built: {type(error).__name__}: {error}") from error
-    drop_ema(runner)
+    drop_hooks_on_weights(runner)
     return runner
 
 
