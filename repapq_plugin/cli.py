@@ -43,6 +43,7 @@ Post-training quantization of reparameterized networks (RepAPQ) for OpenMMLab co
   repapq quantize CONFIG [CHECKPOINT]   float in, INT8 files and a comparison out
   repapq eval     CONFIG RESULT         score a result, simulated or on a runtime
   repapq export   CONFIG RESULT         write a result as ONNX or OpenVINO
+  repapq doctor                         what is installed and works together
 
 CONFIG is any mmdet, mmyolo, mmpretrain or mmseg config of a model with a training set and a test set. Scores are
 always the toolbox's own metric on the config's test set.
@@ -447,6 +448,46 @@ def export(config: Path, result: Path, kind: str, out: Path | None, **common: An
         display.out.print(f"wrote {path}", markup=False, soft_wrap=True)
 
 
+DOCTOR_HELP = """\
+Say what is installed, what of it works together, and what to do about the rest.
+
+Exit codes: 0 all that is installed works together, 1 something of it does not.
+"""
+
+
+@cli.command(help=DOCTOR_HELP)
+def doctor() -> None:
+    """Look at the installed packages and judge them."""
+    from rich.table import Table
+
+    from repapq_plugin.doctor import KNOWN, examine
+
+    diagnosis = examine()
+    out = Console(file=sys.stdout, width=None if sys.stdout.isatty() else OFF_TERMINAL_WIDTH, highlight=False)
+    table = Table("package", "version", "distribution", "state")
+    faulty = {problem.package for problem in diagnosis.problems}
+    for name in KNOWN:
+        package = diagnosis.packages.get(name)
+        if package is None:
+            table.add_row(name, "-", "-", "not installed")
+            continue
+        operators = "" if name != "mmcv" else "no operators" if package.operators else "with operators"
+        state = "see below" if name in faulty else ", ".join(word for word in ("ok", operators) if word)
+        table.add_row(name, package.version, ", ".join(package.distributions), state)
+    out.print(table)
+    for feature in diagnosis.works:
+        out.print(f"works: {feature}", markup=False)
+    for feature, names in diagnosis.missing.items():
+        absent = [name for name in names if name not in diagnosis.packages]
+        remedies = dict.fromkeys(KNOWN[name] for name in absent)
+        how = f" ({'; '.join(remedies)})" if remedies else ""
+        out.print(f"not available: {feature}: {', '.join(names)} missing or faulty{how}", markup=False, soft_wrap=True)
+    for text, remedy in dict.fromkeys((problem.text, problem.remedy) for problem in diagnosis.problems):
+        out.print(f"problem: {text}\n  remedy: {remedy}", markup=False, soft_wrap=True)
+    if not diagnosis.healthy:
+        raise click.exceptions.Exit(1)
+
+
 def _kind_of(result: Path) -> str:
     if result.suffix not in BACKEND_OF:
         raise ConfigError(f"{result.name} is not a result; give a file ending in {', '.join(BACKEND_OF)}.")
@@ -467,9 +508,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     errors = Console(stderr=True, highlight=False)
     try:
-        cli.main(args=arguments, prog_name="repapq", standalone_mode=False)
-    except click.exceptions.Exit as ended:
-        return ended.exit_code
+        # A command that ends with a code of its own hands it back here.
+        code = cli.main(args=arguments, prog_name="repapq", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
         errors.print("Interrupted. What was written is whole; nothing half written is left.")
         return 130
@@ -479,4 +519,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RepAPQError, OSError) as error:
         errors.print(f"Error: {error}", markup=False, soft_wrap=True)
         return 1
-    return 0
+    return code if isinstance(code, int) else 0

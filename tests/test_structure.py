@@ -27,7 +27,7 @@ ORDER = [
     ("calibration",),
     ("export", "evaluation", "report"),
     ("",),  # the package itself: its public names
-    ("hosts",),
+    ("hosts", "configs", "doctor"),
     ("cli",),
     ("__main__",),
 ]
