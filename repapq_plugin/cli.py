@@ -279,9 +279,8 @@ def quantize(
         if compare:
             with display.step("score_float", "Scoring the float network") as report:
                 scores["float"] = bench.score(bench.model, report=report)
-            plain_config = settings.quantizer.replace(steps=0, activation_observer="min_max", weight_observer="min_max")
             with display.calibration("calibrate_plain_ptq", "Plain PTQ") as advance:
-                plain = bench.calibrate(plain_config, advance)
+                plain = bench.calibrate(settings.quantizer.plain(), advance)
             with display.step("score_plain_ptq", "Scoring plain PTQ") as report:
                 scores["plain_ptq"] = bench.score(plain.model, report=report)
             del plain

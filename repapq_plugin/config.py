@@ -90,6 +90,8 @@ class RepAPQConfig:
             disturbs the output of the layers behind it least).
         weight_observer: How starting ranges of weights are found: ``min_max`` or ``mse``.
         percentile: For ``percentile``: the share of values kept inside, in percent.
+        equalize: Rescale channels before anything is quantized, so that those of one tensor are of
+            like size (`calibration.equalize`); the float network stays the same function.
         affine: Put QPR's channel-wise affine layer behind each convolution during calibration.
         loss: Reconstruction loss: ``mae`` (paper) or ``mse`` (the default is our choice: level with
             MAE at 4 and 3 bits, ahead of it where weights have 2; ``integration/bench/ablation.py``).
@@ -122,6 +124,7 @@ class RepAPQConfig:
     activation_observer: ObserverName = "auto"
     weight_observer: WeightObserverName = "mse"
     percentile: float = 99.99
+    equalize: bool = True
     affine: bool = True
     loss: LossName = "mse"
     stage_weight: float = 1.0
@@ -202,6 +205,10 @@ class RepAPQConfig:
         """Return plain values from which `from_dict` builds an equal configuration."""
         return dataclasses.asdict(self)
 
+    def plain(self) -> RepAPQConfig:
+        """Return plain PTQ on the same grids, to compare with: min-max ranges, nothing rescaled, nothing learned."""
+        return self.replace(steps=0, equalize=False, activation_observer="min_max", weight_observer="min_max")
+
     def replace(self, **changes: Any) -> RepAPQConfig:
         """Return a copy with some keys changed, checked again."""
         return self.from_dict({**self.to_dict(), **changes})
@@ -209,11 +216,12 @@ class RepAPQConfig:
     @property
     def scheme(self) -> str:
         """One line that says what is compared when two results are compared."""
+        ranges = ", channels equalized" if self.equalize else ""
         ends = "" if self.first_last_bits is None else f", first and last layers {self.first_last_bits} bit"
         return (
             f"W{self.weight_bits}A{self.activation_bits}: weights per channel symmetric narrow range "
             f"({self.weight_observer}), activations per tensor affine unsigned "
-            f"({self.activation_observer}){ends}"
+            f"({self.activation_observer}){ranges}{ends}"
         )
 
 

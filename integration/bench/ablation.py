@@ -34,7 +34,12 @@ from integration.bench.reference import (
 from repapq_plugin import RepAPQConfig, quantize_model
 
 METHODS: dict[str, dict[str, Any]] = {
-    "ranges only, min-max": {"steps": 0, "activation_observer": "min_max", "weight_observer": "min_max"},
+    "ranges only, min-max": {
+        "steps": 0,
+        "equalize": False,
+        "activation_observer": "min_max",
+        "weight_observer": "min_max",
+    },
     "ranges only, MSE": {"steps": 0, "activation_observer": "mse", "weight_observer": "mse"},
     "ranges only, MAE": {"steps": 0, "activation_observer": "mae", "weight_observer": "mse"},
     "stage, MSE": {"loss": "mse", "affine": False, "stage_weight": 0.0},
@@ -44,6 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "stage, MSE + stage term": {"loss": "mse", "affine": False, "stage_weight": 1.0},
     "stage, MSE + affine + stage term": {"loss": "mse", "affine": True, "stage_weight": 1.0},
     "stage, MAE + affine + stage term": {"loss": "mae", "affine": True, "stage_weight": 1.0},
+    "stage, MSE + affine + stage term, not equalized": {"equalize": False},
     "unit, MSE + affine": {"loss": "mse", "affine": True, "stage_weight": 0.0, "schedule": "unit"},
     "unit, MSE + affine + stage term": {"loss": "mse", "affine": True, "stage_weight": 1.0, "schedule": "unit"},
     "network, MSE + affine": {"loss": "mse", "affine": True, "schedule": "network"},

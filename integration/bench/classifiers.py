@@ -35,8 +35,6 @@ from repapq_plugin import CalibrationResult, RepAPQConfig, quantize_model
 from repapq_plugin.export.openvino import layer_kernels
 from repapq_plugin.hosts.openmmlab.work import export_network, open_network
 
-PLAIN = {"steps": 0, "activation_observer": "min_max", "weight_observer": "min_max"}
-
 
 def runtime_scores(result: CalibrationResult, images: Tensor, labels: Tensor) -> dict[str, Any]:
     """Export ``result``, score it on both runtimes, and count OpenVINO's integer layers."""
@@ -97,7 +95,7 @@ def main(names: tuple[str, ...], presets: tuple[str, ...], seeds: str, split: st
         click.echo(f"{model_name}: float {float_accuracy:.2f} on {split}")
         for preset in presets:
             config = RepAPQConfig.from_preset(preset)
-            runs = [("plain PTQ", 0, config.replace(**PLAIN))]
+            runs = [("plain PTQ", 0, config.plain())]
             runs += [("RepAPQ", seed, config.replace(seed=seed)) for seed in chosen]
             for method, seed, settings in runs:
                 found = (model_name, method, preset, seed, split)

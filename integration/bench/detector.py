@@ -23,7 +23,6 @@ from integration.bench.reference import RESULTS, ROOT, environment, write_result
 from repapq_plugin.hosts.openmmlab.pipeline import Workbench, open_config
 
 CONFIG = ROOT / "mm_configs" / "fashion" / "repapq_yolov6-n_w8a8_fashion.py"
-PLAIN = {"steps": 0, "activation_observer": "min_max", "weight_observer": "min_max"}
 
 
 @click.command()
@@ -58,7 +57,7 @@ def main(
         click.echo(f"float {float_score:.3f} on {split}")
         for preset in presets:
             config = bench.settings.quantizer.from_preset(preset)
-            runs = [("plain PTQ", 0, config.replace(**PLAIN))] if plain else []
+            runs = [("plain PTQ", 0, config.plain())] if plain else []
             runs += [("RepAPQ", int(seed), config.replace(seed=int(seed), **extra)) for seed in seeds.split(",")]
             for method, seed, settings in runs:
                 if (method, preset, seed, split) in done:

@@ -29,7 +29,7 @@ def error(result: CalibrationResult, model: nn.Module, x: torch.Tensor) -> float
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_learning_comes_nearer_to_the_float_network_than_plain_ranges(network, schedule):
     model, data, unseen = settle(network()), batches(8), torch.randn(64, 3, 16, 16)
-    ranges = quantize_model(model, data, config(steps=0, activation_observer="min_max", weight_observer="min_max"))
+    ranges = quantize_model(model, data, config().plain())
     # The network learns all at once, so the same work is more steps.
     steps = 300 if schedule == "network" else 60
     learned = quantize_model(model, data, config(schedule=schedule, steps=steps))
