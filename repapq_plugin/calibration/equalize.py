@@ -135,7 +135,12 @@ def find_links(
     return [
         (maker, sorted(readers, key=list(watch.calls).index))
         for maker, readers in watch.readers.items()
-        if maker not in watch.used_elsewhere and changeable(maker) and all(changeable(reader) for reader in readers)
+        if maker not in watch.used_elsewhere
+        and changeable(maker)
+        # A convolution's channels lie in the second axis, a linear layer's in the last.
+        and all(
+            changeable(reader) and isinstance(reader, nn.Linear) == isinstance(maker, nn.Linear) for reader in readers
+        )
     ]
 
 

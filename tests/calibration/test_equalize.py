@@ -125,7 +125,18 @@ class Shared(nn.Module):
         return self.b(self.a(x)) + self.c(x)
 
 
-@pytest.mark.parametrize("kind", [Residual, Twice, Functional, Returned, Shared])
+class Columns(nn.Module):
+    """A linear layer over the width of an image reads no channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+@pytest.mark.parametrize("kind", [Columns, Residual, Twice, Functional, Returned, Shared])
 def test_what_anything_else_reads_or_shares_is_left_alone(kind):
     model = kind().eval()
     before = copy.deepcopy(model.state_dict())
