@@ -7,6 +7,7 @@ from repapq_plugin.reparam import families as _families
 from repapq_plugin.reparam.branches import Branch, BranchSpec, branches_of, register_branches
 from repapq_plugin.reparam.fold import fold_batchnorm, fold_conv_norm_pairs
 from repapq_plugin.reparam.fuse import MergedBlock, MergeRecord, fuse_branches, merge_branches
+from repapq_plugin.reparam.qarepvgg import QARepVGGBlock
 from repapq_plugin.reparam.unknown import find_unknown_multibranch
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "BranchSpec",
     "MergeRecord",
     "MergedBlock",
+    "QARepVGGBlock",
     "branches_of",
     "find_unknown_multibranch",
     "fold_batchnorm",

@@ -98,6 +98,19 @@ FAMILIES = {
     "timm.models.byobnet.MobileOneBlock": timm_mobileone,
 }
 
+# Classes of one convolution beside the identity, which their authors merge as well. In a class that
+# is not named here that is an ordinary residual block, and stays one.
+TAKE_IDENTITY = frozenset(
+    {
+        "mmpretrain.models.backbones.riformer.Affine",
+        "timm.models.efficientvim.EfficientViMBlock",
+        "timm.models.efficientvim.PatchMerging",
+        "timm.models.fastvit.RepConditionalPosEnc",
+        "timm.models.iformer.Residual",
+        "timm.models.shvit.Residual",
+    }
+)
+
 
 def register_families() -> None:
     """Teach every family of this file; doing it again changes nothing."""

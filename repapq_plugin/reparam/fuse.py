@@ -10,14 +10,14 @@ import copy
 import fnmatch
 import logging
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from repapq_plugin.errors import MergeError
+from repapq_plugin.reparam.algebra import merge_by_algebra
 from repapq_plugin.reparam.branches import Branch, BranchSpec, branches_of, is_registered, qualified_name
+from repapq_plugin.reparam.families import TAKE_IDENTITY
 from repapq_plugin.reparam.linear_map import (
     LinearMap,
     branch_map,
@@ -27,54 +27,15 @@ from repapq_plugin.reparam.linear_map import (
     scaled,
     to_conv,
 )
+from repapq_plugin.reparam.merged import MergedBlock, MergeRecord
 from repapq_plugin.reparam.running import inference
+
+__all__ = ["MergeRecord", "MergedBlock", "fuse_branches", "merge_branches"]
 
 logger = logging.getLogger(__name__)
 
 # What two float64 computations of the same block may differ by, relative to its largest output.
 _EXACT = 1e-9
-
-
-class MergedBlock(nn.Module):
-    """A block whose branches are one convolution.
-
-    Args:
-        conv: The merged convolution.
-        after: What followed the sum of the branches, in order.
-    """
-
-    def __init__(self, conv: nn.Conv2d, after: Collection[nn.Module] = ()) -> None:
-        super().__init__()
-        self.conv = conv
-        self.after = nn.Sequential(*(layer for layer in after if type(layer) is not nn.Identity))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[batch, in_channels, height, width]`` to the block's output."""
-        return cast(Tensor, self.after(self.conv(x)))
-
-
-@dataclass(frozen=True)
-class MergeRecord:
-    """What became of one multi-branch block.
-
-    Args:
-        name: Module path of the block (the first, if it has several).
-        block_class: Full class name.
-        branches: Number of branches; 0 if they could not be read.
-        kernel_size: Of the merged convolution, (rows, columns); None if there is none.
-        max_rel_error: Largest difference between branched and merged block on random input, relative
-            to the largest branched output; None if it was not measured.
-        merged: Whether the block was replaced.
-        reason: Why not; empty if it was.
-    """
-
-    name: str
-    block_class: str
-    branches: int
-    kernel_size: tuple[int, int] | None
-    max_rel_error: float | None
-    merged: bool
-    reason: str = ""
 
 
 def _parameters(spec: BranchSpec) -> list[Tensor]:
@@ -217,11 +178,12 @@ def _merge(block: nn.Module, spec: BranchSpec, name: str, verify: bool) -> tuple
 def merge_branches(
     model: nn.Module, *, inplace: bool = False, verify: bool = True, skip: Collection[str] = ()
 ) -> tuple[nn.Module, list[MergeRecord]]:
-    """Replace every known multi-branch block by a `MergedBlock`.
+    """Replace the branches of every multi-branch block by one convolution.
 
-    A block that cannot be merged, or whose merged form gives another result, stays as it is, with a
-    reason in its record and a warning. A block that appears under several names is merged once and
-    stays shared.
+    A block whose class was taught becomes a `MergedBlock`; of what is left, `merge_by_algebra` merges
+    whatever adds linear branches and equals a convolution. A block that cannot be merged, or whose
+    merged form gives another result, stays as it is, with a reason in its record and a warning. A
+    block that appears under several names is merged once and stays shared.
 
     Args:
         model: Any module; may itself be a block.
@@ -231,7 +193,8 @@ def merge_branches(
 
     Returns:
         The model (a new module if ``model`` itself was a block) and one record per block, in the
-        order of ``model.named_modules()``.
+        order of ``model.named_modules()``. Blocks of unknown classes have one only if they add linear
+        branches.
     """
     model = model if inplace else copy.deepcopy(model)
     replacements: dict[nn.Module, MergedBlock] = {}
@@ -255,8 +218,12 @@ def merge_branches(
         records.append(record)
         if merged is not None:
             replacements[block] = merged
+    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     for parent in list(model.modules()):
         for child_name, child in list(parent._modules.items()):
             if child in replacements:
                 setattr(parent, child_name, replacements[child])
-    return replacements.get(model, model), records
+    model = replacements.get(model, model)
+    taught = {inner for block in model.modules() if is_registered(block) for inner in block.modules()}
+    model, others = merge_by_algebra(model, known=taught, with_identity=TAKE_IDENTITY, verify=verify, skip=skip)
+    return model, sorted([*records, *others], key=lambda record: order[record.name])

@@ -94,27 +94,50 @@ def _taps(size: tuple[int, int], dilation: tuple[int, int], padding: tuple[int, 
     return [tuple(i * step - before for i in range(count)) for count, step, before in axes]
 
 
-def _conv_map(conv: nn.Conv2d, where: str) -> LinearMap:
-    cls = type(conv)
-    name = f"{cls.__module__}.{cls.__qualname__}"
+def is_plain_conv(module: nn.Module) -> bool:
+    """Tell whether a module runs as ``nn.Conv2d`` does, and not something of its own."""
+    if not isinstance(module, nn.Conv2d):
+        return False
+    cls = type(module)
     own = cls.forward is not nn.Conv2d.forward or cls._conv_forward is not nn.Conv2d._conv_forward
-    if own and name not in _SAME_AS_CONV2D:
+    return not own or f"{cls.__module__}.{cls.__qualname__}" in _SAME_AS_CONV2D
+
+
+def _conv_map(conv: nn.Conv2d, where: str) -> LinearMap:
+    if not is_plain_conv(conv):
+        name = f"{type(conv).__module__}.{type(conv).__qualname__}"
         raise MergeError(f"{where}: {name} computes something of its own, not a plain convolution.")
     if conv.padding_mode != "zeros":
         raise MergeError(f"{where}: padding_mode={conv.padding_mode!r}; only 'zeros' can be merged.")
-    size, dilation, stride = _pair(conv.kernel_size), _pair(conv.dilation), _pair(conv.stride)
+    return conv2d_map(conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def conv2d_map(
+    weight: Tensor, bias: Tensor | None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> LinearMap:
+    """Read the arguments of ``torch.nn.functional.conv2d`` as a map.
+
+    Args:
+        weight: ``[out_channels, in_channels / groups, rows, cols]``.
+        bias: ``[out_channels]`` or None.
+        stride: One number or (rows, columns).
+        padding: The same, or ``"same"`` or ``"valid"``.
+        dilation: One number or (rows, columns).
+        groups: Number of channel groups.
+    """
+    size, dilation, stride = _pair(tuple(weight.shape[2:])), _pair(dilation), _pair(stride)
     reach = [step * (count - 1) for step, count in zip(dilation, size, strict=True)]
-    if conv.padding == "same":
+    if padding == "same":
         # torch puts the odd one at the end.
         before, total = (reach[0] // 2, reach[1] // 2), (reach[0], reach[1])
     else:
-        before = (0, 0) if conv.padding == "valid" else _pair(conv.padding)
+        before = (0, 0) if padding == "valid" else _pair(padding)
         total = (2 * before[0], 2 * before[1])
     rows, cols = _taps(size, dilation, before)
-    weight = conv.weight.detach().double()
-    bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach().double()
+    weight = weight.detach().double()
+    bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().double()
     slack = (total[0] - reach[0] - 1, total[1] - reach[1] - 1)
-    return LinearMap(weight, bias, rows, cols, stride, slack, conv.groups)
+    return LinearMap(weight, bias, rows, cols, stride, slack, groups)
 
 
 def _pool_map(pool: nn.AvgPool2d, channels: int, like: Tensor, where: str) -> LinearMap:
@@ -148,20 +171,53 @@ def _split(weight: Tensor, groups: int) -> Tensor:
     return weight.reshape(groups, -1, *weight.shape[1:])
 
 
+def condensed(linear: LinearMap) -> LinearMap:
+    """Write a map with as many groups as its zeros allow, and without rows and columns of zero taps."""
+    weight = linear.weight
+    rows = [i for i in range(len(linear.rows)) if bool(weight[:, :, i].any())] or [0]
+    cols = [j for j in range(len(linear.cols)) if bool(weight[..., j].any())] or [0]
+    weight = weight[:, :, rows][..., cols]
+    touched = _regrouped(replace(linear, weight=(weight != 0).double().amax((2, 3), keepdim=True)), 1)
+    groups = math.gcd(linear.in_channels, linear.out_channels)
+    while groups > linear.groups and (groups % linear.groups or not _is_block_diagonal(touched[:, :, 0, 0], groups)):
+        groups -= 1
+    if groups > linear.groups:
+        dense = _regrouped(replace(linear, weight=weight), 1)
+        blocks = dense.reshape(groups, linear.out_channels // groups, groups, -1, *dense.shape[2:])
+        weight = torch.stack([blocks[index, :, index] for index in range(groups)]).flatten(0, 1)
+    taps = tuple(linear.rows[i] for i in rows), tuple(linear.cols[j] for j in cols)
+    return replace(linear, weight=weight, rows=taps[0], cols=taps[1], groups=max(groups, linear.groups))
+
+
+def _is_block_diagonal(touched: Tensor, groups: int) -> bool:
+    outputs, inputs = touched.shape
+    if outputs % groups or inputs % groups:
+        return False
+    blocks = touched.reshape(groups, outputs // groups, groups, inputs // groups).amax((1, 3))
+    return not bool((blocks - torch.diag(blocks.diagonal())).any())
+
+
 def _check_channels(given: int, wanted: int, where: str) -> None:
     if given != wanted:
         raise MergeError(f"{where}: a layer of {wanted} channels is given {given}.")
 
 
-def in_series(first: LinearMap, second: LinearMap, where: str) -> LinearMap:
+def in_series(first: LinearMap, second: LinearMap, where: str, *, shifts: bool | None = None) -> LinearMap:
     """Compose two maps, ``second`` behind ``first``.
+
+    Args:
+        first: Reads the input.
+        second: Reads what ``first`` gives.
+        where: Path of the block, for the error text.
+        shifts: Whether ``first`` has to be taken to add a bias; default: whether it does now.
 
     Raises:
         MergeError: ``second`` pads what ``first`` gives, and zero is not what ``first`` would give
             outside the image: no convolution behaves like that at the border.
     """
     _check_channels(first.out_channels, second.in_channels, where)
-    if second.reads_padding and not (first.is_pointwise and not bool(first.bias.any())):
+    shifts = bool(first.bias.any()) if shifts is None else shifts
+    if second.reads_padding and (shifts or not first.is_pointwise):
         raise MergeError(
             f"{where}: a padded layer follows a layer with a bias, a norm or a kernel of its own. The "
             "border sees zeros there that the merged convolution would not; move the padding to the "

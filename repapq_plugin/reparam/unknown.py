@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from repapq_plugin.reparam.branches import is_registered
-from repapq_plugin.reparam.fuse import MergedBlock
+from repapq_plugin.reparam.merged import MergedBlock
 from repapq_plugin.reparam.norms import has_activation, is_norm
 from repapq_plugin.reparam.running import inference, tensors_of
 

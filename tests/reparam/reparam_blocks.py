@@ -19,6 +19,9 @@ from timm.models.byobnet import RepVggBlock as TimmRepVggBlock
 from torch import Tensor, nn
 
 from repapq_plugin.reparam import Branch, BranchSpec
+from tests.reparam.numerics import random_input, relative_error, set_norms
+
+__all__ = ["FAMILIES", "TwoBranches", "random_input", "relative_error", "set_norms", "two_branches", "with_hard_norms"]
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -127,21 +130,6 @@ FAMILIES = {
 }
 
 
-def set_norms(model: nn.Module, seed: int, low: float = -12, high: float = 4, mean: float = 100) -> None:
-    """Give every norm its own eps, variances of 10^low..10^high, means of +-mean, gammas of any sign or 0."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = partial(torch.rand, generator=generator)
-    for norm in model.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            channels = norm.num_features
-            norm.eps = 10 ** float(-8 + 6 * draw(1))
-            with torch.no_grad():
-                norm.running_var.copy_(10 ** (low + (high - low) * draw(channels)))
-                norm.running_mean.copy_(mean * (2 * draw(channels) - 1))
-                norm.weight.copy_((4 * draw(channels) - 2) * (draw(channels) > 0.2))
-                norm.bias.copy_(4 * draw(channels) - 2)
-
-
 @st.composite
 def with_hard_norms(draw: Draw, block: st.SearchStrategy[nn.Module]) -> nn.Module:
     """A block in inference mode, its norms' statistics anywhere from tame to absurd."""
@@ -151,17 +139,6 @@ def with_hard_norms(draw: Draw, block: st.SearchStrategy[nn.Module]) -> nn.Modul
     low, high = sorted(draw(st.tuples(st.integers(-12, 4), st.integers(-12, 4))))
     set_norms(module, seed, low, high, draw(st.sampled_from([0.0, 1.0, 100.0])))
     return module.eval()
-
-
-def random_input(channels: int, seed: int = 0, size: tuple[int, int] = (11, 9)) -> Tensor:
-    return torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def relative_error(actual: Tensor, wanted: Tensor) -> float:
-    """Largest difference relative to the largest wanted value."""
-    assert actual.shape == wanted.shape
-    peak = max(float(wanted.abs().max()), 1e-30)
-    return float((actual.double() - wanted.double()).abs().max()) / peak
 
 
 class TwoBranches(nn.Module):

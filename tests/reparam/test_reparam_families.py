@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mmpretrain.models.backbones import MobileOne, RepVGG
+from mmpretrain.models.backbones import MobileOne, RepLKNet, RepVGG, RIFormer
 from mmpretrain.models.backbones.repvgg import RepVGGBlock as MMPretrainRepVGGBlock
 from mmyolo.models.layers.yolo_bricks import PPYOLOEBasicBlock, RepStageBlock
 from mmyolo.models.layers.yolo_bricks import RepVGGBlock as MMYoloRepVGGBlock
@@ -137,7 +137,11 @@ def small_networks() -> dict[str, nn.Module]:
     stage = dict(num_blocks=[1, 2, 1, 1], width_factor=[0.25, 0.25, 0.25, 0.25])
     repvgg = dict(stage, group_layer_map={2: 2}, se_cfg=dict(ratio=4), stem_channels=16)
     mobileone = dict(stage, num_conv_branches=[2, 1, 1, 3], num_se_blocks=[0, 0, 1, 0])
+    large = dict(large_kernel_sizes=[9, 7, 5, 5], layers=[1, 1, 2, 1], channels=[8] * 4, small_kernel=3, dw_ratio=1)
+    affine = dict(layers=[1, 1, 2, 1], embed_dims=[8] * 4, mlp_ratios=[2] * 4, layer_scale_init_value=0.5)
     return {
+        "RepLKNet": RepLKNet(large),
+        "RIFormer": RIFormer(affine, out_indices=[0, 2, 4, 6]),
         "RepVGG": RepVGG(repvgg),
         "MobileOne": MobileOne(mobileone),
         "PP-YOLOE": nn.Sequential(nn.Conv2d(3, 8, 1), PPYOLOEBasicBlock(8, 8, use_alpha=True)),
@@ -145,7 +149,10 @@ def small_networks() -> dict[str, nn.Module]:
     }
 
 
-@pytest.mark.parametrize(("name", "blocks"), [("RepVGG", 6), ("MobileOne", 11), ("PP-YOLOE", 1), ("YOLOv6", 3)])
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [("RepVGG", 6), ("MobileOne", 11), ("PP-YOLOE", 1), ("YOLOv6", 3), ("RepLKNet", 5), ("RIFormer", 5)],
+)
 def test_every_block_of_a_network_is_merged(name: str, blocks: int) -> None:
     torch.manual_seed(0)
     model = small_networks()[name]
