@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from repapq_plugin import CalibrationResult, RepAPQConfig, quantize_model
+from repapq_plugin.errors import CalibrationError
 from repapq_plugin.layers import QuantizedLayer
 from tests.calibration.networks import TwoBranchBlock, settle
 
@@ -162,3 +163,9 @@ def test_a_batch_without_images_changes_nothing(steps: int, place: int) -> None:
     result = quantized(model, data, steps=steps)
     assert relative(result, model, data[1]) < 0.05
     assert all(bool(tensor.isfinite().all()) for tensor in result.model.state_dict().values())
+
+
+def test_batches_without_any_image_are_refused() -> None:
+    model = settle(TwoBranchBlock(3, 8, 2))
+    with pytest.raises(CalibrationError, match="No layer read a single value in 2 calibration batches"):
+        quantize_model(model, [torch.zeros(0, 3, 16, 16)] * 2, RepAPQConfig(steps=1))

@@ -216,15 +216,22 @@ def equalize_channels(
     wanted = [tensor.clone() for tensor in tensors_of(run(batches[0]))]
     sizes = _channel_sizes([readers[0] for _, readers in links], run, batches[:_BATCHES])
     for maker, readers in links:
-        _scale(maker, readers, channel_scales(sizes[readers[0]], readers))
+        if readers[0] in sizes:
+            _scale(maker, readers, channel_scales(sizes[readers[0]], readers))
     outputs = tensors_of(run(batches[0]))
     for actual, expected in zip(outputs, wanted, strict=True):
-        if not bool(((actual - expected).abs().max() <= _TOLERANCE * expected.abs().max()).item()):
+        if not _equal(actual, expected):
             model.load_state_dict(before)
             logger.warning("Equalizing channels changes what the network computes; it is left as it was.")
             return ()
     paths = {module: name for name, module in named.items()}
     return tuple(paths[maker] for maker, _ in links)
+
+
+def _equal(actual: Tensor, expected: Tensor) -> bool:
+    if not expected.numel():
+        return True
+    return bool(((actual - expected).abs().max() <= _TOLERANCE * expected.abs().max()).item())
 
 
 def _channel_sizes(
@@ -235,6 +242,8 @@ def _channel_sizes(
 
     def hook(reader: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0].detach()
+        if not x.numel():  # a batch without images
+            return
         axis = x.dim() - 1 if isinstance(reader, nn.Linear) else 1
         largest = x.abs().amax(dim=[d for d in range(x.dim()) if d != axis]).double() / len(batches)
         sizes[reader] = sizes.get(reader, torch.zeros_like(largest)) + largest

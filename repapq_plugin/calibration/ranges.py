@@ -52,6 +52,10 @@ def set_starting_ranges(
         for batch in batches:
             run(batch)
             advance()
+    if not any(layer.input_fake_quant.activation_post_process.min_val.numel() for layer in layers.values()):
+        raise CalibrationError(
+            f"No layer read a single value in {len(batches)} calibration batches; give batches that hold images."
+        )
     for layer in layers.values():
         if layer.input_fake_quant.activation_post_process.min_val.numel():
             layer.input_fake_quant.initialise_from_observer()
