@@ -10,6 +10,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,9 @@ class Record:
 
     def add_scores(self, name: str, metrics: Mapping[str, Any]) -> None:
         """Keep the numbers among the metrics of one evaluation; NaN becomes ``None``."""
-        numbers = {key: float(value) for key, value in metrics.items() if isinstance(value, int | float)}
-        self.scores[name] = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
+        # Real: some metrics are numpy scalars.
+        values = {key: float(value) for key, value in metrics.items() if isinstance(value, Real)}
+        self.scores[name] = {key: value if math.isfinite(value) else None for key, value in values.items()}
 
     def add_file(self, name: str, *paths: Path) -> None:
         """Note files that were written."""
