@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from mmengine.logging import MMLogger
 
 from integration.openmmlab.scenes import CLASSIFIER, DETECTOR, random_checkpoint
 
@@ -21,17 +19,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home)
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def _own_loggers() -> Iterator[None]:
-    """Take away mmengine's loggers after a test: they write to the output that it had captured."""
-    yield
-    for logger in MMLogger._instance_dict.values():
-        for handler in list(logger.handlers):
-            logger.removeHandler(handler)
-            handler.close()
-    MMLogger._instance_dict.clear()
 
 
 @pytest.fixture(scope="session")

@@ -232,20 +232,39 @@ def test_a_stage_that_cannot_be_run_alone_stays_float_and_the_rest_goes_on(caplo
     assert torch.isfinite(result.model(x)).all()
 
 
-def test_an_unknown_block_with_branches_is_warned_of_and_left_as_plain_convolutions(caplog):
-    class Stranger(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
-            self.b = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8))
+class Stranger(nn.Module):
+    """Two branches of a class that nobody taught."""
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.relu(self.a(x) + self.b(x))
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+        self.b = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8))
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.a(x) + self.b(x))
+
+
+class FickleStranger(Stranger):
+    """The same, but what it does depends on what it sees."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        total = self.a(x) + self.b(x)
+        return torch.relu(total) if float(total.detach().mean()) < 1e6 else total
+
+
+def test_an_unknown_block_whose_branches_are_one_convolution_is_merged_all_the_same():
     model = Chain(widths=(8, 8))
     model.stages[1] = Stranger()
+    result = quantize_model(settle(model), batches(), config(steps=0))
+    assert {"stages.1.a.0", "stages.1.b.0"}.isdisjoint(result.layers)
+    assert [record.found_by for record in result.merges if record.name == "stages.1"] == ["algebra"]
+
+
+def test_an_unknown_block_with_branches_is_warned_of_and_left_as_plain_convolutions(caplog):
+    model = Chain(widths=(8, 8))
+    model.stages[1] = FickleStranger()
     with caplog.at_level(logging.WARNING):
         result = quantize_model(settle(model), batches(), config(steps=0))
-    assert "stages.1 (Stranger)" in caplog.text
+    assert "stages.1 (FickleStranger)" in caplog.text
     assert "register_branches" in result.notes[0]
     assert {"stages.1.a.0", "stages.1.b.0"} <= set(result.layers)
