@@ -90,6 +90,8 @@ class RepAPQConfig:
             disturbs the output of the layers behind it least).
         weight_observer: How starting ranges of weights are found: ``min_max`` or ``mse``.
         percentile: For ``percentile``: the share of values kept inside, in percent.
+        fold_constants: Before anything is quantized, let biases take over what channels contribute that never change
+            and are read with outlying weights (`calibration.constant_channels`).
         equalize: Rescale channels before anything is quantized, so that those of one tensor are of
             like size (`calibration.equalize`); the float network stays the same function.
         affine: Put QPR's channel-wise affine layer behind each convolution during calibration.
@@ -124,6 +126,7 @@ class RepAPQConfig:
     activation_observer: ObserverName = "auto"
     weight_observer: WeightObserverName = "mse"
     percentile: float = 99.99
+    fold_constants: bool = True
     equalize: bool = True
     affine: bool = True
     loss: LossName = "mse"
@@ -206,8 +209,10 @@ class RepAPQConfig:
         return dataclasses.asdict(self)
 
     def plain(self) -> RepAPQConfig:
-        """Return plain PTQ on the same grids, to compare with: min-max ranges, nothing rescaled, nothing learned."""
-        return self.replace(steps=0, equalize=False, activation_observer="min_max", weight_observer="min_max")
+        """Return plain PTQ on the same grids, to compare with: min-max ranges, nothing prepared, nothing learned."""
+        return self.replace(
+            steps=0, fold_constants=False, equalize=False, activation_observer="min_max", weight_observer="min_max"
+        )
 
     def replace(self, **changes: Any) -> RepAPQConfig:
         """Return a copy with some keys changed, checked again."""
@@ -216,7 +221,8 @@ class RepAPQConfig:
     @property
     def scheme(self) -> str:
         """One line that says what is compared when two results are compared."""
-        ranges = ", channels equalized" if self.equalize else ""
+        ranges = ", constant channels folded" if self.fold_constants else ""
+        ranges += ", channels equalized" if self.equalize else ""
         ends = "" if self.first_last_bits is None else f", first and last layers {self.first_last_bits} bit"
         return (
             f"W{self.weight_bits}A{self.activation_bits}: weights per channel symmetric narrow range "

@@ -27,6 +27,7 @@ allowed: dict[str, st.SearchStrategy[Any]] = {
     "activation_observer": st.sampled_from(["min_max", "mse", "mae", "percentile", "auto"]),
     "weight_observer": st.sampled_from(["min_max", "mse"]),
     "percentile": st.floats(50, 100),
+    "fold_constants": st.booleans(),
     "equalize": st.booleans(),
     "affine": st.booleans(),
     "loss": st.sampled_from(["mae", "mse"]),

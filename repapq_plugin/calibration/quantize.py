@@ -14,6 +14,7 @@ from torch import nn
 
 from repapq_plugin.calibration.cache import ActivationCache
 from repapq_plugin.calibration.calibrate import AcrossBlockCalibrator, Networks, total_steps
+from repapq_plugin.calibration.constant_channels import fold_constant_channels
 from repapq_plugin.calibration.equalize import equalize_channels
 from repapq_plugin.calibration.partition import find_stages, find_units
 from repapq_plugin.calibration.prepare import QuantizationPlan, insert_quantizers, plan_layers
@@ -152,8 +153,10 @@ def _quantize_merged(
         parameter.requires_grad_(False)
     trace = trace_network(teacher, lambda: forward(teacher, batches[0]))
     layer_plans, reasons = plan_layers(teacher, trace, config)
-    if config.equalize:
-        with torch.no_grad():
+    with torch.no_grad():
+        if config.fold_constants:
+            fold_constant_channels(teacher, lambda batch: forward(teacher, batch), batches, layer_plans)
+        if config.equalize:
             equalize_channels(teacher, lambda batch: forward(teacher, batch), batches, layer_plans)
     units = find_units(teacher, trace, layer_plans, config.units)
     stages = find_stages(teacher, trace, units, config.stages)

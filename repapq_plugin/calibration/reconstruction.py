@@ -145,7 +145,8 @@ def _optimise(subject: Subject, training: list[int], config: RepAPQConfig, advan
     learned: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
     for parameter in learned:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(groups)
+    # One kernel per group: a network has many small ones, and their Python loop costs a tenth of a step.
+    optimizer = torch.optim.Adam(groups, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.steps)
     generator = torch.Generator().manual_seed(config.seed)
     order: list[int] = []
