@@ -1,0 +1,20 @@
+"""torch.ao: our classes by name in a ``QConfig``, and real integer modules from a calibration.
+
+The observers and fake quantizers are those of `repapq_plugin` itself; they stand on torch.ao's bases.
+"""
+
+from repapq_plugin.hosts.torch_ao.engines import exact_engine, integer_engine, saturates
+from repapq_plugin.hosts.torch_ao.fx import convert_to_int8, prepare_learned
+from repapq_plugin.hosts.torch_ao.grid import carry_grid
+from repapq_plugin.hosts.torch_ao.qconfig import repapq_qconfig, repapq_qconfig_mapping
+
+__all__ = [
+    "carry_grid",
+    "convert_to_int8",
+    "exact_engine",
+    "integer_engine",
+    "prepare_learned",
+    "repapq_qconfig",
+    "repapq_qconfig_mapping",
+    "saturates",
+]

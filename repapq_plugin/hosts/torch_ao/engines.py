@@ -1,0 +1,99 @@
+"""torch's engines of integer kernels, and which of them computes exact sums on this processor."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from repapq_plugin.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+ENGINES = ("x86", "fbgemm", "onednn", "qnnpack")
+SATURATING = ("x86", "fbgemm", "onednn")
+"""Engines that add pairs of 8-bit products in 16 bits where the processor has no VNNI."""
+
+INTEGER_BIAS = ("qnnpack",)
+"""Engines that round a bias to a multiple of input scale times weight scale."""
+
+NO_TRANSPOSED_CHANNELS = ("x86", "fbgemm")
+"""Engines without a transposed convolution that has a weight scale per channel; it stays float."""
+
+CLAMPS_CONTIGUOUS = ("qnnpack",)
+"""Engines whose clamp mixes up elements of a tensor in channels-last order (seen with torch 2.12)."""
+
+_said: set[str] = set()
+
+
+def checked_engine(name: str) -> str:
+    """Return ``name`` if torch has that engine here.
+
+    Raises:
+        ConfigError: It has not; the message lists those that it has.
+    """
+    supported = [engine for engine in ENGINES if engine in torch.backends.quantized.supported_engines]
+    if name not in supported:
+        raise ConfigError(f"backend={name!r} is not allowed; torch here has {', '.join(supported)}.")
+    return name
+
+
+def has_vnni() -> bool:
+    """Whether the processor multiplies 8-bit integers into 32-bit sums."""
+    # The check was renamed between the torch versions that this package supports.
+    for name in ("_is_vnni_supported", "_is_avx512_vnni_supported"):
+        check = getattr(torch.cpu, name, None)
+        if check is not None:
+            return bool(check())
+    return False
+
+
+def saturates(engine: str, activation_bits: int = 8) -> bool:
+    """Return whether sums of ``engine`` can be wrong on this processor.
+
+    Two products of 8-bit activations with 8-bit weights overflow the 16 bits that they are added in;
+    two with 7-bit activations just fit.
+
+    Args:
+        engine: One of torch's engines.
+        activation_bits: Bits of the activations.
+    """
+    return engine in SATURATING and activation_bits > 7 and not has_vnni()
+
+
+def exact_engine() -> str:
+    """Return the engine to prefer: ``x86``, or ``qnnpack`` where that one saturates."""
+    supported = torch.backends.quantized.supported_engines
+    if "x86" in supported and not saturates("x86"):
+        return "x86"
+    return "qnnpack" if "qnnpack" in supported else checked_engine(torch.backends.quantized.engine)
+
+
+@contextmanager
+def integer_engine(name: str) -> Iterator[None]:
+    """Let torch pack weights for, and run, one engine; undone at the end.
+
+    Integer modules belong to the engine that they were converted under, and run only under it.
+
+    Raises:
+        ConfigError: torch has no such engine here.
+    """
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = checked_engine(name)
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def warn_of_saturation(engine: str, activation_bits: int) -> None:
+    """Say once per engine that sums may be wrong here, and what to do."""
+    if saturates(engine, activation_bits) and engine not in _said:
+        _said.add(engine)
+        logger.warning(
+            "The engine %r adds pairs of 8-bit products in 16 bits on this processor (no VNNI), which saturates: "
+            "integer results can differ from the simulated ones. Choose backend='qnnpack', or 7 bits of activation.",
+            engine,
+        )

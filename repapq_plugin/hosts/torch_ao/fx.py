@@ -1,0 +1,238 @@
+"""torch.ao's graph mode: a calibrated network as a prepared graph, and a prepared graph as integer modules."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.ao.quantization import QConfigMapping
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+from torch.fx import Graph, GraphModule, Node, Tracer
+
+from repapq_plugin.calibration.quantize import call_model
+from repapq_plugin.calibration.trace import hooked
+from repapq_plugin.core.quant_primitives import activation_bounds
+from repapq_plugin.errors import CalibrationError, HostError
+from repapq_plugin.export.deploy import without_quantizers
+from repapq_plugin.export.qdq_onnx import quantized_module
+from repapq_plugin.fake_quantize import LearnableFakeQuantize
+from repapq_plugin.hosts.torch_ao.engines import (
+    INTEGER_BIAS,
+    NO_TRANSPOSED_CHANNELS,
+    checked_engine,
+    exact_engine,
+    integer_engine,
+    warn_of_saturation,
+)
+from repapq_plugin.hosts.torch_ao.grid import carry_grid, is_quantizer, lay_biases_on_grid, quantizer_at
+from repapq_plugin.hosts.torch_ao.qconfig import new_qconfig
+from repapq_plugin.hosts.torch_ao.ready import Ready
+from repapq_plugin.layers import QuantizedLayer
+from repapq_plugin.observers import MinMaxObserver
+
+STORED_BOUNDS = activation_bounds(8)
+"""Grid of what is quantized for torch.ao's sake alone."""
+
+OFF_TIES = 1.001
+"""Widens those grids: an observed bound is itself a sum of integer products, so that other sums would lie
+exactly between two codes, where a float and an integer rounding part (our choice)."""
+
+
+def prepare_learned(
+    model_or_result: Any,
+    example_inputs: tuple[Any, ...],
+    data: Iterable[Any],
+    *,
+    backend: str | None = None,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+) -> GraphModule:
+    """Return what ``prepare_fx`` makes of a calibrated network, with the calibration's result in it.
+
+    Layers and the tensors that they read carry the learned scales. torch.ao's integer layers also
+    need a grid for their output where no quantized layer reads it directly (behind it comes a
+    pooling, an addition, the network's end): those get 8 bits and a range from ``data``.
+
+    Args:
+        model_or_result: From `quantize_model`, or a module that holds its network; not changed.
+        example_inputs: All arguments of its ``forward``, as a tuple.
+        data: Batches for the ranges of those outputs.
+        backend: Engine that it will be converted for; default: `exact_engine`. The graph rounds
+            biases as the engine does.
+        forward_fn: Runs one batch, as in `quantize_model`.
+
+    Returns:
+        The prepared graph, in evaluation mode, with nothing left to observe. It simulates what
+        `convert_to_int8` makes of it.
+
+    Raises:
+        HostError: The network's Python cannot be traced to a graph, or holds no quantized layer.
+        CalibrationError: ``data`` is empty.
+    """
+    model = quantized_module(model_or_result)
+    quantized = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantizedLayer)}
+    if not any(layer.weight_fake_quant.quantizing for layer in quantized.values()):
+        raise HostError(f"{type(model).__name__} holds no quantized layer; quantize it with quantize_model first.")
+    traced, origin = trace_layers(without_quantizers(model))
+    learned = {name: quantized[source] for name, source in origin.items() if source in quantized}
+    engine = checked_engine(backend or exact_engine())
+    mapping = QConfigMapping()
+    for name, layer in learned.items():
+        qconfig = new_qconfig(output_quantizer, Ready(layer.weight_fake_quant))
+        mapping.set_module_name(name, qconfig if _has_kernel(layer, engine) else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its age, and that the output quantizer is no partial of its own kind
+        prepared = prepare_fx(traced, mapping, example_inputs)
+    place_learned(prepared, learned)
+    if engine in INTEGER_BIAS:
+        lay_biases_on_grid(prepared)
+    _find_ranges(prepared, data, forward_fn or call_model)
+    return prepared.eval()
+
+
+def convert_to_int8(prepared: GraphModule, backend: str | None = None) -> GraphModule:
+    """Convert a prepared graph to torch's integer modules, whatever its bits.
+
+    Args:
+        prepared: From `prepare_learned`, or from ``prepare_fx`` or ``prepare_qat_fx`` with our classes
+            after calibration; not changed.
+        backend: Engine to convert for; default: `exact_engine`. The result runs under it only:
+            inside `integer_engine`, or with ``torch.backends.quantized.engine`` set.
+
+    Returns:
+        The integer network.
+
+    Raises:
+        ConfigError: torch has no such engine here.
+    """
+    engine = backend or exact_engine()
+    carried = carry_grid(prepared, engine)
+    grids = [m for m in carried.modules() if is_quantizer(m) and getattr(m, "dtype", None) == torch.quint8]
+    warn_of_saturation(engine, max((int(cast(Any, m).quant_max).bit_length() for m in grids), default=8))
+    with integer_engine(engine), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return convert_fx(carried)
+
+
+def _has_kernel(layer: QuantizedLayer, engine: str) -> bool:
+    """Whether ``engine`` has an integer kernel for a layer and its weight is quantized at all."""
+    transposed = isinstance(layer.layer, nn.ConvTranspose2d)
+    return layer.weight_fake_quant.quantizing and not (transposed and engine in NO_TRANSPOSED_CHANNELS)
+
+
+def output_quantizer(**_: Any) -> LearnableFakeQuantize:
+    """Return a new quantizer for an output that no quantized layer reads directly."""
+    low, high = STORED_BOUNDS
+    return LearnableFakeQuantize(
+        observer=MinMaxObserver, dtype=torch.quint8, qscheme=torch.per_tensor_affine, quant_min=low, quant_max=high
+    )
+
+
+class _LeafTracer(Tracer):
+    """Keeps what torch.fx keeps whole, and everything that carries a weight of its own."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return m.__module__.startswith("torch.nn") and not isinstance(m, nn.Sequential)
+
+
+def trace_layers(model: nn.Module) -> tuple[GraphModule, dict[str, str]]:
+    """Return the graph of a network in which every call of a layer has a module of its own.
+
+    torch.ao gives an integer layer one scale for its output, so a layer called several times (a head
+    on several levels) stands in the graph several times, with one weight.
+
+    Returns:
+        The graph, and for each called module the path it had in ``model``.
+
+    Raises:
+        HostError: The Python of ``forward`` cannot be traced.
+    """
+    try:
+        graph: Graph = _LeafTracer().trace(model)
+    except Exception as error:  # whatever a forward does with a value that is not a tensor
+        raise HostError(
+            f"{type(model).__name__} cannot be traced by torch.fx ({type(error).__name__}: {error}). "
+            "Quantize the part that maps tensors to tensors, or run the simulated network."
+        ) from error
+    traced = GraphModule(model, graph)
+    origin: dict[str, str] = {}
+    for node in traced.graph.nodes:
+        if node.op != "call_module":
+            continue
+        source = str(node.target)
+        calls = sum(name.split("__call")[0] == source for name in origin)
+        if calls:
+            node.target = f"{source}__call{calls}"
+            traced.add_submodule(node.target, copy.copy(traced.get_submodule(source)))
+        origin[str(node.target)] = source
+    traced.recompile()
+    return traced, origin
+
+
+def place_learned(prepared: GraphModule, learned: dict[str, QuantizedLayer]) -> None:
+    """Put learned input quantizers where the layers of a prepared graph read.
+
+    An observed tensor that only layers with one and the same quantizer read takes it over; so does
+    one that others read too, if it has 8 bits. Else the layers get theirs behind the observed tensor.
+    """
+    graph = prepared.graph
+    layers = {
+        node: learned[str(node.target)].input_fake_quant
+        for node in graph.nodes
+        if node.op == "call_module" and str(node.target) in learned
+    }
+    for node in list(graph.nodes):
+        if quantizer_at(prepared, node) is None:
+            continue
+        wanted = list(dict.fromkeys(layers[user] for user in node.users if user in layers))
+        wanted = [quantizer for quantizer in wanted if quantizer.quantizing]
+        if not wanted:
+            continue
+        first = wanted[0]
+        stored = (first.quant_min, first.quant_max) == STORED_BOUNDS
+        if stored or (len(wanted) == 1 and all(user in layers for user in node.users)):
+            prepared.set_submodule(str(node.target), copy.deepcopy(first))
+            wanted = wanted[1:]
+        for quantizer in wanted:
+            _read_through(prepared, node, quantizer, [user for user in node.users if layers.get(user) is quantizer])
+    prepared.recompile()
+
+
+def _read_through(prepared: GraphModule, source: Node, quantizer: nn.Module, readers: list[Node]) -> None:
+    """Let ``readers`` of ``source`` read it through ``quantizer``."""
+    number = 0
+    while hasattr(prepared, f"learned_input_{number}"):
+        number += 1
+    name = f"learned_input_{number}"
+    prepared.add_submodule(name, copy.deepcopy(quantizer))
+    with prepared.graph.inserting_after(source):
+        through = prepared.graph.call_module(name, (source,))
+    for reader in readers:
+        reader.replace_input_with(source, through)
+
+
+@torch.no_grad()
+def _find_ranges(prepared: GraphModule, data: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> None:
+    """Run ``data`` for the quantizers that still observe, then end all observing."""
+    waiting = [m for m in prepared.modules() if isinstance(m, LearnableFakeQuantize) and m.observing]
+    for quantizer in waiting:
+        quantizer.enable_observer(False)
+        quantizer.enable_fake_quant(False)
+    batches = 0
+    with hooked([quantizer.register_forward_pre_hook(_observe) for quantizer in waiting]):
+        for batch in data:
+            forward(prepared, batch)
+            batches += 1
+    if not batches:
+        raise CalibrationError("The data for the ranges of outputs holds no batch; give at least one.")
+    for quantizer in waiting:
+        scale, zero_point = quantizer.activation_post_process.calculate_qparams()
+        quantizer.set_qparams(scale * OFF_TIES, zero_point)
+        quantizer.enable_fake_quant(True)
+
+
+def _observe(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
+    cast(LearnableFakeQuantize, quantizer).activation_post_process(args[0])

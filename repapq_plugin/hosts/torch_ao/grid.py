@@ -1,0 +1,176 @@
+"""Grids of fewer than 8 bits, carried exactly by torch.ao's 8-bit integers.
+
+torch.ao's integer modules know 8 bits only and forget a smaller ``quant_min`` and ``quant_max``. So
+weights are laid on their grid before the conversion, which leaves their codes as they are, and
+behind each quantizer of an activation stands a clamp to the range of its grid. The clamp works on
+integers: it is lowered to torch's quantized clamp.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization import FakeQuantizeBase, ObserverBase
+from torch.fx import Graph, GraphModule, Node
+
+from repapq_plugin.export.deploy import CONTAINERS
+from repapq_plugin.fake_quantize import LearnableFakeQuantize
+from repapq_plugin.hosts.torch_ao.engines import CLAMPS_CONTIGUOUS, INTEGER_BIAS, checked_engine, exact_engine
+from repapq_plugin.hosts.torch_ao.qconfig import new_qconfig
+from repapq_plugin.hosts.torch_ao.ready import Ready
+from repapq_plugin.observers import RangeObserver
+
+STORED = {torch.quint8: CONTAINERS[torch.uint8], torch.qint8: CONTAINERS[torch.int8]}
+"""Smallest and largest code of torch.ao's types."""
+
+
+def is_quantizer(module: object) -> bool:
+    """Whether torch.ao takes ``module`` for an observer or a fake quantizer."""
+    return isinstance(module, ObserverBase | FakeQuantizeBase)
+
+
+def quantizer_at(graph: GraphModule, node: Any) -> nn.Module | None:
+    """Return the observer or fake quantizer that ``node`` calls, if it calls one."""
+    if not isinstance(node, Node) or node.op != "call_module":
+        return None
+    module = graph.get_submodule(str(node.target))
+    return module if is_quantizer(module) else None
+
+
+def grid_range(quantizer: nn.Module) -> tuple[float, float] | None:
+    """Return the real range of a per-tensor grid, or ``None`` where its integers fill their type.
+
+    The quantizer's ``dtype`` is quint8 or qint8.
+    """
+    low, high = int(cast(Any, quantizer).quant_min), int(cast(Any, quantizer).quant_max)
+    dtype = cast(torch.dtype, quantizer.dtype)
+    if dtype not in STORED or STORED[dtype] == (low, high):
+        return None
+    scale, zero_point = cast(Any, quantizer).calculate_qparams()
+    step, zero = float(scale), int(zero_point)
+    return (low - zero) * step, (high - zero) * step
+
+
+def carry_grid(prepared: GraphModule, backend: str | None = None) -> GraphModule:
+    """Make a prepared and calibrated graph survive the conversion to 8-bit integers, whatever its bits.
+
+    Args:
+        prepared: From ``prepare_fx`` or ``prepare_qat_fx`` with our observers or fake quantizers,
+            after calibration; not changed.
+        backend: Engine that it will be converted for; default: `exact_engine`.
+
+    Returns:
+        A copy for ``convert_fx``. Where it has fake quantizers it simulates the integer network; the
+        weights are on their grid, and for an engine that adds biases as integers so are they.
+    """
+    engine = checked_engine(backend or exact_engine())
+    carried = copy.deepcopy(prepared)
+    for module in carried.modules():
+        lay_on_grid(module)
+    if engine in INTEGER_BIAS:
+        lay_biases_on_grid(carried)
+    for node in list(carried.graph.nodes):
+        quantizer = quantizer_at(carried, node)
+        bounds = grid_range(quantizer) if quantizer is not None else None
+        if bounds is not None:
+            _clamp_behind(carried.graph, node, bounds, contiguous=engine in CLAMPS_CONTIGUOUS)
+    carried.recompile()
+    return carried
+
+
+def _clamp_behind(graph: Graph, node: Node, bounds: tuple[float, float], contiguous: bool) -> None:
+    """Clamp what the quantizer at ``node`` gives; all its readers read the clamped tensor.
+
+    The same quantizer follows each step again, since torch.ao lowers an operator to integers only
+    between two equal ones.
+    """
+    readers = list(node.users)
+    last = node
+    steps: list[tuple[str, Any, tuple[float, ...]]] = [("call_function", torch.clamp, bounds)]
+    if contiguous:
+        steps.insert(0, ("call_method", "contiguous", ()))
+    for kind, target, arguments in steps:
+        with graph.inserting_after(last):
+            last = graph.create_node(kind, target, (last, *arguments))
+        with graph.inserting_after(last):
+            last = graph.call_module(str(node.target), (last,))
+    for reader in readers:
+        reader.replace_input_with(node, last)
+
+
+@torch.no_grad()
+def lay_biases_on_grid(prepared: GraphModule) -> None:
+    """Round biases, in place, to multiples of input scale times weight scale, in which an integer sum counts."""
+    for node in prepared.graph.nodes:
+        if node.op != "call_module" or not node.args:
+            continue
+        module = prepared.get_submodule(str(node.target))
+        layer, quantizer = _layer_of(module), weight_quantizer_of(module)
+        source = quantizer_at(prepared, node.args[0])
+        bias = getattr(layer, "bias", None)
+        if quantizer is None or source is None or not isinstance(bias, nn.Parameter):
+            continue
+        step = cast(Any, source).calculate_qparams()[0] * quantizer.scale
+        bias.copy_(torch.round(bias / step) * step)
+
+
+def _layer_of(module: nn.Module) -> nn.Module:
+    """Return the layer inside a module that torch.ao fused from it and what follows."""
+    # What training-aware modules hold at index 0 is no layer: they are the layer.
+    fused = isinstance(module, nn.Sequential) and not hasattr(module, "weight_fake_quant")
+    return cast(nn.Sequential, module)[0] if fused and len(cast(nn.Sequential, module)) else module
+
+
+@torch.no_grad()
+def weight_quantizer_of(module: nn.Module) -> LearnableFakeQuantize | None:
+    """Return the quantizer of a layer's weight, ready and at rest; ``None`` without one of ours."""
+    qconfig = getattr(module, "qconfig", None)
+    weight = getattr(_layer_of(module), "weight", None)
+    if qconfig is None or not isinstance(weight, nn.Parameter):
+        return None
+    quantizer = getattr(module, "weight_fake_quant", None)
+    if quantizer is None:
+        quantizer = _finished(qconfig.weight(), weight)
+    if not isinstance(quantizer, LearnableFakeQuantize):
+        return None
+    quantizer.enable_observer(False)
+    return quantizer
+
+
+@torch.no_grad()
+def lay_on_grid(module: nn.Module) -> None:
+    """Round a layer's weight to its grid in place, and pin the grid, so that a conversion finds it again.
+
+    Modules without a weight, and weights that are quantized by a class not ours, are left alone.
+    """
+    quantizer = weight_quantizer_of(module)
+    if quantizer is None:
+        return
+    layer = cast(Any, _layer_of(module))
+    layer.weight.copy_(quantizer.quantize_dequantize(layer.weight))
+    if not hasattr(module, "weight_fake_quant"):
+        pinned = new_qconfig(cast(Any, module).qconfig.activation, Ready(quantizer))
+        for each in {cast(Any, module), layer}:
+            each.qconfig = pinned
+
+
+def _finished(quantizer: nn.Module, weight: Tensor) -> nn.Module:
+    """Let one of our observers or fake quantizers see ``weight``; an observer comes back as a fake quantizer."""
+    quantizer.to(weight.device)
+    if isinstance(quantizer, RangeObserver | LearnableFakeQuantize):
+        quantizer(weight)
+    if not isinstance(quantizer, RangeObserver):
+        return quantizer
+    fixed = LearnableFakeQuantize(
+        observer=type(quantizer),
+        dtype=quantizer.dtype,
+        qscheme=quantizer.qscheme,
+        quant_min=quantizer.quant_min,
+        quant_max=quantizer.quant_max,
+        ch_axis=quantizer.ch_axis,
+    ).to(weight.device)
+    fixed.set_qparams(*quantizer.calculate_qparams())
+    return fixed
