@@ -36,6 +36,7 @@ from repapq_plugin import RepAPQConfig, quantize_model
 METHODS: dict[str, dict[str, Any]] = {
     "ranges only, min-max": {
         "steps": 0,
+        "fold_constants": False,
         "equalize": False,
         "activation_observer": "min_max",
         "weight_observer": "min_max",
@@ -50,6 +51,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "stage, MSE + affine + stage term": {"loss": "mse", "affine": True, "stage_weight": 1.0},
     "stage, MAE + affine + stage term": {"loss": "mae", "affine": True, "stage_weight": 1.0},
     "stage, MSE + affine + stage term, not equalized": {"equalize": False},
+    "stage, MSE + affine + stage term, nothing prepared": {"equalize": False, "fold_constants": False},
     "unit, MSE + affine": {"loss": "mse", "affine": True, "stage_weight": 0.0, "schedule": "unit"},
     "unit, MSE + affine + stage term": {"loss": "mse", "affine": True, "stage_weight": 1.0, "schedule": "unit"},
     "network, MSE + affine": {"loss": "mse", "affine": True, "schedule": "network"},
@@ -121,7 +123,7 @@ def main(
                         "config": config.to_dict(),
                     }
                     rows.append(row)
-                    click.echo(f"{preset} {method:38s} seed {seed}: {row['accuracy']:.2f}  ({row['seconds']} s)")
+                    click.echo(f"{preset} {method:50s} seed {seed}: {row['accuracy']:.2f}  ({row['seconds']} s)")
                     write_result(f"{name}-{model_name}", {"environment": environment(), "rows": rows})
         _print_table(model_name, [row for row in rows if (row["split"], row["source"]) == (split, source)])
 
@@ -132,14 +134,14 @@ def _previous(path: Path) -> list[dict[str, Any]]:
 
 def _print_table(model_name: str, rows: list[dict[str, Any]]) -> None:
     presets = list(dict.fromkeys(row["preset"] for row in rows))
-    click.echo(f"\n{model_name:40s}" + "".join(f"{preset:>18s}" for preset in presets))
+    click.echo(f"\n{model_name:52s}" + "".join(f"{preset:>18s}" for preset in presets))
     for method in dict.fromkeys(row["method"] for row in rows):
         cells = []
         for preset in presets:
             found = [row["accuracy"] for row in rows if (row["method"], row["preset"]) == (method, preset)]
             spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
             cells.append(f"{statistics.mean(found):.2f}{spread}" if found else "")
-        click.echo(f"{method:40s}" + "".join(f"{cell:>18s}" for cell in cells))
+        click.echo(f"{method:52s}" + "".join(f"{cell:>18s}" for cell in cells))
 
 
 if __name__ == "__main__":
