@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 
 from repapq_plugin.errors import ConfigError
-from repapq_plugin.observers.base import RangeObserver
+from repapq_plugin.observers.base import RangeObserver, named_factory, refuse_pt2e
 from repapq_plugin.observers.min_max import MinMaxObserver, PerChannelMinMaxObserver
 
 _FLOAT = torch.finfo(torch.float32)
@@ -39,6 +39,7 @@ class LearnableFakeQuantize(FakeQuantizeBase):
 
     Raises:
         ConfigError: A value is not allowed.
+        HostError: Made by torchao's pt2e; the message names the class to take there.
     """
 
     observer_enabled: Tensor
@@ -55,6 +56,7 @@ class LearnableFakeQuantize(FakeQuantizeBase):
         **observer_kwargs: Any,
     ) -> None:
         super().__init__()
+        refuse_pt2e(type(self), observer_kwargs.get("dtype", torch.quint8))
         if not 0 <= drop_probability <= 1:
             raise ConfigError(f"drop_probability={drop_probability!r} is not allowed; choose a number from 0 to 1.")
         if quant_min is not None:
@@ -74,6 +76,11 @@ class LearnableFakeQuantize(FakeQuantizeBase):
         # Python flags beside the buffers of the base class: reading a tensor in every forward
         # stalls an accelerator and cannot be exported.
         self.observing, self.quantizing = True, True
+
+    @classmethod
+    def with_args(cls, **kwargs: Any) -> Any:
+        """Return a factory of this class with some arguments set, as torch.ao's fake quantizers do."""
+        return named_factory(super().with_args(**kwargs), cls)  # type: ignore[no-untyped-call]
 
     @property
     def num_bits(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.ao.quantization.observer import ObserverBase
 
 from repapq_plugin.core.quant_primitives import choose_qparams
-from repapq_plugin.errors import CalibrationError, ConfigError
+from repapq_plugin.errors import CalibrationError, ConfigError, HostError
 
 SYMMETRIC_SCHEMES = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
 PER_TENSOR_SCHEMES = (torch.per_tensor_affine, torch.per_tensor_symmetric)
@@ -37,6 +37,25 @@ def register_observer(name: str) -> Callable[[_Class], _Class]:
     return add
 
 
+def refuse_pt2e(kind: type, dtype: torch.dtype) -> None:
+    """Refuse to be made by torchao's pt2e, which silently ignores what does not stand on its own bases.
+
+    Raises:
+        HostError: ``dtype`` is one by which pt2e, and not torch.ao, names an integer type.
+    """
+    if dtype in (torch.uint8, torch.int8):
+        raise HostError(
+            f"{kind.__name__} got dtype={dtype}, which is how torchao's pt2e says it; there name "
+            f"repapq_plugin.hosts.torchao_pt2e.{kind.__name__}. torch.ao says torch.quint8 and torch.qint8."
+        )
+
+
+def named_factory(factory: Any, kind: type) -> Any:
+    """Give what ``with_args`` returns a name: pt2e reads it, and then gets as far as `refuse_pt2e`."""
+    factory.__name__ = kind.__name__
+    return factory
+
+
 class RangeObserver(ObserverBase):
     """Watches tensors and answers with a range, and through it with ``(scale, zero_point)``.
 
@@ -54,6 +73,7 @@ class RangeObserver(ObserverBase):
 
     Raises:
         ConfigError: A value is not allowed, or the scheme is not one for this class.
+        HostError: Made by torchao's pt2e; the message names the class to take there.
     """
 
     per_channel: ClassVar[bool] = False
@@ -74,6 +94,7 @@ class RangeObserver(ObserverBase):
         eps: float | None = None,
         factory_kwargs: dict[str, Any] | None = None,
     ) -> None:
+        refuse_pt2e(type(self), dtype)
         super().__init__(dtype=dtype, is_dynamic=is_dynamic)
         if is_dynamic:
             raise ConfigError("is_dynamic=True is not allowed; these observers find static ranges.")
@@ -85,7 +106,7 @@ class RangeObserver(ObserverBase):
             raise ConfigError(
                 f"qscheme={qscheme} is not allowed for {type(self).__name__}; choose {allowed[0]} or {allowed[1]}."
             )
-        signed = dtype in (torch.qint8, torch.int8)
+        signed = dtype is torch.qint8
         self.quant_min: int = quant_min if quant_min is not None else (-128 if signed else 0)
         self.quant_max: int = quant_max if quant_max is not None else (127 if signed else 255)
         if not self.quant_min <= 0 <= self.quant_max or self.quant_min == self.quant_max:
@@ -96,6 +117,11 @@ class RangeObserver(ObserverBase):
         self.ch_axis = ch_axis
         self.register_buffer("min_val", torch.tensor([]))
         self.register_buffer("max_val", torch.tensor([]))
+
+    @classmethod
+    def with_args(cls, **kwargs: Any) -> Any:
+        """Return a factory of this class with some arguments set, as torch.ao's observers do."""
+        return named_factory(super().with_args(**kwargs), cls)
 
     @property
     def symmetric(self) -> bool:

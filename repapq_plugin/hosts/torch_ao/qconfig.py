@@ -73,8 +73,8 @@ def repapq_qconfig(
     weight_observer = OBSERVERS[f"per_channel_{config.weight_observer}"]
     if is_qat:
         return new_qconfig(
-            LearnableFakeQuantize.with_args(observer=observer, **activation),  # type: ignore[no-untyped-call]
-            PerChannelLearnableFakeQuantize.with_args(observer=weight_observer, **weight),  # type: ignore[no-untyped-call]
+            LearnableFakeQuantize.with_args(observer=observer, **activation),
+            PerChannelLearnableFakeQuantize.with_args(observer=weight_observer, **weight),
         )
     if name == "percentile":
         activation["percentile"] = config.percentile

@@ -1,0 +1,37 @@
+"""torchao's pt2e: our observers and fake quantizers on torchao's bases, a `Quantizer`, and learned graphs."""
+
+from repapq_plugin.errors import HostError
+
+try:
+    import torchao.quantization.pt2e  # noqa: F401
+except ImportError as error:
+    raise HostError("This host needs torchao with its pt2e: pip install 'torchao>=0.18'") from error
+
+from repapq_plugin.hosts.torchao_pt2e.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
+from repapq_plugin.hosts.torchao_pt2e.grid import carry_grid
+from repapq_plugin.hosts.torchao_pt2e.learned import carry_over, prepare_learned
+from repapq_plugin.hosts.torchao_pt2e.observers import (
+    MAEObserver,
+    MinMaxObserver,
+    MSEObserver,
+    PercentileObserver,
+    PerChannelMinMaxObserver,
+    PerChannelMSEObserver,
+)
+from repapq_plugin.hosts.torchao_pt2e.quantizer import RepAPQQuantizer, x86_inductor_quantizer
+
+__all__ = [
+    "LearnableFakeQuantize",
+    "MAEObserver",
+    "MSEObserver",
+    "MinMaxObserver",
+    "PerChannelLearnableFakeQuantize",
+    "PerChannelMSEObserver",
+    "PerChannelMinMaxObserver",
+    "PercentileObserver",
+    "RepAPQQuantizer",
+    "carry_grid",
+    "carry_over",
+    "prepare_learned",
+    "x86_inductor_quantizer",
+]

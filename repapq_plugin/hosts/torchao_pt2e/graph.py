@@ -1,0 +1,73 @@
+"""What an exported graph says about layers: which nodes they are, and where in the network they stood."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e import FakeQuantizeBase, ObserverBase
+
+aten = torch.ops.aten
+
+LAYER_TARGETS: dict[Any, int] = {
+    aten.conv2d.default: 0,
+    aten.conv2d.padding: 0,
+    aten.linear.default: 0,
+    aten.conv_transpose2d.input: 1,
+}
+"""Operators that are quantized, with the axis of output channels of their weight."""
+
+
+def layer_nodes(graph: GraphModule) -> Iterator[Node]:
+    """Yield the nodes of quantizable layers in order."""
+    return (node for node in graph.graph.nodes if node.op == "call_function" and node.target in LAYER_TARGETS)
+
+
+def output_axis(node: Node) -> int:
+    """Return the axis of output channels of a layer's weight."""
+    return LAYER_TARGETS[node.target]
+
+
+def groups(node: Node) -> int:
+    """Return the number of groups of a convolution (1 of a linear layer)."""
+    if node.target is aten.linear.default:
+        return 1
+    return int(cast(int, node.args[6])) if len(node.args) > 6 else 1
+
+
+def module_path(node: Node) -> str:
+    """Return the path of the module that called a node, ``""`` of the network itself."""
+    stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
+    path = str(list(stack.values())[-1][0]) if stack else ""
+    for prefix in ("L['self']", "L__self__"):
+        path = path.removeprefix(prefix)
+    return path.lstrip(".")
+
+
+def quantizer_at(graph: GraphModule, node: Any) -> torch.nn.Module | None:
+    """Return the observer or fake quantizer that ``node`` calls, if it calls one."""
+    if not isinstance(node, Node) or node.op != "call_module":
+        return None
+    module = graph.get_submodule(str(node.target))
+    return module if isinstance(module, ObserverBase | FakeQuantizeBase) else None
+
+
+def ends(graph: GraphModule) -> tuple[set[Node], set[Node]]:
+    """Return the layers that read nothing another layer made, and those whose output no other layer reads."""
+    layers = set(layer_nodes(graph))
+    behind: set[Node] = set()
+    for node in graph.graph.nodes:
+        if any(source in behind or source in layers for source in _data_inputs(node, layers)):
+            behind.add(node)
+    first = {layer for layer in layers if layer not in behind}
+    ahead: set[Node] = set()
+    for node in reversed(graph.graph.nodes):
+        if any(user.op == "output" or (user in ahead and user not in layers) for user in node.users):
+            ahead.add(node)
+    return first, layers & ahead
+
+
+def _data_inputs(node: Node, layers: set[Node]) -> list[Node]:
+    return [node.args[0]] if node in layers else node.all_input_nodes  # type: ignore[list-item]
