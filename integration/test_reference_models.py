@@ -1,4 +1,4 @@
-"""The shipped networks for masks and for segmentation: small, safe to load, with all their branches, as good as their descriptions say."""
+"""The shipped networks for masks and segments: small, safe to load, branched, as good as their descriptions say."""
 
 from __future__ import annotations
 

@@ -1,0 +1,150 @@
+"""The README's tables of measurements, made from the committed results.
+
+    python -m integration.bench.tables            # print them
+    python -m integration.bench.tables --write    # put them into README.md
+
+A table stands in the README between ``<!-- table: NAME -->`` and ``<!-- end -->``; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import click
+
+from integration.bench.reference import RESULTS, ROOT
+
+README = ROOT / "README.md"
+PRESETS = ("w8a8", "w6a6", "w4a4", "w3a3")
+CLASSIFIERS = {"repvgg": "RepVGG, top-1 %", "mobileone": "MobileOne, top-1 %"}
+SCENES = {
+    ("yolov6-n", "coco/bbox_mAP"): ("YOLOv6-n, box mAP", 100),
+    ("rtmdet-ins", "coco/bbox_mAP"): ("RTMDet-Ins, box mAP", 100),
+    ("rtmdet-ins", "coco/segm_mAP"): ("RTMDet-Ins, mask mAP", 100),
+    ("repvgg-fcn", "mIoU"): ("RepVGG-FCN, mIoU %", 1),
+}
+"""What is shown of which network, and what the toolbox's figure is multiplied by to be in percent."""
+
+Row = dict[str, Any]
+
+
+def rows_of(name: str) -> list[Row]:
+    """Return the rows of a result on the test split, or none if it is not there yet."""
+    path = RESULTS / f"{name}.json"
+    rows: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in rows if row.get("split", "test") == "test"]
+
+
+def mean_of(values: Iterable[float]) -> str:
+    """Return mean and sample standard deviation of percentages."""
+    values = list(values)
+    if not values:
+        return "–"
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def markdown(header: list[str], body: list[list[str]]) -> str:
+    """Return a table."""
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def scores(rows: list[Row], value: Callable[[Row], float], name: str, methods: tuple[str, str]) -> list[list[str]]:
+    """Return two lines: plain PTQ beside RepAPQ, one column for each number of bits."""
+    lines = []
+    for method in methods:
+        cells = [mean_of(value(row) for row in rows if (row["method"], row["preset"]) == (method, p)) for p in PRESETS]
+        lines.append([method, *cells])
+    return [[name, lines[0][0], *lines[0][1:]], ["", f"**{lines[1][0]}**", *(f"**{cell}**" for cell in lines[1][1:])]]
+
+
+def summary_table() -> str:
+    """Return float, plain PTQ and RepAPQ of every reference network."""
+    methods = ("plain PTQ", "RepAPQ")
+    body: list[list[str]] = []
+    for (model, metric), (title, factor) in SCENES.items():
+        rows = [row for row in rows_of("scenes") if row["model"] == model]
+        if rows:
+            name = f"{title}, float {factor * rows[0]['float'][metric]:.1f}"
+            body += scores(rows, lambda row, m=metric, f=factor: f * row["simulated"][m], name, methods)  # type: ignore[misc]
+    for model, title in CLASSIFIERS.items():
+        rows = [row for row in rows_of("classifiers") if row["model"] == model]
+        if rows:
+            body += scores(rows, lambda row: row["accuracy"], f"{title}, float {rows[0]['float']:.2f}", methods)
+    return markdown(["", "", "W8A8", "W6A6", "W4A4", "W3A3"], body)
+
+
+def runtime_table() -> str:
+    """Return what runtimes score with exported networks, beside the simulation."""
+    body = []
+    for (model, metric), (title, factor) in SCENES.items():
+        for row in rows_of("scenes"):
+            if row["model"] == model and "openvino" in row:
+                figures = [row[key][metric] * factor for key in ("simulated", "onnxruntime", "openvino")]
+                body.append([title, row["preset"].upper(), *(f"{figure:.1f}" for figure in figures), integers(row)])
+    for model, title in CLASSIFIERS.items():
+        for row in rows_of("classifiers"):
+            if row["model"] == model and "openvino" in row:
+                figures = [row[key] for key in ("accuracy", "onnxruntime", "openvino")]
+                body.append([title, row["preset"].upper(), *(f"{figure:.2f}" for figure in figures), integers(row)])
+    return markdown(["seed 0", "bits", "simulated", "onnxruntime", "OpenVINO", "INT8 layers"], body)
+
+
+def integers(row: Row) -> str:
+    """Return how many of the layers with weights run in integers."""
+    return f"{row['int8_layers']} of {row['layers']}"
+
+
+def ablation_table(model: str) -> str:
+    """Return each method's accuracy at few bits."""
+    rows = rows_of(f"ablation-{model}")
+    presets = list(dict.fromkeys(row["preset"] for row in rows))
+    body = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = [
+            mean_of(row["accuracy"] for row in rows if (row["method"], row["preset"]) == (method, p)) for p in presets
+        ]
+        body.append([method, *cells])
+    title = f"{CLASSIFIERS[model]}, float {rows[0]['float']:.2f}" if rows else CLASSIFIERS[model]
+    return markdown([title, *(preset.upper() for preset in presets)], body)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "summary": summary_table,
+    "runtimes": runtime_table,
+    "ablation-repvgg": lambda: ablation_table("repvgg"),
+    "ablation-mobileone": lambda: ablation_table("mobileone"),
+}
+
+
+def tables_in(text: str) -> dict[str, str]:
+    """Return the tables that a text holds, by name."""
+    return {found["name"]: found["table"].strip() for found in PLACE.finditer(text)}
+
+
+def with_tables(text: str) -> str:
+    """Return the text with every table made anew."""
+    return PLACE.sub(lambda found: f"{found['begin']}{TABLES[found['name']]()}\n{found['end']}", text)
+
+
+PLACE = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->\n)(?P<table>.*?)(?P<end><!-- end -->)", re.DOTALL)
+
+
+@click.command()
+@click.option("--write", is_flag=True, help="Put the tables into README.md.")
+def main(write: bool) -> None:
+    """Print the tables, or write them."""
+    if write:
+        README.write_text(with_tables(README.read_text()))
+        return
+    for name, make in TABLES.items():
+        click.echo(f"{name}\n\n{make()}\n")
+
+
+if __name__ == "__main__":
+    main()
