@@ -3,6 +3,7 @@
 The observers and fake quantizers are those of `repapq_plugin` itself; they stand on torch.ao's bases.
 """
 
+from repapq_plugin.hosts.torch_ao.eager import convert_eager, prepare_learned_eager
 from repapq_plugin.hosts.torch_ao.engines import exact_engine, integer_engine, saturates
 from repapq_plugin.hosts.torch_ao.fx import convert_to_int8, prepare_learned
 from repapq_plugin.hosts.torch_ao.grid import carry_grid
@@ -10,10 +11,12 @@ from repapq_plugin.hosts.torch_ao.qconfig import repapq_qconfig, repapq_qconfig_
 
 __all__ = [
     "carry_grid",
+    "convert_eager",
     "convert_to_int8",
     "exact_engine",
     "integer_engine",
     "prepare_learned",
+    "prepare_learned_eager",
     "repapq_qconfig",
     "repapq_qconfig_mapping",
     "saturates",

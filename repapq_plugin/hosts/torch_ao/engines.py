@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from repapq_plugin.errors import ConfigError
+from repapq_plugin.layers import QuantizedLayer
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,12 @@ def exact_engine() -> str:
     if "x86" in supported and not saturates("x86"):
         return "x86"
     return "qnnpack" if "qnnpack" in supported else checked_engine(torch.backends.quantized.engine)
+
+
+def has_kernel(layer: QuantizedLayer, engine: str) -> bool:
+    """Whether ``engine`` has an integer kernel for a layer, and its weight is quantized at all."""
+    transposed = isinstance(layer.layer, nn.ConvTranspose2d)
+    return layer.weight_fake_quant.quantizing and not (transposed and engine in NO_TRANSPOSED_CHANNELS)
 
 
 @contextmanager

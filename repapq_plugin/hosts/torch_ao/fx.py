@@ -14,32 +14,22 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from torch.fx import Graph, GraphModule, Node, Tracer
 
 from repapq_plugin.calibration.quantize import call_model
-from repapq_plugin.calibration.trace import hooked
-from repapq_plugin.core.quant_primitives import activation_bounds
-from repapq_plugin.errors import CalibrationError, HostError
+from repapq_plugin.errors import HostError
 from repapq_plugin.export.deploy import without_quantizers
 from repapq_plugin.export.qdq_onnx import quantized_module
-from repapq_plugin.fake_quantize import LearnableFakeQuantize
 from repapq_plugin.hosts.torch_ao.engines import (
     INTEGER_BIAS,
-    NO_TRANSPOSED_CHANNELS,
     checked_engine,
     exact_engine,
+    has_kernel,
     integer_engine,
     warn_of_saturation,
 )
 from repapq_plugin.hosts.torch_ao.grid import carry_grid, is_quantizer, lay_biases_on_grid, quantizer_at
+from repapq_plugin.hosts.torch_ao.outputs import STORED_BOUNDS, find_ranges, output_quantizer
 from repapq_plugin.hosts.torch_ao.qconfig import new_qconfig
 from repapq_plugin.hosts.torch_ao.ready import Ready
 from repapq_plugin.layers import QuantizedLayer
-from repapq_plugin.observers import MinMaxObserver
-
-STORED_BOUNDS = activation_bounds(8)
-"""Grid of what is quantized for torch.ao's sake alone."""
-
-OFF_TIES = 1.001
-"""Widens those grids: an observed bound is itself a sum of integer products, so that other sums would lie
-exactly between two codes, where a float and an integer rounding part (our choice)."""
 
 
 def prepare_learned(
@@ -82,14 +72,14 @@ def prepare_learned(
     mapping = QConfigMapping()
     for name, layer in learned.items():
         qconfig = new_qconfig(output_quantizer, Ready(layer.weight_fake_quant))
-        mapping.set_module_name(name, qconfig if _has_kernel(layer, engine) else None)
+        mapping.set_module_name(name, qconfig if has_kernel(layer, engine) else None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its age, and that the output quantizer is no partial of its own kind
         prepared = prepare_fx(traced, mapping, example_inputs)
     place_learned(prepared, learned)
     if engine in INTEGER_BIAS:
         lay_biases_on_grid(prepared)
-    _find_ranges(prepared, data, forward_fn or call_model)
+    find_ranges(prepared, data, forward_fn or call_model)
     return prepared.eval()
 
 
@@ -115,20 +105,6 @@ def convert_to_int8(prepared: GraphModule, backend: str | None = None) -> GraphM
     with integer_engine(engine), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return convert_fx(carried)
-
-
-def _has_kernel(layer: QuantizedLayer, engine: str) -> bool:
-    """Whether ``engine`` has an integer kernel for a layer and its weight is quantized at all."""
-    transposed = isinstance(layer.layer, nn.ConvTranspose2d)
-    return layer.weight_fake_quant.quantizing and not (transposed and engine in NO_TRANSPOSED_CHANNELS)
-
-
-def output_quantizer(**_: Any) -> LearnableFakeQuantize:
-    """Return a new quantizer for an output that no quantized layer reads directly."""
-    low, high = STORED_BOUNDS
-    return LearnableFakeQuantize(
-        observer=MinMaxObserver, dtype=torch.quint8, qscheme=torch.per_tensor_affine, quant_min=low, quant_max=high
-    )
 
 
 class _LeafTracer(Tracer):
@@ -212,27 +188,3 @@ def _read_through(prepared: GraphModule, source: Node, quantizer: nn.Module, rea
         through = prepared.graph.call_module(name, (source,))
     for reader in readers:
         reader.replace_input_with(source, through)
-
-
-@torch.no_grad()
-def _find_ranges(prepared: GraphModule, data: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> None:
-    """Run ``data`` for the quantizers that still observe, then end all observing."""
-    waiting = [m for m in prepared.modules() if isinstance(m, LearnableFakeQuantize) and m.observing]
-    for quantizer in waiting:
-        quantizer.enable_observer(False)
-        quantizer.enable_fake_quant(False)
-    batches = 0
-    with hooked([quantizer.register_forward_pre_hook(_observe) for quantizer in waiting]):
-        for batch in data:
-            forward(prepared, batch)
-            batches += 1
-    if not batches:
-        raise CalibrationError("The data for the ranges of outputs holds no batch; give at least one.")
-    for quantizer in waiting:
-        scale, zero_point = quantizer.activation_post_process.calculate_qparams()
-        quantizer.set_qparams(scale * OFF_TIES, zero_point)
-        quantizer.enable_fake_quant(True)
-
-
-def _observe(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
-    cast(LearnableFakeQuantize, quantizer).activation_post_process(args[0])

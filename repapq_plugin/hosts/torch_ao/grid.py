@@ -101,18 +101,24 @@ def _clamp_behind(graph: Graph, node: Node, bounds: tuple[float, float], contigu
         reader.replace_input_with(node, last)
 
 
-@torch.no_grad()
 def lay_biases_on_grid(prepared: GraphModule) -> None:
-    """Round biases, in place, to multiples of input scale times weight scale, in which an integer sum counts."""
+    """Round the biases of a graph as an engine that adds them as integers does, in place."""
     for node in prepared.graph.nodes:
-        if node.op != "call_module" or not node.args:
-            continue
-        module = prepared.get_submodule(str(node.target))
-        layer, quantizer = _layer_of(module), weight_quantizer_of(module)
-        source = quantizer_at(prepared, node.args[0])
-        bias = getattr(layer, "bias", None)
-        if quantizer is None or source is None or not isinstance(bias, nn.Parameter):
-            continue
+        source = quantizer_at(prepared, node.args[0]) if node.op == "call_module" and node.args else None
+        if source is not None:
+            lay_bias_on_grid(prepared.get_submodule(str(node.target)), source)
+
+
+@torch.no_grad()
+def lay_bias_on_grid(module: nn.Module, source: nn.Module) -> None:
+    """Round a layer's bias, in place, to multiples of input scale times weight scale, in which its sums count.
+
+    Args:
+        module: A prepared layer; anything else is left alone.
+        source: The quantizer of its input.
+    """
+    bias, quantizer = getattr(_layer_of(module), "bias", None), weight_quantizer_of(module)
+    if quantizer is not None and isinstance(bias, nn.Parameter):
         step = cast(Any, source).calculate_qparams()[0] * quantizer.scale
         bias.copy_(torch.round(bias / step) * step)
 

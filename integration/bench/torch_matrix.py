@@ -1,0 +1,144 @@
+"""Which torch versions this package works with: builds an environment for each and runs the suites that fit.
+
+    python -m integration.bench.torch_matrix --folder /var/tmp/torch_matrix
+
+Needs uv and a package index. Environments are made one after the other in ``--folder`` (several gigabytes
+each) and deleted again. Suites of a host that cannot be imported beside a torch version are not run, and the
+table says why. Results go to ``results/torch_matrix.json`` after every version.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import click
+
+from integration.bench.reference import RESULTS, ROOT, write_result
+
+VERSIONS = ("2.6.0", "2.10.0", "2.12.1", "2.13.0", "2.15.0")
+PACKAGES = (
+    *("numpy<2.3", "setuptools<81", "safetensors", "rich", "click", "pytest", "hypothesis"),
+    *("onnx", "onnxruntime", "onnxscript"),
+)
+TORCHAO = "torchao==0.18.0"
+
+SUITES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "plain PyTorch": (
+        "import repapq_plugin",
+        (
+            *("tests/core", "tests/observers", "tests/calibration"),
+            *("tests/test_fake_quantize.py", "tests/test_layers.py", "tests/test_qpr.py", "tests/test_config.py"),
+        ),
+    ),
+    "ONNX": ("import onnx, onnxruntime", ("tests/export/test_qdq_onnx.py", "tests/export/test_deploy.py")),
+    "torch.ao": ("import repapq_plugin.hosts.torch_ao", ("integration/torch_ao",)),
+    "torchao pt2e": ("import repapq_plugin.hosts.torchao_pt2e", ("integration/torchao_pt2e",)),
+}
+"""Per suite: what must be importable, and its paths."""
+
+
+def run(command: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command from the repository's root and keep what it says."""
+    return subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **settings)
+
+
+def build(folder: Path, version: str) -> tuple[Path, str]:
+    """Return the interpreter of a new environment and, if it could not be built, why."""
+    settings = {"env": {**os.environ, "UV_CACHE_DIR": str(folder / "cache"), "UV_LINK_MODE": "hardlink"}}
+    python = folder / "environment" / "bin" / "python"
+    for command in (
+        ["uv", "venv", "--quiet", "--python", platform.python_version(), str(folder / "environment")],
+        ["uv", "pip", "install", "--quiet", "--python", str(python), f"torch=={version}", *PACKAGES],
+        ["uv", "pip", "install", "--quiet", "--python", str(python), "--no-deps", TORCHAO],
+    ):
+        done = run(command, **settings)
+        if done.returncode:
+            return python, done.stdout.strip().splitlines()[-1]
+    return python, ""
+
+
+def run_suite(python: Path, folder: Path, needs: str, paths: tuple[str, ...]) -> dict[str, Any]:
+    """Return counts of one suite, or why it is not run."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    imported = run([str(python), "-c", needs], env=env)
+    if imported.returncode:
+        return {"not_run": imported.stdout.strip().splitlines()[-1]}
+    report = folder / "report.xml"
+    # timm brings torchvision, whose builds do not follow every torch of this list.
+    options = [
+        "--ignore=tests/calibration/test_partition.py",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={report}",
+        "-o",
+        "addopts=--import-mode=importlib",
+    ]
+    # What integration tests share belongs to toolboxes that are not installed here.
+    options += ["--noconftest"] if paths[0].startswith("integration") else []
+    done = run([str(python), "-m", "pytest", *options, *paths], env=env)
+    if not report.exists():
+        return {"not_run": done.stdout.strip().splitlines()[-1]}
+    suite = ElementTree.parse(report).getroot()[0]
+    counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+    failed = [
+        f"{case.get('classname')}::{case.get('name')}: {str(found[0].get('message')).splitlines()[0][:200]}"
+        for case in suite.iter("testcase")
+        if (found := [*case.iter("failure"), *case.iter("error")])
+    ]
+    report.unlink()
+    return {**counts, "seconds": round(float(suite.get("time", 0)), 1), "failed": failed}
+
+
+def cell(result: dict[str, Any]) -> str:
+    """Return what the table says about one suite."""
+    if "not_run" in result:
+        return "-"
+    passed = result["tests"] - result["failures"] - result["errors"] - result["skipped"]
+    return f"{passed} of {result['tests']}"
+
+
+@click.command()
+@click.option("--folder", type=click.Path(path_type=Path), required=True, help="Where environments are made.")
+@click.option("--torch", "versions", multiple=True, default=VERSIONS, help="Which versions.")
+@click.option("--suite", "suites", multiple=True, type=click.Choice(list(SUITES)), default=list(SUITES))
+def main(folder: Path, versions: tuple[str, ...], suites: tuple[str, ...]) -> None:
+    """Run the suites on every version and print one table."""
+    path = RESULTS / "torch_matrix.json"
+    content = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    rows: dict[str, dict[str, Any]] = content["rows"]
+    for version in versions:
+        place = folder / version
+        place.mkdir(parents=True, exist_ok=True)
+        try:
+            python, problem = build(place, version)
+            row = rows.setdefault(version, {})
+            if problem:
+                row["not_built"] = problem
+                click.echo(f"torch {version}: {problem}")
+                continue
+            row.pop("not_built", None)
+            for name in suites:
+                row[name] = run_suite(python, place, *SUITES[name])
+                click.echo(f"torch {version}, {name}: {cell(row[name])} {row[name].get('not_run', '')}")
+                for failed in row[name].get("failed", []):
+                    click.echo(f"    {failed}")
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+            settings = {"python": platform.python_version(), "torchao": TORCHAO, "packages": PACKAGES}
+            write_result("torch_matrix", {**settings, "rows": rows})
+    click.echo("".join(f"{title:>16}" for title in ("torch", *SUITES)))
+    for version, row in rows.items():
+        cells = (cell(row[name]) if name in row else "-" for name in SUITES)
+        click.echo("".join(f"{text:>16}" for text in (version, *cells)))
+
+
+if __name__ == "__main__":
+    main()

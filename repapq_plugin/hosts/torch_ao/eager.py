@@ -1,0 +1,247 @@
+"""torch.ao's eager mode: quantizers hang on modules, and each module's output has one grid."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization import DeQuantStub, QuantStub, QuantWrapper, convert, fuse_modules, prepare
+
+from repapq_plugin.calibration.quantize import call_model
+from repapq_plugin.calibration.trace import hooked
+from repapq_plugin.errors import CalibrationError, HostError
+from repapq_plugin.export.deploy import without_quantizers
+from repapq_plugin.export.qdq_onnx import quantized_module
+from repapq_plugin.fake_quantize import LearnableFakeQuantize
+from repapq_plugin.hosts.torch_ao.engines import (
+    CLAMPS_CONTIGUOUS,
+    INTEGER_BIAS,
+    checked_engine,
+    exact_engine,
+    has_kernel,
+    integer_engine,
+)
+from repapq_plugin.hosts.torch_ao.grid import grid_range, lay_bias_on_grid, lay_on_grid
+from repapq_plugin.hosts.torch_ao.outputs import find_ranges, output_quantizer
+from repapq_plugin.hosts.torch_ao.qconfig import new_qconfig
+from repapq_plugin.hosts.torch_ao.ready import Ready
+from repapq_plugin.layers import QuantizedLayer
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def prepare_learned_eager(
+    model_or_result: Any, data: Iterable[Any], *, backend: str | None = None, forward_fn: Forward | None = None
+) -> nn.Module:
+    """Return what eager ``prepare`` makes of a calibrated network, with the calibration's result in it.
+
+    Rectifiers are fused into the layers before them. A network without ``QuantStub`` is wrapped in
+    torch.ao's ``QuantWrapper``; everything between stubs must have an integer kernel.
+
+    Args:
+        model_or_result: From `quantize_model`, or a module that holds its network; not changed.
+        data: Batches for the ranges of outputs that no quantized layer reads directly.
+        backend: Engine that it will be converted for; default: `exact_engine`.
+        forward_fn: Runs one batch, as in `quantize_model`.
+
+    Returns:
+        The prepared network, in evaluation mode, with nothing left to observe.
+
+    Raises:
+        HostError: The network holds no quantized layer.
+        CalibrationError: ``data`` is empty.
+    """
+    network, forward = quantized_module(model_or_result), forward_fn or call_model
+    named = network.named_modules(remove_duplicate=False)
+    layers = {name: module for name, module in named if isinstance(module, QuantizedLayer)}
+    if not layers:
+        raise HostError(f"{type(network).__name__} holds no quantized layer; quantize it with quantize_model first.")
+    batches = list(data)
+    if not batches:
+        raise CalibrationError("The data for the ranges of outputs holds no batch; give at least one.")
+    engine = checked_engine(backend or exact_engine())
+    model = without_quantizers(network)
+    model = _fuse_rectifiers(model, list(layers), lambda: forward(model, batches[0]))
+    if not any(isinstance(module, QuantStub) for module in model.modules()):
+        model = QuantWrapper(model)
+        layers = {f"module.{name}": layer for name, layer in layers.items()}
+    _set_qconfigs(model, layers, engine)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its age
+        prepared: nn.Module = prepare(model.eval())  # type: ignore[no-untyped-call]
+    learned = {prepared.get_submodule(name): layer for name, layer in layers.items()}
+    _place_learned(prepared, learned, lambda: forward(prepared, batches[0]), engine)
+    find_ranges(prepared, batches, forward)
+    return prepared
+
+
+def convert_eager(prepared: nn.Module, backend: str | None = None) -> nn.Module:
+    """Convert a prepared network to torch's integer modules, whatever its bits.
+
+    Args:
+        prepared: From `prepare_learned_eager`, or from ``prepare`` or ``prepare_qat`` with our
+            classes after calibration; not changed.
+        backend: Engine to convert for; default: `exact_engine`. The result runs under it only.
+
+    Returns:
+        The integer network. Integer poolings round each mean, which the prepared network does not.
+
+    Raises:
+        ConfigError: torch has no such engine here.
+    """
+    engine = checked_engine(backend or exact_engine())
+    carried = copy.deepcopy(prepared).eval()
+    clamps: dict[str, tuple[float, float]] = {}
+    for name, module in carried.named_modules():
+        lay_on_grid(module)
+        quantizer = getattr(module, "activation_post_process", None)
+        if isinstance(quantizer, nn.Module) and not isinstance(module, LearnableFakeQuantize):
+            bounds = grid_range(quantizer)
+            if bounds is not None:
+                clamps[name] = bounds
+    with integer_engine(engine), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        converted: nn.Module = convert(carried)  # type: ignore[no-untyped-call]
+    for name, bounds in clamps.items():
+        clamp = QuantizedClamp(*bounds, contiguous=engine in CLAMPS_CONTIGUOUS)
+        converted.set_submodule(name, nn.Sequential(converted.get_submodule(name), clamp))
+    return converted
+
+
+class QuantizedClamp(nn.Module):
+    """Clamps a quantized tensor to the range of a grid of fewer than 8 bits.
+
+    Args:
+        low: Lower bound, a real value on the grid.
+        high: Upper bound, likewise.
+        contiguous: Bring the tensor into its usual memory order first.
+    """
+
+    def __init__(self, low: float, high: float, contiguous: bool) -> None:
+        super().__init__()
+        self.low, self.high, self.contiguous = low, high, contiguous
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Clamp ``x``, quantized, any shape."""
+        return torch.clamp(x.contiguous() if self.contiguous else x, self.low, self.high)
+
+    def extra_repr(self) -> str:
+        """Say the bounds."""
+        return f"{self.low:g}, {self.high:g}"
+
+
+def _fuse_rectifiers(model: nn.Module, layers: list[str], run: Callable[[], Any]) -> nn.Module:
+    """Fuse each layer with the ReLU that reads its output, where one module does so at every call."""
+    makers: dict[int, tuple[str, Tensor]] = {}
+    readers: dict[str, set[str]] = {}
+
+    def made_by(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, output: Tensor) -> None:
+            makers[id(output)] = (name, output)  # kept alive, so that the identity stays its own
+
+        return hook
+
+    def read_by(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            maker = makers.get(id(args[0]))
+            if maker is not None:
+                readers.setdefault(maker[0], set()).add(name)
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(made_by(name)) for name in layers]
+    rectifiers = {name: module for name, module in model.named_modules() if type(module) is nn.ReLU}
+    handles += [module.register_forward_pre_hook(read_by(name)) for name, module in rectifiers.items()]
+    with hooked(handles), torch.no_grad():
+        run()
+    fusable = (nn.Conv2d, nn.Linear)
+    pairs = [
+        [layer, *reading]
+        for layer, reading in readers.items()
+        if len(reading) == 1 and isinstance(model.get_submodule(layer), fusable)
+    ]
+    used = [name for _, name in pairs]
+    pairs = [pair for pair in pairs if used.count(pair[1]) == 1]
+    if not pairs:
+        return model
+    return cast(nn.Module, fuse_modules(model, pairs))  # type: ignore[no-untyped-call]
+
+
+def _set_qconfigs(model: nn.Module, layers: dict[str, QuantizedLayer], engine: str) -> None:
+    for module in model.modules():
+        is_stub = isinstance(module, QuantStub | DeQuantStub)
+        cast(Any, module).qconfig = new_qconfig(output_quantizer, output_quantizer) if is_stub else None
+    for name, layer in layers.items():
+        module = cast(Any, model.get_submodule(name))
+        if has_kernel(layer, engine):
+            for each in (module, *module.children()):
+                each.qconfig = new_qconfig(output_quantizer, Ready(layer.weight_fake_quant))
+
+
+def _place_learned(
+    prepared: nn.Module, learned: dict[nn.Module, QuantizedLayer], run: Callable[[], Any], engine: str
+) -> None:
+    """Give each output that quantized layers read the grid that the first of them learned for it."""
+    sources = _sources(prepared, learned, run)
+    held = {module.activation_post_process for module in prepared.modules() if _is_observed(module)}
+    for module, layer in learned.items():
+        source = sources.get(module)
+        if source is not None and source in held and source.observing and layer.input_fake_quant.quantizing:
+            _fill(source, layer.input_fake_quant)
+    for module in learned:
+        source = sources.get(module)
+        if engine in INTEGER_BIAS and source is not None and not source.observing:
+            lay_bias_on_grid(module, source)
+
+
+def _is_observed(module: nn.Module) -> bool:
+    quantizer = getattr(module, "activation_post_process", None)
+    return isinstance(quantizer, LearnableFakeQuantize) and not isinstance(module, LearnableFakeQuantize)
+
+
+@torch.no_grad()
+def _fill(quantizer: LearnableFakeQuantize, learned: LearnableFakeQuantize) -> None:
+    """Make ``quantizer``, which hooks hold and nothing can replace, equal to the learned one."""
+    quantizer.quant_min, quantizer.quant_max = learned.quant_min, learned.quant_max
+    quantizer.set_qparams(learned.scale, learned.zero_point)
+    quantizer.log_scale.copy_(learned.log_scale)
+    quantizer.enable_observer(False)
+
+
+@torch.no_grad()
+def _sources(
+    prepared: nn.Module, layers: Iterable[nn.Module], run: Callable[[], Any]
+) -> dict[nn.Module, LearnableFakeQuantize]:
+    """Return by layer the quantizer whose output it reads, if it is the same at every call."""
+    made: dict[int, tuple[LearnableFakeQuantize, Tensor]] = {}
+    read: dict[nn.Module, list[LearnableFakeQuantize | None]] = {}
+
+    def note_output(quantizer: nn.Module, _: Any, output: Tensor) -> None:
+        made[id(output)] = (cast(LearnableFakeQuantize, quantizer), output)
+
+    def note_input(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        maker = made.get(id(args[0]))
+        read.setdefault(layer, []).append(maker[0] if maker else None)
+
+    quantizers = [module for module in prepared.modules() if isinstance(module, LearnableFakeQuantize)]
+    with hooked([quantizer.register_forward_hook(note_output) for quantizer in quantizers]):
+        with hooked([layer.register_forward_pre_hook(note_input) for layer in layers]), _looking_on(quantizers):
+            run()
+    return {layer: made_by[0] for layer, made_by in read.items() if made_by[0] is not None and len(set(made_by)) == 1}
+
+
+@contextmanager
+def _looking_on(quantizers: list[LearnableFakeQuantize]) -> Iterator[None]:
+    """Let quantizers run once without observing: each then returns a tensor of its own."""
+    for quantizer in quantizers:
+        quantizer.enable_observer(False)
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.enable_observer(True)

@@ -1,0 +1,58 @@
+"""Outputs that torch.ao's integer layers need a grid for, and that the calibration knows nothing of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from repapq_plugin.calibration.trace import hooked
+from repapq_plugin.core.quant_primitives import activation_bounds
+from repapq_plugin.errors import CalibrationError
+from repapq_plugin.fake_quantize import LearnableFakeQuantize
+from repapq_plugin.observers import MinMaxObserver
+
+STORED_BOUNDS = activation_bounds(8)
+"""Grid of what is quantized for torch.ao's sake alone."""
+
+OFF_TIES = 1.001
+"""Widens those grids: an observed bound is itself a sum of integer products, so that other sums would lie
+exactly between two codes, where a float and an integer rounding part (our choice)."""
+
+
+def output_quantizer(**_: Any) -> LearnableFakeQuantize:
+    """Return a new quantizer for an output that no quantized layer reads directly."""
+    low, high = STORED_BOUNDS
+    return LearnableFakeQuantize(
+        observer=MinMaxObserver, dtype=torch.quint8, qscheme=torch.per_tensor_affine, quant_min=low, quant_max=high
+    )
+
+
+@torch.no_grad()
+def find_ranges(prepared: nn.Module, data: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> None:
+    """Run ``data`` for the quantizers that still observe, then end all observing.
+
+    Raises:
+        CalibrationError: ``data`` is empty.
+    """
+    waiting = [m for m in prepared.modules() if isinstance(m, LearnableFakeQuantize) and m.observing]
+    for quantizer in waiting:
+        quantizer.enable_observer(False)
+        quantizer.enable_fake_quant(False)
+    batches = 0
+    with hooked([quantizer.register_forward_pre_hook(_observe) for quantizer in waiting]):
+        for batch in data:
+            forward(prepared, batch)
+            batches += 1
+    if not batches:
+        raise CalibrationError("The data for the ranges of outputs holds no batch; give at least one.")
+    for quantizer in waiting:
+        scale, zero_point = quantizer.activation_post_process.calculate_qparams()
+        quantizer.set_qparams(scale * OFF_TIES, zero_point)
+        quantizer.enable_fake_quant(True)
+
+
+def _observe(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
+    cast(LearnableFakeQuantize, quantizer).activation_post_process(args[0])
