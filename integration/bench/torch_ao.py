@@ -40,7 +40,7 @@ from repapq_plugin import RepAPQConfig, quantize_model
 from repapq_plugin.calibration.quantize import merge_for_inference
 from repapq_plugin.evaluation.latency import measure_latency
 from repapq_plugin.hosts import torch_ao, torchao_pt2e
-from repapq_plugin.hosts.openmmlab.network import TensorPath, flatten, prepare, serve_with
+from repapq_plugin.hosts.openmmlab.network import TensorPath, flatten, prepare
 from repapq_plugin.hosts.openmmlab.pipeline import Workbench, open_config
 
 DETECTOR = ROOT / "mm_configs" / "fashion" / "repapq_yolov6-n_w8a8_fashion.py"
@@ -112,14 +112,17 @@ def main() -> None:
 @click.option("--model", "names", multiple=True, default=("repvgg", "mobileone"))
 @click.option("--preset", "presets", multiple=True, default=("w8a8", "w4a4"))
 @click.option("--split", type=click.Choice(["val", "test"]), default="val")
+@click.option("--images", "count", type=int, help="Only the first so many images of the split.")
 @click.option("--steps", type=int, help="Steps of the calibration; default: the configuration's.")
 @click.option("--seed", default=0)
-def classifiers(names: tuple[str, ...], presets: tuple[str, ...], split: str, steps: int | None, seed: int) -> None:
+def classifiers(
+    names: tuple[str, ...], presets: tuple[str, ...], split: str, count: int | None, steps: int | None, seed: int
+) -> None:
     """Score both classifiers in all forms."""
     engine = torch_ao.exact_engine()
     for name in names:
         model = load_classifier(name)
-        images, labels = images_and_labels(split, "full", model)
+        images, labels = (part[:count] for part in images_and_labels(split, "full", model))
         batches = calibration_batches(model)
         for preset in presets:
             config = RepAPQConfig.from_preset(preset, seed=seed, **({} if steps is None else {"steps": steps}))
@@ -172,8 +175,9 @@ def detector(presets: tuple[str, ...], split: str, steps: int | None, seed: int)
             row: dict[str, Any] = {"split": split, "seed": seed, "engine": engine, "config": config.to_dict()}
             row["mAP"] = {}
             for form, network in networks.items():
-                with serve_with(result.model, network, bench.example), torch_ao.integer_engine(engine):
-                    row["mAP"][form] = bench.score(result.model)["coco/bbox_mAP"]
+                with torch_ao.integer_engine(engine):
+                    served = None if form == "calibrated" else network
+                    row["mAP"][form] = bench.score(result.model, served)["coco/bbox_mAP"]
             some = torch.cat(images)[:32]
             row |= differences({form: run(network, some, engine) for form, network in networks.items()})
             keep("detector", f"yolov6-n {preset}", row)

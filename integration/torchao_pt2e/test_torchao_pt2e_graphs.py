@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torchao.quantization.pt2e.lowering import lower_pt2e_quantized_to_x86
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 from torchao.quantization.pt2e.quantizer import ComposableQuantizer
 
-from repapq_plugin import CalibrationResult, RepAPQConfig, quantize_model
+from repapq_plugin import CalibrationResult, RepAPQConfig, export_onnx, quantize_model
 from repapq_plugin.errors import ConfigError, HostError
 from repapq_plugin.export.deploy import without_quantizers
 from repapq_plugin.hosts import torchao_pt2e
@@ -126,6 +127,26 @@ def test_integer_kernels_compute_what_was_calibrated(
         # In integers a sum that lies between two codes may go the other way, in an image or two.
         close = torch.isclose(lowered(images()), expected, atol=1e-5 * float(expected.abs().max())).all(1)
     assert close.sum() >= len(close) - 1
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
+@pytest.mark.parametrize("name", ["Chain", "Pyramid"])
+def test_a_learned_graph_is_written_as_onnx(
+    name: str, bits: str, results: dict[tuple[str, str], CalibrationResult], tmp_path: Path
+) -> None:
+    result = results[name, bits]
+    network = torchao_pt2e.quantized_network(torchao_pt2e.prepare_learned(result, (images(),)))
+    assert difference(network, result.model, images()) == 0
+    written = export_onnx(network, images(), tmp_path / "graph.onnx", dynamic_batch=False)
+    own = export_onnx(result, images(), tmp_path / "own.onnx", dynamic_batch=False)
+    assert written.integer_layers == own.integer_layers
+    assert written.max_rel_difference is not None and written.max_rel_difference < 1e-5
+
+
+def test_a_graph_without_our_quantizers_is_not_written(networks: dict[str, nn.Module]) -> None:
+    program = torch.export.export(networks["Chain"], (images(),)).module()
+    with pytest.raises(HostError, match="No layer"):
+        torchao_pt2e.quantized_network(program)
 
 
 # Ranges only, with pt2e's own calls

@@ -8,6 +8,7 @@ from repapq_plugin.hosts.torch_ao.engines import exact_engine, integer_engine, s
 from repapq_plugin.hosts.torch_ao.fx import convert_to_int8, prepare_learned
 from repapq_plugin.hosts.torch_ao.grid import carry_grid
 from repapq_plugin.hosts.torch_ao.qconfig import repapq_qconfig, repapq_qconfig_mapping
+from repapq_plugin.hosts.torch_ao.simulated import quantized_network
 
 __all__ = [
     "carry_grid",
@@ -17,6 +18,7 @@ __all__ = [
     "integer_engine",
     "prepare_learned",
     "prepare_learned_eager",
+    "quantized_network",
     "repapq_qconfig",
     "repapq_qconfig_mapping",
     "saturates",

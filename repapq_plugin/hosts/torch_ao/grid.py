@@ -117,13 +117,13 @@ def lay_bias_on_grid(module: nn.Module, source: nn.Module) -> None:
         module: A prepared layer; anything else is left alone.
         source: The quantizer of its input.
     """
-    bias, quantizer = getattr(_layer_of(module), "bias", None), weight_quantizer_of(module)
+    bias, quantizer = getattr(layer_of(module), "bias", None), weight_quantizer_of(module)
     if quantizer is not None and isinstance(bias, nn.Parameter):
         step = cast(Any, source).calculate_qparams()[0] * quantizer.scale
         bias.copy_(torch.round(bias / step) * step)
 
 
-def _layer_of(module: nn.Module) -> nn.Module:
+def layer_of(module: nn.Module) -> nn.Module:
     """Return the layer inside a module that torch.ao fused from it and what follows."""
     # What training-aware modules hold at index 0 is no layer: they are the layer.
     fused = isinstance(module, nn.Sequential) and not hasattr(module, "weight_fake_quant")
@@ -134,16 +134,13 @@ def _layer_of(module: nn.Module) -> nn.Module:
 def weight_quantizer_of(module: nn.Module) -> LearnableFakeQuantize | None:
     """Return the quantizer of a layer's weight, ready and at rest; ``None`` without one of ours."""
     qconfig = getattr(module, "qconfig", None)
-    weight = getattr(_layer_of(module), "weight", None)
+    weight = getattr(layer_of(module), "weight", None)
     if qconfig is None or not isinstance(weight, nn.Parameter):
         return None
     quantizer = getattr(module, "weight_fake_quant", None)
     if quantizer is None:
         quantizer = _finished(qconfig.weight(), weight)
-    if not isinstance(quantizer, LearnableFakeQuantize):
-        return None
-    quantizer.enable_observer(False)
-    return quantizer
+    return cast(LearnableFakeQuantize, resting(quantizer)) if isinstance(quantizer, LearnableFakeQuantize) else None
 
 
 @torch.no_grad()
@@ -155,7 +152,7 @@ def lay_on_grid(module: nn.Module) -> None:
     quantizer = weight_quantizer_of(module)
     if quantizer is None:
         return
-    layer = cast(Any, _layer_of(module))
+    layer = cast(Any, layer_of(module))
     layer.weight.copy_(quantizer.quantize_dequantize(layer.weight))
     if not hasattr(module, "weight_fake_quant"):
         pinned = new_qconfig(cast(Any, module).qconfig.activation, Ready(quantizer))
@@ -164,10 +161,20 @@ def lay_on_grid(module: nn.Module) -> None:
 
 
 def _finished(quantizer: nn.Module, weight: Tensor) -> nn.Module:
-    """Let one of our observers or fake quantizers see ``weight``; an observer comes back as a fake quantizer."""
+    """Let one of our observers or fake quantizers see ``weight``, and return it at rest."""
     quantizer.to(weight.device)
     if isinstance(quantizer, RangeObserver | LearnableFakeQuantize):
         quantizer(weight)
+    return resting(quantizer)
+
+
+def resting(quantizer: nn.Module) -> nn.Module:
+    """Return a fake quantizer that observes no longer, for one of our fake quantizers or observers.
+
+    Anything else comes back as it is.
+    """
+    if isinstance(quantizer, LearnableFakeQuantize):
+        quantizer.enable_observer(False)
     if not isinstance(quantizer, RangeObserver):
         return quantizer
     fixed = LearnableFakeQuantize(
@@ -177,6 +184,7 @@ def _finished(quantizer: nn.Module, weight: Tensor) -> nn.Module:
         quant_min=quantizer.quant_min,
         quant_max=quantizer.quant_max,
         ch_axis=quantizer.ch_axis,
-    ).to(weight.device)
+    ).to(quantizer.min_val.device)
+    fixed.enable_observer(False)
     fixed.set_qparams(*quantizer.calculate_qparams())
     return fixed

@@ -19,6 +19,7 @@ from repapq_plugin.hosts.torchao_pt2e.observers import (
     PerChannelMSEObserver,
 )
 from repapq_plugin.hosts.torchao_pt2e.quantizer import RepAPQQuantizer, x86_inductor_quantizer
+from repapq_plugin.hosts.torchao_pt2e.simulated import quantized_network
 
 __all__ = [
     "LearnableFakeQuantize",
@@ -33,5 +34,6 @@ __all__ = [
     "carry_grid",
     "carry_over",
     "prepare_learned",
+    "quantized_network",
     "x86_inductor_quantizer",
 ]
