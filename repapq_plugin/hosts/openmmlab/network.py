@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from repapq_plugin.errors import HostError
 
@@ -37,9 +38,9 @@ class TensorPath(nn.Module):
 
 
 def flatten(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors of nested tuples, lists and dicts in order."""
-    if isinstance(value, Tensor):
-        yield value
+    """Yield the tensors of nested tuples, lists and dicts in order, and what stands for them in a trace."""
+    if isinstance(value, Tensor | Proxy):
+        yield cast(Tensor, value)
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from flatten(item)
