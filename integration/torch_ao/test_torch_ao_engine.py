@@ -1,0 +1,67 @@
+"""torch.ao as an engine: calibrate, convert, and stay simulated with a reason where that fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.ao.nn import quantized as nnq
+
+from repapq_plugin import CalibrationResult, RepAPQConfig
+from repapq_plugin.errors import ConfigError, ExportError
+from repapq_plugin.hosts.torch_ao.engine import quantize_network
+from tests.calibration.networks import Chain, batches, settle
+
+CONFIG = RepAPQConfig(steps=0, activation_observer="min_max", weight_observer="min_max", equalize=False)
+
+
+class Fickle(nn.Module):
+    """Its Python depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chain = Chain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.chain(x) if x.mean() > -9 else -self.chain(x)
+
+
+@pytest.fixture(scope="module")
+def data() -> list[Tensor]:
+    torch.manual_seed(0)
+    return batches(2)
+
+
+def test_a_network_comes_back_in_integers(data: list[Tensor], tmp_path: Path) -> None:
+    network = settle(Chain())
+    before = torch.backends.quantized.engine
+    seen: list[Any] = []
+    hosted = quantize_network(network, data, CONFIG, seen.append)
+    with torch.no_grad():
+        expected = hosted.result.model(data[0])
+        assert (hosted.network(data[0]) - expected).abs().max() < 0.05 * expected.abs().max()
+    assert sum(isinstance(module, nnq.Conv2d | nnq.Linear) for module in hosted.network.modules()) == 8
+    assert torch.backends.quantized.engine == before and seen
+    (saved,) = hosted.save(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(CalibrationResult.load(saved, network).model(data[0]), expected)
+    assert hosted.export("onnx", data[0], tmp_path / "network").path == tmp_path / "network.onnx"
+    assert hosted.export("openvino", data[0], tmp_path / "network").path == tmp_path / "network.xml"
+    with pytest.raises(ExportError, match="kind='tflite'"):
+        hosted.export("tflite", data[0], tmp_path / "network")
+
+
+def test_what_cannot_be_traced_stays_simulated(data: list[Tensor]) -> None:
+    torch.manual_seed(0)
+    hosted = quantize_network(settle(Fickle()), data, CONFIG)
+    assert hosted.network is hosted.result.model
+    assert any("runs simulated" in note and "cannot be traced" in note for note in hosted.result.notes)
+
+
+def test_options_are_checked(data: list[Tensor]) -> None:
+    for options, words in (({"engine": "x86"}, "options.engine is not a key"), ({"backend": "tpu"}, "backend='tpu'")):
+        with pytest.raises(ConfigError, match=words):
+            quantize_network(Chain(), data, CONFIG, options=options)
