@@ -85,6 +85,8 @@ class RepAPQConfig:
         activation_bits: Bits of the activations, 2 to 8; per tensor, affine, unsigned.
         first_last_bits: Bits of the layers that read the network's input or write its output;
             ``None`` treats them like the others.
+        reduce_range: Use 7 bits of each 8-bit weight: processors without VNNI add pairs of 8-bit products in 16
+            bits, which saturates with 8 and never with 7.
         activation_observer: How starting ranges of activations are found: ``min_max``, ``mse``,
             ``mae``, ``percentile``, or ``auto`` (per quantizer, whichever of min-max, MSE and MAE
             disturbs the output of the layers behind it least).
@@ -123,6 +125,7 @@ class RepAPQConfig:
     weight_bits: int = 8
     activation_bits: int = 8
     first_last_bits: int | None = 8
+    reduce_range: bool = False
     activation_observer: ObserverName = "auto"
     weight_observer: WeightObserverName = "mse"
     percentile: float = 99.99
@@ -223,6 +226,7 @@ class RepAPQConfig:
         """One line that says what is compared when two results are compared."""
         ranges = ", constant channels folded" if self.fold_constants else ""
         ranges += ", channels equalized" if self.equalize else ""
+        ranges += ", weights of 8 bits use 7" if self.reduce_range else ""
         ends = "" if self.first_last_bits is None else f", first and last layers {self.first_last_bits} bit"
         return (
             f"W{self.weight_bits}A{self.activation_bits}: weights per channel symmetric narrow range "

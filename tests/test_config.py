@@ -28,6 +28,7 @@ allowed: dict[str, st.SearchStrategy[Any]] = {
     "weight_observer": st.sampled_from(["min_max", "mse"]),
     "percentile": st.floats(50, 100),
     "fold_constants": st.booleans(),
+    "reduce_range": st.booleans(),
     "equalize": st.booleans(),
     "affine": st.booleans(),
     "loss": st.sampled_from(["mae", "mse"]),

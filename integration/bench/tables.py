@@ -86,13 +86,18 @@ def runtime_table() -> str:
         for row in rows_of("scenes"):
             if row["model"] == model and "openvino" in row:
                 figures = [row[key][metric] * factor for key in ("simulated", "onnxruntime", "openvino")]
-                body.append([title, row["preset"].upper(), *(f"{figure:.1f}" for figure in figures), integers(row)])
+                body.append([title, bits_of(row), *(f"{figure:.1f}" for figure in figures), integers(row)])
     for model, title in CLASSIFIERS.items():
         for row in rows_of("classifiers"):
             if row["model"] == model and "openvino" in row:
                 figures = [row[key] for key in ("accuracy", "onnxruntime", "openvino")]
-                body.append([title, row["preset"].upper(), *(f"{figure:.2f}" for figure in figures), integers(row)])
+                body.append([title, bits_of(row), *(f"{figure:.2f}" for figure in figures), integers(row)])
     return markdown(["seed 0", "bits", "simulated", "onnxruntime", "OpenVINO", "INT8 layers"], body)
+
+
+def bits_of(row: Row) -> str:
+    """Return the preset, and whether weights kept clear of saturation."""
+    return row["preset"].upper() + (", reduced range" if row["config"].get("reduce_range") else "")
 
 
 def integers(row: Row) -> str:

@@ -26,6 +26,7 @@ from repapq_plugin.errors import CalibrationError
 from repapq_plugin.layers import QuantizedLayer
 from repapq_plugin.reparam.fold import fold_conv_norm_pairs
 from repapq_plugin.reparam.fuse import MergeRecord, merge_branches
+from repapq_plugin.reparam.parametrized import bake_parametrizations
 from repapq_plugin.reparam.qpr import attach_affine, fold_affine
 from repapq_plugin.reparam.unknown import find_unknown_multibranch
 
@@ -128,7 +129,9 @@ def merge_for_inference(
         The merged copy, a plan that so far says what was merged and folded, a record per
         multi-branch block, and notes (blocks that look as if they had branches, but are unknown).
     """
-    merged, records = merge_branches(copy.deepcopy(model).eval(), inplace=True)
+    merged = copy.deepcopy(model).eval()
+    bake_parametrizations(merged)
+    merged, records = merge_branches(merged, inplace=True)
     folded = fold_conv_norm_pairs(merged, run, inplace=True)
     notes = []
     for name in find_unknown_multibranch(merged, run):

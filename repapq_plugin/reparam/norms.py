@@ -11,7 +11,12 @@ from repapq_plugin.errors import MergeError
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Tell whether a module normalises with stored statistics: any BatchNorm, also synchronised or frozen."""
+    """Tell whether a module scales and shifts each channel at inference.
+
+    Any BatchNorm does, also synchronised or frozen, and whatever says so itself with ``inference_affine()``.
+    """
+    if callable(getattr(module, "inference_affine", None)):
+        return True
     statistics = [getattr(module, name, None) for name in ("running_mean", "running_var")]
     stored = all(isinstance(value, Tensor) for value in statistics) and hasattr(module, "eps")
     return stored or isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -46,6 +51,11 @@ def norm_affine(norm: Any, where: str = "") -> tuple[Tensor, Tensor]:
         MergeError: The norm keeps no statistics, or statistics or parameters are not finite.
     """
     name = where or type(norm).__name__
+    if callable(getattr(norm, "inference_affine", None)):
+        own_scale, own_shift = norm.inference_affine()
+        if not bool(own_scale.isfinite().all() & own_shift.isfinite().all()):
+            raise MergeError(f"{name} holds parameters that are not finite; check the checkpoint.")
+        return own_scale.double(), own_shift.double()
     if norm.running_mean is None or norm.running_var is None:
         raise MergeError(f"{name} keeps no running statistics, so at inference it is not linear.")
     mean, variance = norm.running_mean.double(), norm.running_var.double() + norm.eps

@@ -132,6 +132,14 @@ def test_first_and_last_layers_and_named_layers_have_bits_of_their_own():
     assert result.layers["stages.1.1.conv"] == (3, 5)
 
 
+def test_a_reduced_range_takes_a_bit_from_weights_of_eight_only():
+    for preset, bits in (("w8a8", (7, 8)), ("w4a8", (4, 8))):
+        result = quantize_model(
+            settle(Chain()), batches(), config(preset, steps=0, reduce_range=True, first_last_bits=None)
+        )
+        assert set(result.layers.values()) == {bits}
+
+
 def test_what_is_kept_float_is_listed_with_its_reason():
     result = quantize_model(settle(Chain()), batches(), config(steps=0, keep_float=("fc", "stages.2")))
     assert result.float_layers["fc"] == "kept float by the configuration"

@@ -1,0 +1,21 @@
+"""MimicNorm (arXiv:2010.09278): train without batch normalisation, but for one last norm before the loss."""
+
+from repapq_plugin.mimicnorm.convert import Conversion, convert
+from repapq_plugin.mimicnorm.layers import LastBatchNorm, MimicNorm2d
+from repapq_plugin.mimicnorm.weight_mean import (
+    WeightMean,
+    parametrize_weight_mean,
+    remove_weight_mean,
+    takes_weight_mean,
+)
+
+__all__ = [
+    "Conversion",
+    "LastBatchNorm",
+    "MimicNorm2d",
+    "WeightMean",
+    "convert",
+    "parametrize_weight_mean",
+    "remove_weight_mean",
+    "takes_weight_mean",
+]

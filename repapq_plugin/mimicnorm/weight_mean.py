@@ -1,0 +1,130 @@
+"""Weight mean: every output filter keeps a mean of zero (arXiv:2010.09278, "weight mean operation").
+
+Behind a ReLU all inputs share a positive mean, which a filter of mean zero does not pass on: activations of
+different samples stay uncorrelated, as a batch norm would leave them. Two ways to it, equal under plain gradient
+descent, with momentum and weight decay too, because the projection is linear: `WeightMean` projects the weights
+after each step, `parametrize_weight_mean` projects them whenever they are read.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from repapq_plugin.errors import ConfigError
+
+MIN_FAN_IN = 50
+"""Filters with as many inputs or fewer are left alone: so few weights cannot spare a degree of freedom (paper)."""
+
+
+def fan_in(layer: Any) -> int:
+    """Return how many products a convolution or linear layer sums for one output."""
+    return math.prod(layer.weight.shape[1:])
+
+
+def takes_weight_mean(module: nn.Module) -> bool:
+    """Tell whether a module is a convolution or linear layer with a fan-in above `MIN_FAN_IN`, not depthwise.
+
+    Raises:
+        ConfigError: It is lazy, so its fan-in is not known yet.
+    """
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
+        return False
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        raise ConfigError(
+            f"A {type(module).__name__} has no weights yet; run the model once on a batch before MimicNorm is set up."
+        )
+    depthwise = getattr(module, "groups", 1) > 1 and module.weight.shape[1] == 1
+    return not depthwise and fan_in(module) > MIN_FAN_IN
+
+
+def without_filter_means(weight: Tensor) -> Tensor:
+    """Return ``weight``, ``[out_channels, ...]``, less each filter's mean, computed in float32 at least."""
+    wide = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
+    return (wide - wide.mean(dim=tuple(range(1, weight.dim())), keepdim=True)).to(weight.dtype)
+
+
+class WeightMean:
+    """Subtracts filter means from a model's weights, by itself after each step of an optimizer.
+
+    Frozen weights stay as they are: a pretrained part computes what it did.
+
+    Args:
+        model: Its convolutions and linear layers are those that `takes_weight_mean` names.
+
+    Example:
+        >>> handle = WeightMean(model).attach(optimizer)   # handle.remove() ends it
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        # A weight that two layers share counts once.
+        layers = {id(layer.weight): layer for layer in model.modules() if takes_weight_mean(layer)}
+        self.layers: list[Any] = list(layers.values())
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Subtract the means now."""
+        for layer in self.layers:
+            if layer.weight.requires_grad:
+                layer.weight.copy_(without_filter_means(layer.weight))
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Subtract the means now and after each step.
+
+        Returns:
+            A handle whose ``remove()`` ends it.
+        """
+        self.apply()
+        return optimizer.register_step_post_hook(lambda *_: self.apply())
+
+
+class FilterMeanFree(nn.Module):
+    """The projection as a parametrization of ``weight``."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the weight that the layer computes with."""
+        return without_filter_means(weight)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Return what is stored if ``weight`` is assigned."""
+        return without_filter_means(weight)
+
+
+def parametrize_weight_mean(model: nn.Module) -> list[str]:
+    """Let every layer that `takes_weight_mean` read its weights through the projection, in place.
+
+    Returns:
+        Module paths of those layers; frozen ones are left alone.
+
+    Raises:
+        ConfigError: Layers share a weight, which a parametrization would part; take `WeightMean` instead.
+    """
+    chosen = {
+        name: module
+        for name, module in model.named_modules()
+        if takes_weight_mean(module) and module.weight.requires_grad
+    }
+    owners: dict[int, str] = {}
+    for name, module in chosen.items():
+        other = owners.setdefault(id(module.weight), name)
+        if other != name:
+            raise ConfigError(
+                f"{name} and {other} share one weight, which a parametrization would part; use WeightMean(model)."
+            )
+    for module in chosen.values():
+        if not parametrize.is_parametrized(module, "weight"):
+            parametrize.register_parametrization(module, "weight", FilterMeanFree())
+    return list(chosen)
+
+
+def remove_weight_mean(model: nn.Module) -> None:
+    """Turn parametrized weights into plain ones of the same values, in place."""
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module, "weight"):
+            projections: Any = module.parametrizations.weight  # type: ignore[union-attr]
+            if len(projections) == 1 and isinstance(projections[0], FilterMeanFree):
+                parametrize.remove_parametrizations(module, "weight")

@@ -1,0 +1,207 @@
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from repapq_plugin import RepAPQConfig, quantize_model
+from repapq_plugin.errors import ConfigError
+from repapq_plugin.mimicnorm import LastBatchNorm, MimicNorm2d, WeightMean, convert, parametrize_weight_mean
+from repapq_plugin.reparam.fold import fold_conv_norm_pairs
+
+
+def images(count: int = 4, size: int = 32) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def norms(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+NETWORKS = {
+    "resnet18": torchvision.models.resnet18,
+    "resnet50": torchvision.models.resnet50,
+    "shufflenet": torchvision.models.shufflenet_v2_x0_5,
+    "vgg": torchvision.models.vgg11_bn,
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_one_norm_is_left_and_activations_neither_vanish_nor_explode(name):
+    model = NETWORKS[name](num_classes=10)
+    before = copy.deepcopy(model.state_dict())
+    converted = convert(model, images())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert [type(norm) for norm in norms(converted.model)] == [LastBatchNorm]
+    assert len(converted.replaced) == len(norms(model))
+    spreads = []
+    for layer in converted.model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(lambda *seen: spreads.append(float(seen[2].std())))
+    with torch.no_grad():
+        converted.model.eval()(images())
+    assert 0.1 < min(spreads) <= max(spreads) < 10
+
+
+def test_residual_branches_end_in_a_scalar_that_falls_with_depth():
+    converted = convert(NETWORKS["resnet18"](num_classes=10), images())
+    assert list(converted.residual) == [f"layer{stage}.{block}.bn2" for stage in (1, 2, 3, 4) for block in (0, 1)]
+    starts = list(converted.residual.values())
+    # Two layers lie on a branch, one of them on the shortcut too where that has a convolution.
+    assert starts[0] == pytest.approx(1.44) and starts[1] == pytest.approx(0.72)
+    assert starts[2] == pytest.approx(1.2 / 3) and starts[-1] == pytest.approx(1.44 / 8)
+    scaled = [m for m in converted.model.modules() if isinstance(m, MimicNorm2d) and m.scale is not None]
+    assert len(scaled) == 8
+    assert converted.last == "fc"
+
+
+@pytest.mark.parametrize("name", ["resnet18", "shufflenet"])
+def test_it_trains_and_merges_away_whole(name):
+    torch.manual_seed(0)
+    model = convert(NETWORKS[name](num_classes=4), images()).model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    WeightMean(model).attach(optimizer)
+    x, truth = images(8), torch.arange(8) % 4
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), truth)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
+    model.eval()
+    merged = copy.deepcopy(model)
+    with torch.no_grad():
+        wanted = model(x)
+        fold_conv_norm_pairs(merged, lambda net: net(x))
+        assert not [m for m in merged.modules() if isinstance(m, MimicNorm2d | LastBatchNorm)]
+        assert (merged(x) - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+class Blocks(nn.Module):
+    """A stem, reparameterizable blocks, a classifier."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.Sequential(kind(8, 16, stride=2), kind(16, 16), kind(16, 16))
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.fc(self.blocks(torch.relu(self.stem(x))).mean(dim=(2, 3)))
+
+
+def branched_blocks() -> list[type[nn.Module]]:
+    from mmpretrain.models.backbones.mobileone import MobileOneBlock
+    from mmpretrain.models.backbones.repvgg import RepVGGBlock
+
+    class MobileOne(MobileOneBlock):
+        def __init__(self, inputs, outputs, stride=1):
+            super().__init__(inputs, outputs, 3, num_convs=2, stride=stride)
+
+    return [RepVGGBlock, MobileOne]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_branches_merge_by_addition_and_calibrate_as_ever(which):
+    torch.manual_seed(0)
+    model = Blocks(branched_blocks()[which])
+    converted = convert(model, images(size=16)).model.eval()
+    assert len(norms(converted)) == 1
+    with torch.no_grad():
+        for module in converted.modules():
+            if isinstance(module, MimicNorm2d) and module.bias is not None:
+                module.bias.normal_()
+    data = [images(size=16)]
+    result = quantize_model(converted, data, RepAPQConfig.from_preset("w8a8", steps=5))
+    assert len(result.merges) == 3
+    assert not [m for m in result.model.modules() if isinstance(m, MimicNorm2d | LastBatchNorm)]
+    with torch.no_grad():
+        wanted = converted(data[0])
+        assert (result.model(data[0]) - wanted).abs().mean() < 0.05 * wanted.abs().mean()
+
+
+def test_parametrized_weights_are_baked_before_quantizing():
+    model = convert(NETWORKS["resnet18"](num_classes=4), images()).model.eval()
+    parametrize_weight_mean(model)
+    result = quantize_model(model, [images()], RepAPQConfig.from_preset("w8a8", steps=2))
+    assert all(unit.kept or unit.note for unit in result.units)
+    assert not result.float_layers
+    assert "layer1.0.conv1" in result.layers
+    with torch.no_grad():
+        wanted = model(images())
+        assert (result.model(images()) - wanted).abs().mean() < 0.1 * wanted.abs().mean()
+
+
+def test_weight_mean_keeps_samples_apart():
+    """Without it, what two images look like to the last layers is nearly the same."""
+
+    def likeness(centred: bool) -> float:
+        torch.manual_seed(0)
+        layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, padding=1), nn.ReLU()]
+        for _ in range(15):
+            layers += [nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()]
+        model = nn.Sequential(*layers)
+        for layer in model:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        if centred:
+            WeightMean(model).apply()
+        with torch.no_grad():
+            features = model(images(8, 16)).flatten(1)
+        return float(torch.corrcoef(features).fill_diagonal_(0).sum() / 56)
+
+    assert likeness(True) < 0.5 < 0.9 < likeness(False)
+
+
+def test_frozen_layers_keep_their_norms():
+    model = NETWORKS["resnet18"](num_classes=4)
+    model.conv1.requires_grad_(False)
+    converted = convert(model, images())
+    assert converted.kept == ("bn1",)
+    assert torch.equal(converted.model.conv1.weight, model.conv1.weight)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.a, self.b = nn.Conv2d(8, 2, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        x = self.bn(self.body(x)).relu()
+        return self.a(x), self.b(x)
+
+
+def test_a_last_layer_that_cannot_be_found_has_to_be_named():
+    with pytest.raises(ConfigError, match="returns 2 values"):
+        convert(TwoHeads(), images())
+    with pytest.raises(ConfigError, match="last='c'"):
+        convert(TwoHeads(), images(), last="c")
+    assert isinstance(convert(TwoHeads(), images(), last="a").model.a[1], LastBatchNorm)
+
+
+def test_lazy_modules_are_an_error():
+    with pytest.raises(ConfigError, match="run the model once"):
+        convert(nn.Sequential(nn.LazyConv2d(4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)), images())
+
+
+def test_training_needs_less_memory_for_backward():
+    def saved_bytes(model: nn.Module) -> int:
+        kept: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(images(4, 64)).square().mean()
+        loss.backward()
+        return sum(size for pointer, size in kept.items() if pointer not in weights)
+
+    model = NETWORKS["resnet18"](num_classes=10).train()
+    assert saved_bytes(convert(model, images()).model.train()) < 0.85 * saved_bytes(model)
