@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from repapq_plugin.calibration.cache import ActivationCache
-from repapq_plugin.calibration.partition import Stage, Unit
+from repapq_plugin.calibration.learners import Learner
+from repapq_plugin.calibration.partition import Stage, Unit, is_inside
 from repapq_plugin.calibration.reconstruction import Outcome, Subject, reconstruct
 from repapq_plugin.calibration.replay import answering, inputs_of, recording
 from repapq_plugin.calibration.result import UnitResult
@@ -19,7 +21,6 @@ from repapq_plugin.calibration.subjects import NetworkSubject, StageSubject, Uni
 from repapq_plugin.calibration.trace import Trace
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.errors import RepAPQError
-from repapq_plugin.layers import QuantizedLayer
 
 logger = logging.getLogger(__name__)
 
@@ -31,22 +32,32 @@ class Networks:
     Args:
         student: The quantized network.
         teacher: The float network, merged alike, with the same module paths.
-        layers: The student's quantized layers, by module path.
+        learners: What learns in the student, by the module path where it does.
         trace: What a forward pass showed.
         batches: Calibration batches.
         forward_fn: ``forward_fn(model, batch)`` runs either.
+        call_alone: ``call_alone(name, inputs)`` runs the student's module ``name`` on what it is
+            called with, call after call, as the student does; default: calls it.
     """
 
     student: nn.Module
     teacher: nn.Module
-    layers: Mapping[str, QuantizedLayer]
+    learners: Mapping[str, Learner]
     trace: Trace
     batches: Sequence[Any]
     forward_fn: Callable[[nn.Module, Any], Any]
+    call_alone: Callable[[str, Sequence[Tensor]], list[Tensor]] | None = None
 
     def calls(self, name: str) -> int:
         """How often one forward pass calls the module ``name``."""
         return self.trace.modules[name].calls
+
+    def run_alone(self, name: str, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Run one module of the student on its inputs, call after call."""
+        if self.call_alone is not None:
+            return self.call_alone(name, inputs)
+        module = self.student.get_submodule(name)
+        return [module(x) for x in inputs]
 
 
 class AcrossBlockCalibrator:
@@ -104,7 +115,7 @@ class AcrossBlockCalibrator:
         units = [u for stage in self.stages for u in stage.units if not set(u.layers) & set(self.left_float)]
         subject = NetworkSubject(
             units,
-            self._layers_of(units),
+            self._learners_outside(self.left_float),
             networks.student,
             networks.teacher,
             lambda model, batch: networks.forward_fn(model, networks.batches[batch]),
@@ -147,38 +158,39 @@ class AcrossBlockCalibrator:
         self.cache.drop_all(f"teacher-in:{stage.name}")
 
     def _at_once(self, stage: Stage) -> list[UnitResult]:
-        subject = StageSubject(stage, self._layers_of(stage.units), self.modules["student"], self.cache)
+        learners, run_alone = self._learners_in(stage.name), partial(self.networks.run_alone, stage.name)
+        subject = StageSubject(stage, learners, self.modules["student"], run_alone, self.cache)
         return self._results(stage.name, stage.units, self._reconstruct(subject, self.config.steps))
 
     def _unit_by_unit(self, stage: Stage) -> list[UnitResult]:
         results: list[UnitResult] = []
-        self._set_quantizing(stage.units, False)
+        self._set_quantizing(stage.name, False)
         for position, unit in enumerate(stage.units):
-            self._set_quantizing([unit], True)
+            self._set_quantizing(unit.name, True)
             subject = UnitSubject(
                 unit,
                 self.networks.calls(unit.name),
                 [done.name for done in stage.units[:position]],
                 bool(self.config.stage_weight),
                 stage,
-                self._layers_of([unit]),
+                self._learners_in(unit.name),
                 self.modules["student"],
+                partial(self.networks.run_alone, stage.name),
                 self.cache,
             )
             results += self._results(stage.name, [unit], self._reconstruct(subject, self.config.steps))
             with torch.no_grad():
                 for index in range(len(self.networks.batches)):
                     self.cache.put(f"student:{unit.name}", index, subject.unit_outputs(index))
-        self._set_quantizing(stage.units, True)
+        self._set_quantizing(stage.name, True)
         return results
 
     @torch.no_grad()
     def _store_stage_outputs(self, stage: Stage) -> None:
         """Cache the quantized stage's outputs for those behind it; forget what only its own units needed."""
-        module = self.modules["student"][stage.name]
         for index in range(len(self.networks.batches)):
             inputs: list[Tensor] = self.cache.get(f"student-in:{stage.name}", index)
-            self.cache.put(f"student:{stage.name}", index, [module(x) for x in inputs])
+            self.cache.put(f"student:{stage.name}", index, self.networks.run_alone(stage.name, inputs))
         self.cache.drop_all(f"student-in:{stage.name}")
         for unit in stage.units:
             if unit.name != stage.name:
@@ -189,13 +201,15 @@ class AcrossBlockCalibrator:
         config = self.config.replace(steps=steps)
         return reconstruct(subject, len(self.networks.batches), config, self.advance)
 
-    def _layers_of(self, units: Sequence[Unit]) -> dict[str, QuantizedLayer]:
-        return {name: self.networks.layers[name] for unit in units for name in unit.layers}
+    def _learners_in(self, name: str) -> dict[str, Learner]:
+        return {path: learner for path, learner in self.networks.learners.items() if is_inside(path, name)}
 
-    def _set_quantizing(self, units: Sequence[Unit], enabled: bool) -> None:
-        for layer in self._layers_of(units).values():
-            layer.weight_fake_quant.enable_fake_quant(enabled)
-            layer.input_fake_quant.enable_fake_quant(enabled)
+    def _learners_outside(self, names: Collection[str]) -> dict[str, Learner]:
+        return {path: learner for path, learner in self.networks.learners.items() if path not in names}
+
+    def _set_quantizing(self, name: str, enabled: bool) -> None:
+        for learner in self._learners_in(name).values():
+            learner.set_quantizing(enabled)
 
     def _leave_float(self, stage: Stage, error: Exception) -> list[UnitResult]:
         reason = f"could not be run alone ({type(error).__name__}: {error})"
@@ -203,7 +217,7 @@ class AcrossBlockCalibrator:
         for unit in stage.units:
             for name in unit.layers:
                 self.left_float[name] = reason
-        self._set_quantizing(stage.units, False)
+        self._set_quantizing(stage.name, False)
         for prefix in ("student-in", "teacher-in", "student", "teacher"):
             self.cache.drop_all(f"{prefix}:{stage.name}")
         nothing = dict.fromkeys((unit.name for unit in stage.units), float("nan"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from repapq_plugin.calibration.cache import ActivationCache
 from repapq_plugin.calibration.calibrate import AcrossBlockCalibrator, Networks, total_steps
 from repapq_plugin.calibration.constant_channels import fold_constant_channels
 from repapq_plugin.calibration.equalize import equalize_channels
+from repapq_plugin.calibration.learners import LayerLearner
 from repapq_plugin.calibration.partition import find_stages, find_units
 from repapq_plugin.calibration.prepare import QuantizationPlan, insert_quantizers, plan_layers
 from repapq_plugin.calibration.ranges import set_starting_ranges
@@ -50,18 +51,18 @@ class Progress:
     total: int
 
 
-class _Counter:
-    """Turns calls of ``advance`` into `Progress` reports."""
+def counted(phase: str, total: int, report: Callable[[Progress], None] | None) -> Callable[[], None]:
+    """Return what turns its calls into `Progress` reports; the first is made at once."""
+    done = -1
 
-    def __init__(self, phase: str, total: int, report: Callable[[Progress], None] | None) -> None:
-        self.phase, self.total, self.report, self.done = phase, total, report, 0
+    def advance() -> None:
+        nonlocal done
+        done += 1
         if report is not None:
-            report(Progress(phase, 0, total))
+            report(Progress(phase, done, total))
 
-    def __call__(self) -> None:
-        self.done += 1
-        if self.report is not None:
-            self.report(Progress(self.phase, self.done, self.total))
+    advance()
+    return advance
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
@@ -144,6 +145,29 @@ def merge_for_inference(
     return merged, QuantizationPlan(folded=tuple(folded)), tuple(records), tuple(notes)
 
 
+@torch.no_grad()
+def prepare_channels(
+    model: nn.Module,
+    run: Callable[[Any], Any],
+    batches: Sequence[Any],
+    names: Collection[str],
+    config: RepAPQConfig,
+) -> None:
+    """Bring the channels of a merged float network into a form that suits integers, in place, as configured.
+
+    Args:
+        model: The network, in evaluation mode; it goes on computing what it did.
+        run: Makes a forward pass of it on a batch.
+        batches: Calibration batches.
+        names: Module paths of the layers that will be quantized.
+        config: Says what is done.
+    """
+    if config.fold_constants:
+        fold_constant_channels(model, run, batches, names)
+    if config.equalize:
+        equalize_channels(model, run, batches, names)
+
+
 def _quantize_merged(
     teacher: nn.Module,
     plan: QuantizationPlan,
@@ -156,16 +180,12 @@ def _quantize_merged(
         parameter.requires_grad_(False)
     trace = trace_network(teacher, lambda: forward(teacher, batches[0]))
     layer_plans, reasons = plan_layers(teacher, trace, config)
-    with torch.no_grad():
-        if config.fold_constants:
-            fold_constant_channels(teacher, lambda batch: forward(teacher, batch), batches, layer_plans)
-        if config.equalize:
-            equalize_channels(teacher, lambda batch: forward(teacher, batch), batches, layer_plans)
+    prepare_channels(teacher, lambda batch: forward(teacher, batch), batches, layer_plans, config)
     units = find_units(teacher, trace, layer_plans, config.units)
     stages = find_stages(teacher, trace, units, config.stages)
     student = copy.deepcopy(teacher)
     layers = insert_quantizers(student, layer_plans, config)
-    counter = _Counter("ranges", len(batches), progress)
+    counter = counted("ranges", len(batches), progress)
     set_starting_ranges(layers, lambda batch: forward(student, batch), batches, config, counter)
     unit_results: list[UnitResult] = []
     left_float: dict[str, str] = {}
@@ -173,8 +193,9 @@ def _quantize_merged(
         if config.affine:
             for layer in layers.values():
                 attach_affine(layer)
-        advance = _Counter("calibration", total_steps(stages, config), progress)
-        networks = Networks(student, teacher, layers, trace, batches, forward)
+        advance = counted("calibration", total_steps(stages, config), progress)
+        learners = {name: LayerLearner(layer) for name, layer in layers.items()}
+        networks = Networks(student, teacher, learners, trace, batches, forward)
         with ActivationCache(config.cache_bytes) as cache:
             calibrator = AcrossBlockCalibrator(networks, stages, config, cache, advance)
             unit_results = calibrator.run()

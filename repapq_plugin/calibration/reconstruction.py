@@ -7,15 +7,14 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from repapq_plugin.calibration.across_block import across_block_loss
-from repapq_plugin.calibration.trace import hooked
+from repapq_plugin.calibration.learners import Learner, output_magnitudes, parameter_groups, restore, snapshot
 from repapq_plugin.config import RepAPQConfig
-from repapq_plugin.layers import QuantizedLayer
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ class Subject(Protocol):
     """What is optimised together."""
 
     name: str
-    layers: Mapping[str, QuantizedLayer]
+    learners: Mapping[str, Learner]
 
     def student(self, batch: int) -> Outputs:
         """Run the quantized network's part on cached inputs of ``batch``."""
@@ -70,52 +69,6 @@ def split_batches(count: int, guard_fraction: float) -> tuple[list[int], list[in
     return training, list(range(count - held_out, count)) or training
 
 
-def parameter_groups(
-    layers: Mapping[str, QuantizedLayer], magnitudes: Mapping[str, float], config: RepAPQConfig
-) -> list[dict[str, Any]]:
-    """Return Adam's parameter groups, each with its learning rate in real units.
-
-    Args:
-        layers: The layers that learn, by module path.
-        magnitudes: Mean absolute output of each, by module path.
-        config: Holds the rates in grid steps.
-    """
-    rates = config.learning_rates
-    groups: list[dict[str, Any]] = []
-    for name, layer in layers.items():
-        quantizer, magnitude = layer.weight_fake_quant, magnitudes[name]
-        step = float(quantizer.scale.detach().mean())
-        relative_step = step / max(float(layer.weight.detach().abs().mean()), step)
-        groups.append({"params": [layer.weight], "lr": rates.weight * step})
-        if layer.bias is not None:
-            groups.append({"params": [layer.bias], "lr": rates.weight * relative_step * magnitude})
-        groups.append({"params": [quantizer.log_scale], "lr": rates.scale / quantizer.quant_max})
-        if layer.affine is not None:
-            rate = rates.affine / quantizer.quant_max
-            groups.append({"params": [layer.affine.gamma], "lr": rate})
-            groups.append({"params": [layer.affine.beta], "lr": rate * magnitude})
-    inputs = {id(layer.input_fake_quant): layer.input_fake_quant for layer in layers.values()}
-    for quantizer in inputs.values():
-        groups.append({"params": [quantizer.log_scale], "lr": rates.scale / quantizer.quant_max})
-    return groups
-
-
-@torch.no_grad()
-def output_magnitudes(subject: Subject, batch: int) -> dict[str, float]:
-    """Return the mean absolute output of each layer of ``subject`` on one batch."""
-    found = dict.fromkeys(subject.layers, 1.0)
-
-    def recorder(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: Any, output: Tensor) -> None:
-            found[name] = float(output.abs().mean())
-
-        return hook
-
-    with hooked([layer.register_forward_hook(recorder(name)) for name, layer in subject.layers.items()]):
-        subject.student(batch)
-    return found
-
-
 def reconstruct(subject: Subject, batches: int, config: RepAPQConfig, advance: Callable[[], None]) -> Outcome:
     """Minimise the across-block loss of ``subject`` and keep the result if held-out batches agree.
 
@@ -128,12 +81,12 @@ def reconstruct(subject: Subject, batches: int, config: RepAPQConfig, advance: C
     started = time.perf_counter()
     training, held_out = split_batches(batches, config.guard_fraction)
     before, parts_before = evaluate(subject, held_out, config)
-    snapshot = _snapshot(subject.layers)
+    start = snapshot(subject.learners)
     note = _optimise(subject, training, config, advance)
     after, parts_after = evaluate(subject, held_out, config)
     kept = math.isfinite(after) and after < before
     if not kept:
-        _restore(subject.layers, snapshot)
+        restore(subject.learners, start)
         note = note or f"held-out loss went from {before:.4g} to {after:.4g}: the starting point stays"
         logger.info("%s: %s", subject.name, note)
         parts_after = parts_before
@@ -141,7 +94,8 @@ def reconstruct(subject: Subject, batches: int, config: RepAPQConfig, advance: C
 
 
 def _optimise(subject: Subject, training: list[int], config: RepAPQConfig, advance: Callable[[], None]) -> str:
-    groups = parameter_groups(subject.layers, output_magnitudes(subject, training[0]), config)
+    magnitudes = output_magnitudes(subject.learners, lambda: subject.student(training[0]))
+    groups = parameter_groups(subject.learners, magnitudes, config.learning_rates)
     learned: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
     for parameter in learned:
         parameter.requires_grad_(True)
@@ -150,7 +104,8 @@ def _optimise(subject: Subject, training: list[int], config: RepAPQConfig, advan
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.steps)
     generator = torch.Generator().manual_seed(config.seed)
     order: list[int] = []
-    set_dropping(subject.layers, True)
+    for learner in subject.learners.values():
+        learner.set_dropping(True)
     try:
         for step in range(config.steps):
             order = order or [training[i] for i in torch.randperm(len(training), generator=generator).tolist()]
@@ -165,7 +120,8 @@ def _optimise(subject: Subject, training: list[int], config: RepAPQConfig, advan
             schedule.step()
             advance()
     finally:
-        set_dropping(subject.layers, False)
+        for learner in subject.learners.values():
+            learner.set_dropping(False)
         for parameter in learned:
             parameter.requires_grad_(False)
             parameter.grad = None
@@ -187,18 +143,3 @@ def evaluate(subject: Subject, batches: Sequence[int], config: RepAPQConfig) -> 
         for name, part in by_unit.items():
             parts[name] += part / len(batches)
     return total, parts
-
-
-def set_dropping(layers: Mapping[str, QuantizedLayer], enabled: bool) -> None:
-    """Let input quantizers drop values at random (only while learning, and only if configured)."""
-    for layer in layers.values():
-        layer.input_fake_quant.train(enabled)
-
-
-def _snapshot(layers: Mapping[str, QuantizedLayer]) -> dict[str, dict[str, Tensor]]:
-    return {name: {key: value.clone() for key, value in layer.state_dict().items()} for name, layer in layers.items()}
-
-
-def _restore(layers: Mapping[str, QuantizedLayer], snapshot: Mapping[str, dict[str, Tensor]]) -> None:
-    for name, layer in layers.items():
-        layer.load_state_dict(snapshot[name])

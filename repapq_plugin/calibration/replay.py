@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from repapq_plugin.calibration.trace import hooked
+from repapq_plugin.calibration.trace import hooked, unseen
 
 
 class _Reached(BaseException):
@@ -74,7 +74,8 @@ def inputs_of(module: nn.Module, calls: int, run: Callable[[], Any]) -> list[Ten
     seen: list[Tensor] = []
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(args[0].detach().clone())
+        with unseen():
+            seen.append(args[0].detach().clone())
         if len(seen) == calls:
             raise _Reached
 

@@ -9,11 +9,14 @@ import torch
 from torch import nn
 
 from repapq_plugin.calibration.cache import ActivationCache
+from repapq_plugin.calibration.learners import Learner
 from repapq_plugin.calibration.partition import Stage, Unit
 from repapq_plugin.calibration.reconstruction import Outputs
 from repapq_plugin.calibration.replay import answering, outputs_of, recording
 from repapq_plugin.calibration.trace import flatten_tensors
-from repapq_plugin.layers import QuantizedLayer
+
+RunAlone = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
+"""Runs one module of the quantized network on what it is called with, call after call, as the network does."""
 
 
 class StageSubject:
@@ -21,25 +24,28 @@ class StageSubject:
 
     Args:
         stage: The stage.
-        layers: The quantized layers of its units, by module path.
+        learners: What learns in it, by module path.
         modules: Modules of the quantized network, by module path.
+        run_alone: Runs the quantized stage on its inputs, call after call.
         cache: Holds ``student-in:<stage>``, ``teacher:<unit>`` and ``teacher:<stage>`` per batch.
     """
 
     def __init__(
         self,
         stage: Stage,
-        layers: Mapping[str, QuantizedLayer],
+        learners: Mapping[str, Learner],
         modules: Mapping[str, nn.Module],
+        run_alone: RunAlone,
         cache: ActivationCache,
     ) -> None:
         self.name = stage.name
-        self.stage, self.layers, self.modules, self.cache = stage, layers, modules, cache
+        self.stage, self.learners, self.modules, self.cache = stage, learners, modules, cache
+        self.run_alone = run_alone
         self.active: Sequence[str] = [unit.name for unit in stage.units]
 
     def run(self, batch: int) -> list[torch.Tensor]:
         """Run the quantized stage on its cached inputs, call after call."""
-        return [self.modules[self.name](x) for x in self.cache.get(f"student-in:{self.name}", batch)]
+        return self.run_alone(self.cache.get(f"student-in:{self.name}", batch))
 
     def student(self, batch: int) -> Outputs:
         """Run the quantized stage on its cached inputs of ``batch``."""
@@ -62,8 +68,9 @@ class UnitSubject(StageSubject):
         finished: Names of the units of the stage that are done.
         stage_term: Whether the end of the stage supervises too; without it the pass ends at the unit.
         stage: See `StageSubject`, as for the rest.
-        layers: The quantized layers of this unit.
+        learners: What learns in this unit.
         modules: Modules of the quantized network.
+        run_alone: Runs the quantized stage.
         cache: Holds ``student:<unit>`` of finished units besides what a stage needs.
     """
 
@@ -74,11 +81,12 @@ class UnitSubject(StageSubject):
         finished: Sequence[str],
         stage_term: bool,
         stage: Stage,
-        layers: Mapping[str, QuantizedLayer],
+        learners: Mapping[str, Learner],
         modules: Mapping[str, nn.Module],
+        run_alone: RunAlone,
         cache: ActivationCache,
     ) -> None:
-        super().__init__(stage, layers, modules, cache)
+        super().__init__(stage, learners, modules, run_alone, cache)
         self.unit, self.calls, self.finished, self.stage_term = unit, calls, tuple(finished), stage_term
         self.active = [unit.name]
 
@@ -108,7 +116,7 @@ class NetworkSubject:
 
     Args:
         units: All units.
-        layers: All quantized layers, by module path.
+        learners: All that learns, by module path.
         student_model: The quantized network.
         teacher_model: The float network.
         forward: ``forward(model, batch_index)`` runs either on a calibration batch.
@@ -120,14 +128,14 @@ class NetworkSubject:
     def __init__(
         self,
         units: Sequence[Unit],
-        layers: Mapping[str, QuantizedLayer],
+        learners: Mapping[str, Learner],
         student_model: nn.Module,
         teacher_model: nn.Module,
         forward: Callable[[nn.Module, int], Any],
         cache: ActivationCache,
     ) -> None:
         self.active = [unit.name for unit in units]
-        self.layers, self.cache, self.forward = layers, cache, forward
+        self.learners, self.cache, self.forward = learners, cache, forward
         self.student_model, self.teacher_model = student_model, teacher_model
         self.student_modules = dict(student_model.named_modules())
         self.teacher_modules = dict(teacher_model.named_modules())
