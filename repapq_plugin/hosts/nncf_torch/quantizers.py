@@ -1,0 +1,162 @@
+"""NNCF's quantizers in this package's words: step, zero point and grid, to learn in and to carry few bits in 8.
+
+NNCF keeps the end of a range, ``scale``, or its beginning and length, ``input_low`` and ``input_range``; a step is one
+of the grid's levels of it. NNCF's own parameters learn, through NNCF's own forward: the only thing changed for that
+time is that lengths are stored as logarithms, for which NNCF has a switch, so that no step makes one negative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from nncf.torch.layer_utils import StatefulModuleInterface
+from nncf.torch.quantization.layers import AsymmetricQuantizer, BaseQuantizer, SymmetricQuantizer
+from torch import Tensor, nn
+
+from repapq_plugin.observers import OBSERVERS
+from repapq_plugin.observers.base import RangeObserver
+
+CARRIER_BITS = 8
+"""What runtimes have kernels for; grids of fewer bits are carried inside."""
+
+_TINY = float(torch.finfo(torch.float32).tiny)
+
+
+def step_of(quantizer: BaseQuantizer) -> Tensor:
+    """Return the step size, float, of the shape of NNCF's parameters, without gradient."""
+    length: Tensor = quantizer.input_range if isinstance(quantizer, AsymmetricQuantizer) else quantizer.scale
+    levels = quantizer.levels - 1 if isinstance(quantizer, AsymmetricQuantizer) else quantizer.level_high
+    step: Tensor = length.detach().abs() / levels
+    return step
+
+
+@torch.no_grad()
+def set_qparams(quantizer: BaseQuantizer, scale: Tensor, zero_point: Tensor) -> None:
+    """Set step size (float, positive) and zero point (integers); symmetric quantizers have none and ignore it."""
+    step = scale.reshape(quantizer.scale_shape).to(next(quantizer.parameters()).device).clamp_min(_TINY)
+    if isinstance(quantizer, AsymmetricQuantizer):
+        zero = zero_point.reshape(quantizer.scale_shape).to(step)
+        quantizer.input_low.copy_((quantizer.level_low - zero) * step)
+        _length(quantizer).copy_(step * (quantizer.levels - 1))
+    else:
+        _length(quantizer).copy_(step * quantizer.level_high)
+
+
+@torch.no_grad()
+def set_num_bits(quantizer: BaseQuantizer, num_bits: int) -> None:
+    """Give the quantizer another number of levels over the same range, NNCF's signs and narrowness kept."""
+    quantizer.num_bits = num_bits
+
+
+def observer_for(quantizer: BaseQuantizer, name: str, **extra: Any) -> RangeObserver:
+    """Return an observer of the quantizer's own grid.
+
+    Args:
+        quantizer: Per tensor, or per channel along one axis.
+        name: A name in `OBSERVERS`, without ``per_channel_``.
+        **extra: Further arguments of the observer.
+    """
+    per_channel = quantizer.scale_shape != (1,)
+    kind = "per_channel" if per_channel else "per_tensor"
+    signed = quantizer.level_low < 0
+    symmetric = isinstance(quantizer, SymmetricQuantizer) and signed
+    scheme: torch.qscheme = getattr(torch, f"{kind}_{'symmetric' if symmetric else 'affine'}")
+    observer: RangeObserver = OBSERVERS[f"per_channel_{name}" if per_channel else name](
+        dtype=torch.qint8 if signed else torch.quint8,
+        qscheme=scheme,
+        quant_min=quantizer.level_low,
+        quant_max=quantizer.level_high,
+        ch_axis=channel_axis(quantizer) or 0,
+        **extra,
+    )
+    return observer.to(next(quantizer.parameters()).device)
+
+
+def channel_axis(quantizer: BaseQuantizer) -> int | None:
+    """Return the axis along which the quantizer has a range each, ``None`` if it has one for all."""
+    if quantizer.scale_shape == (1,):
+        return None
+    return max(range(len(quantizer.scale_shape)), key=lambda axis: int(quantizer.scale_shape[axis]))
+
+
+def learnable(quantizer: BaseQuantizer) -> dict[str, nn.Parameter]:
+    """Return the parameters of the quantizer that learn, by name."""
+    found = {"length": _length(quantizer)}
+    if isinstance(quantizer, AsymmetricQuantizer):
+        found["input_low"] = quantizer.input_low
+    return found
+
+
+@contextmanager
+def in_logarithms(quantizers: Iterable[BaseQuantizer]) -> Iterator[None]:
+    """Let NNCF keep the lengths of ranges as logarithms for a while."""
+    chosen = [quantizer for quantizer in quantizers if not quantizer.is_using_log_scale_storage]
+    with torch.no_grad():
+        for quantizer in chosen:
+            _length(quantizer).abs_().clamp_min_(_TINY).log_()
+            quantizer._is_using_log_scale_storage = True
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for quantizer in chosen:
+                quantizer._is_using_log_scale_storage = False
+                _length(quantizer).exp_()
+
+
+def _length(quantizer: BaseQuantizer) -> nn.Parameter:
+    name = "_input_range_param_storage" if isinstance(quantizer, AsymmetricQuantizer) else "_scale_param_storage"
+    parameter: nn.Parameter = getattr(quantizer, name)
+    return parameter
+
+
+class RangeClamp(StatefulModuleInterface, nn.Module):  # type: ignore[misc]
+    """Clamps a tensor to the range of a grid of few bits, in front of a quantizer of 8 bits with the same step.
+
+    Args:
+        min_val: Real value of the grid's smallest code.
+        max_val: Real value of its largest.
+    """
+
+    def __init__(self, min_val: float, max_val: float) -> None:
+        super().__init__()
+        self.min_val, self.max_val = min_val, max_val
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Clamp ``x``, any shape."""
+        return torch.clamp(x, self.min_val, self.max_val)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what `from_config` builds an equal one from."""
+        return {"min_val": self.min_val, "max_val": self.max_val}
+
+    @classmethod
+    def from_config(cls, state: dict[str, Any]) -> RangeClamp:
+        """Build one from what `get_config` returned."""
+        return cls(**state)
+
+
+@torch.no_grad()
+def carry(quantizer: BaseQuantizer) -> RangeClamp | None:
+    """Turn a quantizer of few bits into one of 8 with the same step.
+
+    Returns:
+        What must stand in front of it, so that codes beyond the few bits do not occur; ``None`` if it has 8 already.
+    """
+    if quantizer.num_bits == CARRIER_BITS:
+        return None
+    step = step_of(quantizer)
+    zero_point = torch.zeros_like(step)
+    if isinstance(quantizer, AsymmetricQuantizer):
+        # NNCF moves the range so that zero is a code; what it moved it to is what counts.
+        low, high = quantizer.get_input_low_input_high()
+        step = (high - low) / (quantizer.levels - 1)
+        zero_point = torch.round(-low / step)
+    low = (quantizer.level_low - zero_point) * step
+    high = (quantizer.level_high - zero_point) * step
+    set_num_bits(quantizer, CARRIER_BITS)
+    set_qparams(quantizer, step, zero_point)
+    return RangeClamp(float(low.min()), float(high.max()))
