@@ -15,6 +15,7 @@ from repapq_plugin.calibration.quantize import Progress
 from repapq_plugin.calibration.result import CalibrationResult
 from repapq_plugin.errors import HostError
 from repapq_plugin.hosts.openmmlab.data import calibration_batches
+from repapq_plugin.hosts.openmmlab.engines import OWN, find_engine
 from repapq_plugin.hosts.openmmlab.hooks import CheckpointFitHook, drop_hooks_on_weights
 from repapq_plugin.hosts.openmmlab.network import serve_with
 from repapq_plugin.hosts.openmmlab.record import Record
@@ -23,8 +24,10 @@ from repapq_plugin.hosts.openmmlab.work import (
     RESULT_FILE,
     RUNTIME_FORMATS,
     calibrate,
+    calibrate_with_engine,
     example_images,
     export_network,
+    exported_by_engine,
     open_network,
     writable_folder,
 )
@@ -41,7 +44,8 @@ class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
         dataloader: Test dataloader, built or as a dict.
         evaluator: Test evaluator, built or as a dict or list.
         fp16: Run the network under autocast, as in mmengine's loop.
-        quantizer: ``preset`` (``'w8a8'``, ``'w6a6'``, ``'w4a4'``, ...) and keys of `RepAPQConfig`.
+        quantizer: ``preset`` (``'w8a8'``, ``'w6a6'``, ``'w4a4'``, ...) and keys of `RepAPQConfig`;
+            ``type='NNCF'`` lets NNCF place its own quantizers, ``options`` are what else it is told.
         calibration: ``dataloader`` and ``num_samples``, see `Settings`.
         backend: ``'simulated'``, ``'onnxruntime'`` or ``'openvino'``: what runs the network part
             of the model while it is scored.
@@ -84,7 +88,8 @@ class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
         with served:
             metrics: dict[str, float] = super().run()
         if self.record is not None:
-            self.record.add_scores(self.settings.backend if self.network is not None else "repapq", metrics)
+            simulated = self.settings.backend not in RUNTIME_FORMATS
+            self.record.add_scores("repapq" if simulated else self.settings.backend, metrics)
             self.record.write(Path(self.runner.work_dir))
         return metrics
 
@@ -99,13 +104,24 @@ class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
         batches = calibration_batches(runner.cfg, settings.dataloader, settings.num_samples, config.seed)
         runner.logger.info(f"RepAPQ quantizes: {config.scheme}")
         self._example = example_images(runner.model, batches)
-        self.result = calibrate(runner.model, batches, config, self._log)
-        runner.model = self.result.model
+        if settings.engine == OWN:
+            self.result = calibrate(runner.model, batches, config, self._log)
+            runner.model = self.result.model
+            saved = [self.result.save(folder / RESULT_FILE)]
+        else:
+            quantized = calibrate_with_engine(
+                find_engine(settings.engine), runner.model, batches, config, self._log, settings.options
+            )
+            self.result, self.network = quantized.result, quantized.network
+            saved = quantized.save(folder)
         self.record = Record.start(runner.cfg, runner.cfg.get("load_from"), settings, self.result)
-        self.record.add_file("result", self.result.save(folder / RESULT_FILE))
+        self.record.add_file("result", *saved)
         needed = RUNTIME_FORMATS.get(settings.backend)
         for kind in [kind for kind in FORMATS if kind in settings.export or kind == needed]:
-            exported = export_network(runner.model, self._example, folder / "repapq", kind)
+            if settings.engine == OWN:
+                exported = export_network(runner.model, self._example, folder / "repapq", kind)
+            else:
+                exported = exported_by_engine(quantized, self._example, folder / "repapq", kind)
             self.record.add_exported(kind, exported)
             if kind == needed:
                 self.network = open_network(exported.path, settings.backend)

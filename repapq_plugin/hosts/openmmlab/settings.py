@@ -8,6 +8,7 @@ from typing import Any
 
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.errors import ConfigError
+from repapq_plugin.hosts.openmmlab.engines import OWN, find_engine
 
 BACKENDS = ("simulated", "onnxruntime", "openvino")
 """Where a quantized network can run: in torch, its integers simulated, or on an integer runtime."""
@@ -28,6 +29,8 @@ class Settings:
         num_samples: How many samples of it are used at most.
         backend: Where the result is scored, one of `BACKENDS`.
         export: Which of `FORMATS` are written.
+        engine: What quantizes: `OWN`, or a name that `find_engine` knows.
+        options: What else the engine is told.
 
     Raises:
         ConfigError: A key or value is not allowed.
@@ -38,8 +41,14 @@ class Settings:
     num_samples: int = 512
     backend: str = "simulated"
     export: tuple[str, ...] = ()
+    engine: str = OWN
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.engine != OWN:
+            find_engine(self.engine)
+        elif self.options:
+            raise ConfigError(f"quantizer.options={dict(self.options)!r} is not allowed without quantizer.type.")
         if self.backend not in BACKENDS:
             raise ConfigError(f"backend={self.backend!r} is not allowed; choose one of {', '.join(BACKENDS)}.")
         for name in self.export:
@@ -61,7 +70,7 @@ class Settings:
         """Build settings from what stands in a config file.
 
         Args:
-            quantizer: Keys of `RepAPQConfig` and ``preset``.
+            quantizer: Keys of `RepAPQConfig`, ``preset``, and ``type`` and ``options`` for another engine.
             calibration: ``dataloader`` and ``num_samples``.
             backend: See the class.
             export: True for all formats, or their names.
@@ -74,7 +83,16 @@ class Settings:
             export = FORMATS if export else ()
         elif isinstance(export, str):
             export = (export,)
-        return cls(quantizer_config(quantizer or {}), backend=backend, export=tuple(export), **calibration)
+        keys = _plain(quantizer or {})
+        engine, options = keys.pop("type", OWN), keys.pop("options", {})
+        return cls(
+            quantizer_config(keys),
+            backend=backend,
+            export=tuple(export),
+            engine=str(engine),
+            options=options,
+            **calibration,
+        )
 
 
 def quantizer_config(values: Mapping[str, Any]) -> RepAPQConfig:

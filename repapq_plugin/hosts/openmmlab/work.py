@@ -20,6 +20,7 @@ from repapq_plugin.evaluation.latency import measure_latency
 from repapq_plugin.evaluation.runtimes import OnnxRuntimeNetwork, OpenVINONetwork
 from repapq_plugin.export.openvino import OpenVINOSummary, export_openvino, layer_kernels
 from repapq_plugin.export.qdq_onnx import OnnxSummary, export_onnx
+from repapq_plugin.hosts.openmmlab.engines import Engine, QuantizedNetwork
 from repapq_plugin.hosts.openmmlab.network import TensorPath, prepare, run_batch, serving_points
 
 RESULT_FILE = "repapq.safetensors"
@@ -78,6 +79,33 @@ def calibrate(
     # A test loop runs without gradients; calibration learns.
     with torch.enable_grad():
         return quantize_model(model, batches, config, forward_fn=run_batch, progress=progress)
+
+
+def calibrate_with_engine(
+    engine: Engine,
+    model: nn.Module,
+    batches: Sequence[Any],
+    config: RepAPQConfig,
+    progress: Callable[[Progress], None] | None,
+    options: Mapping[str, Any],
+) -> QuantizedNetwork:
+    """Let another engine quantize a toolbox model's network part; the model is not changed.
+
+    Raises:
+        HostError: The model has no network part that can be taken out.
+    """
+    serving_points(model)
+    with torch.no_grad():
+        images = [prepare(model, batch)["inputs"] for batch in batches]
+    with torch.enable_grad():
+        return engine(TensorPath(model).eval(), images, config, progress, options)
+
+
+def exported_by_engine(quantized: QuantizedNetwork, example: Tensor, path: Path, kind: str) -> Exported:
+    """Let the engine export what it quantized; see `export_network`."""
+    summary = quantized.export(kind, example, path)
+    weights = (summary.weights_path,) if isinstance(summary, OpenVINOSummary) else ()
+    return Exported((summary.path, *weights), summary)
 
 
 def example_images(model: nn.Module, batches: Sequence[Any]) -> Tensor:
