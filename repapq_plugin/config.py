@@ -221,6 +221,10 @@ class RepAPQConfig:
         """Return a copy with some keys changed, checked again."""
         return self.from_dict({**self.to_dict(), **changes})
 
+    def weight_bits_used(self, bits: int) -> int:
+        """Return how many of ``bits`` a weight uses: one fewer than 8 under ``reduce_range``."""
+        return min(bits, MAX_BITS - 1) if self.reduce_range else bits
+
     @property
     def scheme(self) -> str:
         """One line that says what is compared when two results are compared."""

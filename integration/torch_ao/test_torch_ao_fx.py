@@ -20,6 +20,7 @@ from repapq_plugin.errors import CalibrationError, ConfigError, HostError
 from repapq_plugin.fake_quantize import LearnableFakeQuantize
 from repapq_plugin.hosts import torch_ao
 from repapq_plugin.hosts.torch_ao import engines
+from repapq_plugin.hosts.torch_ao.fx import ENGINE
 from repapq_plugin.layers import QuantizedLayer
 from tests.calibration.networks import Chain, Pyramid, batches, settle
 
@@ -89,11 +90,25 @@ def test_integer_modules_compute_what_was_simulated(
     result = results[name, bits]
     prepared = torch_ao.prepare_learned(result, (data[0],), data)
     converted = torch_ao.convert_to_int8(prepared)
-    engine = torch_ao.exact_engine()
+    engine = prepared.meta[ENGINE]
     assert parted_images(run(prepared, images(), engine), run(converted, images(), engine)) <= TIES
     # The heads are called on two levels and stand there twice.
     assert integer_layers(converted) == {"Chain": 8, "Pyramid": 12 if engine == "qnnpack" else 11}[name]
     assert not any(type(module) in (nn.Conv2d, nn.Linear) for module in converted.modules())
+
+
+def test_with_a_reduced_range_the_fast_engine_is_exact(
+    float_networks: dict[str, nn.Module], data: list[Tensor]
+) -> None:
+    config = RepAPQConfig(steps=0, reduce_range=True, activation_observer="min_max", equalize=False)
+    prepared = torch_ao.prepare_learned(quantize_model(float_networks["Chain"], data, config), (data[0],), data)
+    converted = torch_ao.convert_to_int8(prepared)
+    assert prepared.meta[ENGINE] == "x86"
+    assert parted_images(run(prepared, images(), "x86"), run(converted, images(), "x86")) <= TIES
+    weights = [m.weight().int_repr().abs().max() for m in converted.modules() if isinstance(m, INTEGER_LAYERS)]
+    assert max(weights) == 63
+    named = torch_ao.repapq_qconfig(RepAPQConfig(reduce_range=True)).weight()
+    assert (named.quant_min, named.quant_max) == (-63, 63)
 
 
 @pytest.mark.parametrize("engine", ["x86", "fbgemm", "onednn", "qnnpack"])
@@ -289,9 +304,10 @@ def test_who_saturates(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptur
     monkeypatch.setattr(engines, "has_vnni", lambda: False)
     monkeypatch.setattr(engines, "_said", set())
     assert engines.saturates("x86") and not engines.saturates("x86", 7) and not engines.saturates("qnnpack")
-    assert engines.exact_engine() == "qnnpack"
+    assert not engines.saturates("x86", 8, 7) and engines.saturates("fbgemm", 8, 8)
+    assert engines.exact_engine() == "qnnpack" and engines.exact_engine([(7, 8), (8, 7), (4, 4)]) == "x86"
     for _ in range(2):
-        engines.warn_of_saturation("x86", 8)
+        engines.warn_of_saturation("x86")
     assert len(caplog.records) == 1 and "qnnpack" in caplog.text
     monkeypatch.setattr(engines, "has_vnni", lambda: True)
     assert not engines.saturates("x86") and engines.exact_engine() == "x86"

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from repapq_plugin.calibration.trace import LayerTrace, Trace
-from repapq_plugin.config import MAX_BITS, RepAPQConfig
+from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.quant_primitives import activation_bounds, weight_bounds
 from repapq_plugin.errors import CalibrationError, ConfigError
 from repapq_plugin.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
@@ -98,7 +98,7 @@ def layer_bits(seen: LayerTrace, config: RepAPQConfig) -> tuple[int, int]:
     for pattern, special in config.layer_bits.items():
         if fnmatchcase(seen.name, pattern):
             bits = special
-    return (min(bits[0], MAX_BITS - 1), bits[1]) if config.reduce_range else bits
+    return config.weight_bits_used(bits[0]), bits[1]
 
 
 def _reason_for_float(name: str, module: nn.Module, config: RepAPQConfig) -> str:

@@ -11,8 +11,8 @@ from repapq_plugin.calibration.quantize import Progress
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.errors import ConfigError
 from repapq_plugin.export.hosted import HostedNetwork, calibrate_for_host
-from repapq_plugin.hosts.torch_ao.engines import checked_engine, exact_engine, integer_engine
-from repapq_plugin.hosts.torch_ao.fx import convert_to_int8, prepare_learned
+from repapq_plugin.hosts.torch_ao.engines import checked_engine, integer_engine
+from repapq_plugin.hosts.torch_ao.fx import ENGINE, convert_to_int8, prepare_learned
 
 RANGE_BATCHES = 8
 """Calibration batches that give outputs their range which torch.ao quantizes besides (our choice)."""
@@ -48,9 +48,8 @@ def integer_network(network: nn.Module, images: Sequence[Tensor], backend: str |
         HostError: See `prepare_learned`.
         ConfigError: torch has no such engine here.
     """
-    engine = checked_engine(backend or exact_engine())
-    prepared = prepare_learned(network, (images[0],), images[:RANGE_BATCHES], backend=engine)
-    return IntegerNetwork(convert_to_int8(prepared, engine), engine)
+    prepared = prepare_learned(network, (images[0],), images[:RANGE_BATCHES], backend=backend)
+    return IntegerNetwork(convert_to_int8(prepared), prepared.meta[ENGINE])
 
 
 def quantize_network(
@@ -79,7 +78,9 @@ def quantize_network(
     unknown = sorted(set(options or {}) - {"backend"})
     if unknown:
         raise ConfigError(f"options.{unknown[0]} is not a key; known keys: backend.")
-    backend = checked_engine((options or {}).get("backend") or exact_engine())
+    backend = (options or {}).get("backend")
+    if backend is not None:
+        checked_engine(backend)
     return calibrate_for_host(
         network, images, config, progress, lambda calibrated, data: integer_network(calibrated, data, backend)
     )

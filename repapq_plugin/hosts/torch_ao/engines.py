@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from repapq_plugin.core.quant_primitives import activation_bounds, weight_bounds
 from repapq_plugin.errors import ConfigError
 from repapq_plugin.layers import QuantizedLayer
 
@@ -17,6 +18,9 @@ logger = logging.getLogger(__name__)
 ENGINES = ("x86", "fbgemm", "onednn", "qnnpack")
 SATURATING = ("x86", "fbgemm", "onednn")
 """Engines that add pairs of 8-bit products in 16 bits where the processor has no VNNI."""
+
+SUM_LIMIT = 2**15 - 1
+"""Largest sum of two products that those hold."""
 
 INTEGER_BIAS = ("qnnpack",)
 """Engines that round a bias to a multiple of input scale times weight scale."""
@@ -52,25 +56,36 @@ def has_vnni() -> bool:
     return False
 
 
-def saturates(engine: str, activation_bits: int = 8) -> bool:
+def saturates(engine: str, activation_bits: int = 8, weight_bits: int = 8) -> bool:
     """Return whether sums of ``engine`` can be wrong on this processor.
 
     Two products of 8-bit activations with 8-bit weights overflow the 16 bits that they are added in;
-    two with 7-bit activations just fit.
+    with 7 bits of either they just fit.
 
     Args:
         engine: One of torch's engines.
-        activation_bits: Bits of the activations.
+        activation_bits: Bits of the activations, unsigned.
+        weight_bits: Bits of the weights, narrow range.
     """
-    return engine in SATURATING and activation_bits > 7 and not has_vnni()
+    pair = 2 * activation_bounds(activation_bits)[1] * weight_bounds(weight_bits)[1]
+    return engine in SATURATING and pair > SUM_LIMIT and not has_vnni()
 
 
-def exact_engine() -> str:
-    """Return the engine to prefer: ``x86``, or ``qnnpack`` where that one saturates."""
+def exact_engine(bits: Iterable[tuple[int, int]] = ((8, 8),)) -> str:
+    """Return the engine to prefer: ``x86``, or ``qnnpack`` where that one saturates.
+
+    Args:
+        bits: ``(weight_bits, activation_bits)`` of the layers.
+    """
     supported = torch.backends.quantized.supported_engines
-    if "x86" in supported and not saturates("x86"):
+    if "x86" in supported and not any(saturates("x86", activation, weight) for weight, activation in bits):
         return "x86"
     return "qnnpack" if "qnnpack" in supported else checked_engine(torch.backends.quantized.engine)
+
+
+def engine_for(layers: Iterable[QuantizedLayer]) -> str:
+    """Return `exact_engine` for the layers of a calibrated network."""
+    return exact_engine({(layer.weight_fake_quant.num_bits, layer.input_fake_quant.num_bits) for layer in layers})
 
 
 def has_kernel(layer: QuantizedLayer, engine: str) -> bool:
@@ -96,12 +111,13 @@ def integer_engine(name: str) -> Iterator[None]:
         torch.backends.quantized.engine = before
 
 
-def warn_of_saturation(engine: str, activation_bits: int) -> None:
+def warn_of_saturation(engine: str) -> None:
     """Say once per engine that sums may be wrong here, and what to do."""
-    if saturates(engine, activation_bits) and engine not in _said:
+    if engine not in _said:
         _said.add(engine)
         logger.warning(
             "The engine %r adds pairs of 8-bit products in 16 bits on this processor (no VNNI), which saturates: "
-            "integer results can differ from the simulated ones. Choose backend='qnnpack', or 7 bits of activation.",
+            "integer results can differ from the simulated ones. Quantize with reduce_range=True, or choose "
+            "backend='qnnpack'.",
             engine,
         )

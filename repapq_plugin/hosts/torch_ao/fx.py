@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
-import torch
 from torch import nn
 from torch.ao.quantization import QConfigMapping
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
@@ -20,16 +19,21 @@ from repapq_plugin.export.qdq_onnx import quantized_module
 from repapq_plugin.hosts.torch_ao.engines import (
     INTEGER_BIAS,
     checked_engine,
+    engine_for,
     exact_engine,
     has_kernel,
     integer_engine,
+    saturates,
     warn_of_saturation,
 )
-from repapq_plugin.hosts.torch_ao.grid import carry_grid, is_quantizer, lay_biases_on_grid, quantizer_at
+from repapq_plugin.hosts.torch_ao.grid import carry_grid, lay_biases_on_grid, quantizer_at, weight_quantizer_of
 from repapq_plugin.hosts.torch_ao.outputs import STORED_BOUNDS, find_ranges, output_quantizer
 from repapq_plugin.hosts.torch_ao.qconfig import new_qconfig
 from repapq_plugin.hosts.torch_ao.ready import Ready
 from repapq_plugin.layers import QuantizedLayer
+
+ENGINE = "repapq_engine"
+"""Under which a prepared graph's ``meta`` says what it was prepared for."""
 
 
 def prepare_learned(
@@ -68,7 +72,7 @@ def prepare_learned(
         raise HostError(f"{type(model).__name__} holds no quantized layer; quantize it with quantize_model first.")
     traced, origin = trace_layers(without_quantizers(model))
     learned = {name: quantized[source] for name, source in origin.items() if source in quantized}
-    engine = checked_engine(backend or exact_engine())
+    engine = checked_engine(backend or engine_for(learned.values()))
     mapping = QConfigMapping()
     for name, layer in learned.items():
         qconfig = new_qconfig(output_quantizer, Ready(layer.weight_fake_quant))
@@ -80,6 +84,7 @@ def prepare_learned(
     if engine in INTEGER_BIAS:
         lay_biases_on_grid(prepared)
     find_ranges(prepared, data, forward_fn or call_model)
+    prepared.meta[ENGINE] = engine
     return prepared.eval()
 
 
@@ -89,8 +94,9 @@ def convert_to_int8(prepared: GraphModule, backend: str | None = None) -> GraphM
     Args:
         prepared: From `prepare_learned`, or from ``prepare_fx`` or ``prepare_qat_fx`` with our classes
             after calibration; not changed.
-        backend: Engine to convert for; default: `exact_engine`. The result runs under it only:
-            inside `integer_engine`, or with ``torch.backends.quantized.engine`` set.
+        backend: Engine to convert for; default: the one it was prepared for, or `exact_engine`. The
+            result runs under it only: inside `integer_engine`, or with
+            ``torch.backends.quantized.engine`` set.
 
     Returns:
         The integer network.
@@ -98,13 +104,22 @@ def convert_to_int8(prepared: GraphModule, backend: str | None = None) -> GraphM
     Raises:
         ConfigError: torch has no such engine here.
     """
-    engine = backend or exact_engine()
+    engine = backend or prepared.meta.get(ENGINE) or exact_engine()
     carried = carry_grid(prepared, engine)
-    grids = [m for m in carried.modules() if is_quantizer(m) and getattr(m, "dtype", None) == torch.quint8]
-    warn_of_saturation(engine, max((int(cast(Any, m).quant_max).bit_length() for m in grids), default=8))
+    if any(saturates(engine, activation, weight) for weight, activation in _bits(carried)):
+        warn_of_saturation(engine)
     with integer_engine(engine), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return convert_fx(carried)
+
+
+def _bits(prepared: GraphModule) -> Iterator[tuple[int, int]]:
+    """Yield ``(weight_bits, activation_bits)`` of each layer."""
+    for node in prepared.graph.nodes:
+        source = quantizer_at(prepared, node.args[0]) if node.op == "call_module" and node.args else None
+        weight = weight_quantizer_of(prepared.get_submodule(str(node.target))) if source is not None else None
+        if weight is not None:
+            yield weight.num_bits, int(cast(Any, source).quant_max).bit_length()
 
 
 class _LeafTracer(Tracer):

@@ -68,7 +68,7 @@ def repapq_qconfig(
         observer = partial(observer, percentile=config.percentile)
     low, high = activation_bounds(activation_bits)
     activation = {"dtype": torch.quint8, "qscheme": torch.per_tensor_affine, "quant_min": low, "quant_max": high}
-    low, high = weight_bounds(weight_bits)
+    low, high = weight_bounds(config.weight_bits_used(weight_bits))
     weight = {"dtype": torch.qint8, "qscheme": torch.per_channel_symmetric, "quant_min": low, "quant_max": high}
     weight_observer = OBSERVERS[f"per_channel_{config.weight_observer}"]
     if is_qat:

@@ -93,9 +93,10 @@ def quantization_specs(
         weight = PerChannelLearnableFakeQuantize.with_args(observer=weight_observer)
     else:
         activation, weight = observer.with_args(**extra), weight_observer.with_args()
+    bounds = weight_bounds(config.weight_bits_used(weight_bits))
     return (
         QuantizationSpec(torch.uint8, activation, *activation_bounds(activation_bits), torch.per_tensor_affine),
-        QuantizationSpec(torch.int8, weight, *weight_bounds(weight_bits), torch.per_channel_symmetric, ch_axis),
+        QuantizationSpec(torch.int8, weight, *bounds, torch.per_channel_symmetric, ch_axis),
     )
 
 
