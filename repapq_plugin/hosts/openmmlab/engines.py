@@ -22,7 +22,11 @@ from repapq_plugin.export.qdq_onnx import OnnxSummary
 OWN = "RepAPQ"
 """The plugin's own quantizers, which need no engine."""
 
-ENGINES = {"NNCF": "repapq_plugin.hosts.nncf_torch.engine:quantize_network"}
+ENGINES = {
+    "NNCF": "repapq_plugin.hosts.nncf_torch.engine:quantize_network",
+    "PT2E": "repapq_plugin.hosts.torchao_pt2e.engine:quantize_network",
+    "TorchAO": "repapq_plugin.hosts.torch_ao.engine:quantize_network",
+}
 """Import path of each engine, ``module:function``, by the name that stands in a config."""
 
 

@@ -45,7 +45,8 @@ class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
         evaluator: Test evaluator, built or as a dict or list.
         fp16: Run the network under autocast, as in mmengine's loop.
         quantizer: ``preset`` (``'w8a8'``, ``'w6a6'``, ``'w4a4'``, ...) and keys of `RepAPQConfig`;
-            ``type='NNCF'`` lets NNCF place its own quantizers, ``options`` are what else it is told.
+            ``type='NNCF'`` lets NNCF place its own quantizers, ``type='TorchAO'`` and ``'PT2E'`` run the
+            calibrated network in those hosts' integers; ``options`` are what else they are told.
         calibration: ``dataloader`` and ``num_samples``, see `Settings`.
         backend: ``'simulated'``, ``'onnxruntime'`` or ``'openvino'``: what runs the network part
             of the model while it is scored.
