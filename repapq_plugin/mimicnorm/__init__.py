@@ -1,6 +1,6 @@
 """MimicNorm (arXiv:2010.09278): train without batch normalisation, but for one last norm before the loss."""
 
-from repapq_plugin.mimicnorm.convert import Conversion, convert
+from repapq_plugin.mimicnorm.convert import Conversion, convert, prepare
 from repapq_plugin.mimicnorm.layers import LastBatchNorm, MimicNorm2d
 from repapq_plugin.mimicnorm.weight_mean import (
     WeightMean,
@@ -15,6 +15,7 @@ __all__ = [
     "MimicNorm2d",
     "WeightMean",
     "convert",
+    "prepare",
     "parametrize_weight_mean",
     "remove_weight_mean",
     "takes_weight_mean",

@@ -9,7 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,14 +45,14 @@ class Conversion:
         model: The network; a copy.
         replaced: Module paths of the norms that are gone.
         residual: Paths among them that end a residual or parallel branch, with their starting scalar.
-        last: Module path of the last layer, which a `LastBatchNorm` follows now.
+        last: Module paths of the last layers, which a `LastBatchNorm` follows now.
         kept: Norms left alone, because the layer in front of them is frozen.
     """
 
     model: nn.Module
     replaced: tuple[str, ...]
     residual: Mapping[str, float]
-    last: str
+    last: tuple[str, ...]
     kept: tuple[str, ...]
 
 
@@ -138,32 +138,66 @@ def convert(
     Raises:
         ConfigError: The last layer cannot be found, or a module is lazy.
     """
-    forward = forward_fn or (lambda network, batch: network(batch))
     converted = copy.deepcopy(model)
     names = {module: name for name, module in converted.named_modules()}
+    forward = forward_fn or _call
     run = _observe(converted, lambda: forward(converted, example))
-    last_layer = _last_layer(converted, run, last)
+    _last_layer(converted, run, last)  # an error comes before any work
     kept = {norm for norm, layer in run.layer_before.items() if layer is not None and _frozen(layer)}
-    scales = _branch_scales(run, kept)
-    gone = [norm for norm in run.layer_before if norm not in kept]
+    gone = {norm: names[norm] for norm in run.layer_before if norm not in kept}
     replacements: dict[nn.Module, nn.Module] = {}
     for norm in gone:
-        layer: Any = run.layer_before[norm]
-        bias = layer is None or getattr(layer, "bias", None) is None
-        new = MimicNorm2d(norm.num_features, bias=bias, scale=scales.get(norm))  # type: ignore[arg-type]
+        has_bias = getattr(run.layer_before[norm], "bias", None) is not None
+        new = MimicNorm2d(norm.num_features, bias=not has_bias)  # type: ignore[arg-type]
         replacements[norm] = new.train(norm.training)
-    channels = last_layer.weight.shape[0]
-    replacements[last_layer] = nn.Sequential(last_layer, LastBatchNorm(channels).train(last_layer.training))
     _replace(converted, replacements)
+    finished = prepare(converted, example, forward_fn=forward_fn, last=last, initialise=initialise)
+    return replace(finished, replaced=tuple(gone.values()), kept=tuple(names[norm] for norm in kept))
+
+
+def prepare(
+    model: nn.Module,
+    example: Any,
+    *,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    last: str | Sequence[str] | None = None,
+    initialise: bool = True,
+) -> Conversion:
+    """Finish, in place, a network that was built with `MimicNorm2d`: branch scalars, the last norm, new weights.
+
+    Args:
+        model: The network; changed.
+        example: A batch, as in `convert`.
+        forward_fn: Runs it, as in `convert`.
+        last: Module paths of the layers that a `LastBatchNorm` is to follow; default: the one that the network
+            returns the output of.
+        initialise: Draw new weights.
+
+    Raises:
+        ConfigError: The last layer cannot be found, or a module is lazy.
+    """
+    forward = forward_fn or _call
+    names = {module: name for name, module in model.named_modules()}
+    run = _observe(model, lambda: forward(model, example))
+    chosen = [last] if last is None or isinstance(last, str) else list(last)
+    lasts = [_last_layer(model, run, name) for name in chosen]
+    scales = _branch_scales(run)
+    for norm, start in scales.items():
+        norm.scale = nn.Parameter(next(model.parameters()).new_tensor([start]))
+    replacements: dict[nn.Module, nn.Module] = {}
+    for layer in lasts:
+        norm = LastBatchNorm(layer.weight.shape[0]).to(layer.weight.device).train(layer.training)
+        replacements[layer] = nn.Sequential(layer, norm)
+    _replace(model, replacements)
     if initialise:
-        initialise_weights(converted, [layer for layer in run.order if not _frozen(layer)], forward, example)
+        initialise_weights(model, [layer for layer in run.order if not _frozen(layer)], forward, example)
     return Conversion(
-        converted,
-        tuple(names[norm] for norm in gone),
-        {names[norm]: scales[norm] for norm in gone if norm in scales},
-        names[last_layer],
-        tuple(names[norm] for norm in kept),
+        model, (), {names[norm]: start for norm, start in scales.items()}, tuple(names[layer] for layer in lasts), ()
     )
+
+
+def _call(network: nn.Module, batch: Any) -> Any:
+    return network(batch)
 
 
 def _frozen(layer: Any) -> bool:
@@ -181,7 +215,7 @@ def _observe(model: nn.Module, forward: Callable[[], Any]) -> _Run:
             module.training = False  # a batch of one sample will do, and no statistics change
             if isinstance(module, LAYERS):
                 stack.callback(module.register_forward_hook(run.layer_ran).remove)
-            elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            elif isinstance(module, nn.modules.batchnorm._BatchNorm | MimicNorm2d):
                 stack.callback(module.register_forward_hook(run.norm_ran).remove)
         with run:
             run.output = forward()  # type: ignore[attr-defined]
@@ -206,8 +240,8 @@ def _last_layer(model: nn.Module, run: Any, last: str | None) -> Any:
     return makers[0]
 
 
-def _branch_scales(run: _Run, kept: set[nn.Module]) -> dict[nn.Module, float]:
-    """Return the starting scalar of each norm that ends a branch of a sum.
+def _branch_scales(run: _Run) -> dict[Any, float]:
+    """Return the starting scalar of each `MimicNorm2d` that ends a branch of a sum.
 
     The shallowest way into a sum is its shortcut and stays. Where all ways are equally deep there is none: each of n
     is divided by the square root of n, so that their sum is as large as one.
@@ -216,7 +250,7 @@ def _branch_scales(run: _Run, kept: set[nn.Module]) -> dict[nn.Module, float]:
     block = 0
     for terms in run.sums:
         deepest, shallowest = max(depth for _, depth in terms), min(depth for _, depth in terms)
-        branches = [norm for norm, depth in terms if norm is not None and depth == deepest and norm not in kept]
+        branches = [norm for norm, depth in terms if isinstance(norm, MimicNorm2d) and depth == deepest]
         if not branches:
             continue
         start = 1.0

@@ -53,7 +53,7 @@ def test_residual_branches_end_in_a_scalar_that_falls_with_depth():
     assert starts[2] == pytest.approx(1.2 / 3) and starts[-1] == pytest.approx(1.44 / 8)
     scaled = [m for m in converted.model.modules() if isinstance(m, MimicNorm2d) and m.scale is not None]
     assert len(scaled) == 8
-    assert converted.last == "fc"
+    assert converted.last == ("fc",)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "shufflenet"])

@@ -24,6 +24,7 @@ from repapq_plugin.errors import ConfigError, HostError
 from repapq_plugin.hosts.openmmlab.checkpoint import load_weights
 from repapq_plugin.hosts.openmmlab.data import calibration_batches
 from repapq_plugin.hosts.openmmlab.hooks import drop_hooks_on_weights
+from repapq_plugin.hosts.openmmlab.mimicnorm import MimicNormHook
 from repapq_plugin.hosts.openmmlab.network import run_batch, serve_with
 from repapq_plugin.hosts.openmmlab.settings import Settings, settings_of
 from repapq_plugin.hosts.openmmlab.work import calibrate, example_images, writable_folder
@@ -107,6 +108,9 @@ class Workbench:
         self.folder = writable_folder(folder)
         self.runner = _build_runner(cfg, self.folder / TOOLBOX_LOG, self.settings.quantizer.seed, need_scores)
         self.cfg = self.runner.cfg
+        for hook in self.runner.hooks:
+            if isinstance(hook, MimicNormHook):  # its last norm is in the checkpoint
+                hook.before_run(self.runner)
         if need_weights:
             load_weights(self.runner.model, str(self.checkpoint))
         self.model: nn.Module = self.runner.model.eval()

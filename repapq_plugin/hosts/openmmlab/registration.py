@@ -9,8 +9,10 @@ from mmengine.registry import HOOKS, LOOPS, MODELS, RUNNERS
 from repapq_plugin.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
 from repapq_plugin.hosts.openmmlab.hooks import QPRFusionHook
 from repapq_plugin.hosts.openmmlab.loops import RepAPQTestLoop
+from repapq_plugin.hosts.openmmlab.mimicnorm import MimicNormHook
 from repapq_plugin.hosts.openmmlab.runner import RepAPQRunner
 from repapq_plugin.hosts.openmmlab.scopes import register_scopes
+from repapq_plugin.mimicnorm import MimicNorm2d
 from repapq_plugin.observers import OBSERVERS
 
 
@@ -21,12 +23,14 @@ def register() -> None:
     """
     entries: list[tuple[Any, type]] = [
         (HOOKS, QPRFusionHook),
+        (HOOKS, MimicNormHook),
         (LOOPS, RepAPQTestLoop),
         (RUNNERS, RepAPQRunner),
         (MODELS, LearnableFakeQuantize),
         (MODELS, PerChannelLearnableFakeQuantize),
         *((MODELS, observer) for observer in OBSERVERS.values()),
     ]
+    MODELS.register_module(name="MimicNorm", module=MimicNorm2d, force=True)
     for registry, cls in entries:
         registry.register_module(module=cls, force=True)
     register_scopes()

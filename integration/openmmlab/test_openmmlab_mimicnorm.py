@@ -1,0 +1,82 @@
+"""MimicNorm by name: a few steps of mmpretrain's own training, then the test loop and a calibration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hooks import EMAHook
+from mmengine.runner import Runner
+from torch import nn
+
+from integration.openmmlab.scenes import ROOT
+from repapq_plugin.errors import HostError
+from repapq_plugin.hosts.openmmlab.pipeline import Workbench, open_config
+from repapq_plugin.mimicnorm import LastBatchNorm, MimicNorm2d, WeightMean
+
+CONFIG = ROOT / "mm_configs" / "mimicnorm" / "repvgg_mimicnorm_fashion.py"
+
+
+def few_steps(folder: Path, **options: Any) -> Config:
+    cfg = open_config(CONFIG)
+    cfg.work_dir, cfg.experiment_name, cfg.log_level = str(folder), folder.name, "WARNING"
+    cfg.train_dataloader.dataset.update(source="subset", count=64)
+    cfg.train_dataloader.update(batch_size=16, num_workers=0, persistent_workers=False)
+    cfg.train_cfg = {"type": "IterBasedTrainLoop", "max_iters": 4, "val_interval": 99}
+    cfg.param_scheduler = None
+    cfg.default_hooks.checkpoint = {"type": "CheckpointHook", "by_epoch": False, "interval": 4}
+    cfg.test_dataloader.dataset.count = 50
+    cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
+    cfg.merge_from_dict(options)
+    return cfg
+
+
+def largest_mean(model: nn.Module) -> float:
+    return max(float(layer.weight.detach().flatten(1).mean(1).abs().max()) for layer in WeightMean(model).layers)
+
+
+def test_a_training_with_average_and_accumulation_keeps_filter_means_at_zero_and_calibrates(tmp_path: Path) -> None:
+    cfg = few_steps(tmp_path / "train")
+    cfg.custom_hooks = [*cfg.custom_hooks, {"type": "EMAHook"}]
+    cfg.optim_wrapper.accumulative_counts = 2
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    model = runner.model
+    assert [type(m) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] == [LastBatchNorm]
+    assert largest_mean(model) <= 1e-6
+    average = next(hook for hook in runner.hooks if isinstance(hook, EMAHook)).ema_model
+    assert largest_mean(average) <= 1e-6
+    scalars = [m.scale for m in model.modules() if isinstance(m, MimicNorm2d) and m.scale is not None]
+    optimized = {id(p) for group in runner.optim_wrapper.optimizer.param_groups for p in group["params"]}
+    assert scalars and all(id(scalar) in optimized for scalar in scalars)
+
+    bench = Workbench(few_steps(tmp_path / "test"), str(tmp_path / "train" / "iter_4.pth"), tmp_path / "test")
+    scores = bench.score(bench.model)
+    result = bench.calibrate(bench.settings.quantizer.from_preset("w8a8", steps=1))
+    assert len(result.merges) == 13 and not result.float_layers
+    assert not [m for m in result.model.modules() if isinstance(m, MimicNorm2d | LastBatchNorm)]
+    assert bench.score(result.model)["accuracy/top1"] == pytest.approx(scores["accuracy/top1"], abs=10)
+
+
+def test_resumed_training_keeps_its_weights(tmp_path: Path) -> None:
+    Runner.from_cfg(few_steps(tmp_path / "first")).train()
+    cfg = few_steps(tmp_path / "second")
+    cfg.load_from, cfg.resume = str(tmp_path / "first" / "iter_4.pth"), True
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    before = torch.load(tmp_path / "first" / "iter_4.pth", map_location="cpu", weights_only=False)["state_dict"]
+    after = runner.model.state_dict()
+    assert set(before) == set(after)
+    assert all(torch.allclose(value, after[key], atol=1e-6) for key, value in before.items())
+    assert largest_mean(runner.model) <= 1e-6
+
+
+def test_a_model_without_a_known_last_layer_has_to_name_one(tmp_path: Path) -> None:
+    cfg = few_steps(tmp_path)
+    cfg.model.head.type = "StackedLinearClsHead"
+    cfg.model.head.mid_channels = [16]
+    with pytest.raises(HostError, match="say behind which layers"):
+        Runner.from_cfg(cfg).train()

@@ -1,0 +1,105 @@
+"""Training with MimicNorm in the toolboxes: ``norm_cfg=dict(type='MimicNorm')`` and this hook."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from torch import nn
+
+from repapq_plugin.errors import HostError
+from repapq_plugin.hosts.openmmlab.hooks import model_of
+from repapq_plugin.mimicnorm import WeightMean, prepare
+from repapq_plugin.mimicnorm.convert import LAYERS, initialise_weights
+
+LAST_LAYERS = ("head.fc", "decode_head.conv_seg")
+"""Where the last layer is in mmpretrain's and mmsegmentation's models."""
+
+
+class MimicNormHook(Hook):  # type: ignore[misc]
+    """Gives a model built with MimicNorm its branch scalars and its last norm, and subtracts filter means as it learns.
+
+    A classifier's last norm follows its last linear layer, a segmentor's its last convolution. A detector has no
+    single last layer: its prediction layers start from biases that say how rare objects are, and boxes need their
+    scale, so nothing may normalise behind them. Name the layers whose outputs the prediction layers read
+    (``last=['neck.out_convs.0.conv', ...]``): there the last norms bound what the weights before them can grow to.
+
+    It has to know the model before an averaged copy is made, so it goes first, and its scalars join the first
+    parameter group of the optimizer.
+
+    Args:
+        last: Module paths of the layers that a last norm follows; default: the one of `LAST_LAYERS` that is there.
+        initialise: Draw new weights when a training starts afresh.
+        example_shape: Channels, height and width of a random image that shows how the network is put together.
+    """
+
+    priority = "VERY_HIGH"
+
+    def __init__(
+        self,
+        last: str | Sequence[str] | None = None,
+        initialise: bool = True,
+        example_shape: Sequence[int] = (3, 64, 64),
+    ) -> None:
+        self.last, self.initialise, self.example_shape = last, initialise, tuple(example_shape)
+        self._weight_mean: WeightMean | None = None
+
+    def before_run(self, runner: Runner) -> None:
+        """Finish the model, once.
+
+        Raises:
+            HostError: No last layer is where `LAST_LAYERS` says, and none is named.
+            ConfigError: See `prepare`.
+        """
+        if self._weight_mean is not None:
+            return
+        model = model_of(runner)
+        known = {parameter for parameter in model.parameters()}
+        device = next(model.parameters()).device
+        example = torch.randn(2, *self.example_shape, device=device, generator=torch.Generator(device).manual_seed(0))
+        done = prepare(model, example, forward_fn=_tensors, last=self._last_of(model), initialise=False)
+        added = [parameter for parameter in model.parameters() if parameter not in known]
+        optimizer = getattr(getattr(runner, "optim_wrapper", None), "optimizer", None)
+        if added and isinstance(optimizer, torch.optim.Optimizer):
+            optimizer.param_groups[0]["params"].extend(added)
+        self._example = example
+        self._weight_mean = WeightMean(model)
+        runner.logger.info(
+            f"MimicNorm: {len(done.residual)} branches end in a scalar, a last norm follows {', '.join(done.last)}, "
+            f"{len(self._weight_mean.layers)} layers keep filter means of zero."
+        )
+
+    def before_train(self, runner: Runner) -> None:
+        """Draw weights if nothing was loaded, and subtract the means."""
+        if self.initialise and not runner._resume and runner._load_from is None:
+            model = model_of(runner)
+            layers = [module for module in model.modules() if isinstance(module, LAYERS)]
+            initialise_weights(model, layers, _tensors, self._example)
+        self._apply()
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Subtract the means again."""
+        self._apply()
+
+    def _apply(self) -> None:
+        if self._weight_mean is not None:
+            self._weight_mean.apply()
+
+    def _last_of(self, model: nn.Module) -> str | Sequence[str]:
+        if self.last is not None:
+            return self.last
+        modules = dict(model.named_modules())
+        found = [name for name in LAST_LAYERS if name in modules]
+        if not found:
+            raise HostError(
+                f"{type(model).__name__} has none of {', '.join(LAST_LAYERS)}: say behind which layers the last norms "
+                "of MimicNorm stand, dict(type='MimicNormHook', last=['module.path', ...])."
+            )
+        return found[0]
+
+
+def _tensors(model: nn.Module, images: torch.Tensor) -> Any:
+    return model(images, mode="tensor")
