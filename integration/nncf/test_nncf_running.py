@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWra
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from integration.openmmlab.scenes import DETECTOR, random_model
+from integration.openmmlab.scenes import CONFIGS, DETECTOR, random_model
 from repapq_plugin.calibration.partition import find_stages, find_units
 from repapq_plugin.calibration.replay import answering
 from repapq_plugin.calibration.trace import flatten_tensors, trace_network
@@ -30,8 +31,8 @@ def _timm(name: str) -> nn.Module:
     return reparameterize_model(timm.create_model(name, pretrained=False, num_classes=10).eval())
 
 
-def _detector() -> nn.Module:
-    model, _ = merge_branches(random_model(DETECTOR), inplace=True, verify=False)
+def _detector(config: Path) -> nn.Module:
+    model, _ = merge_branches(random_model(config), inplace=True, verify=False)
     return TensorPath(model).eval()
 
 
@@ -43,7 +44,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "repghostnet_050": (lambda: _timm("repghostnet_050"), 32),
     "repvit_m0_9": (lambda: _timm("repvit_m0_9"), 64),
     "fastvit_t8": (lambda: _timm("fastvit_t8"), 64),
-    "yolov6-n": (_detector, 64),
+    "yolov6-n": (lambda: _detector(DETECTOR), 64),
+    "rtmdet-ins": (lambda: _detector(CONFIGS / "rtmdet-ins_fashion.py"), 64),
 }
 
 
