@@ -18,10 +18,12 @@ from nncf.torch.quantization.layers import BaseQuantizer, SymmetricQuantizer
 from torch import Tensor, nn
 
 from integration.nncf.conftest import Case
+from repapq_plugin import RepAPQConfig
+from repapq_plugin.calibration.quantize import merge_for_inference
 from repapq_plugin.calibration.trace import flatten_tensors
 from repapq_plugin.export.openvino import layer_kernels
 from repapq_plugin.hosts.nncf_torch import RangeClamp, quantize
-from tests.calibration.networks import Chain
+from tests.calibration.networks import Chain, settle
 
 OURS = ("nncf.*", "repapq_plugin.*")
 
@@ -53,8 +55,6 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture(scope="module")
 def merged(chain: nn.Module) -> nn.Module:
-    from repapq_plugin.calibration.quantize import merge_for_inference
-
     with torch.no_grad():
         network, *_ = merge_for_inference(chain, lambda model: model(torch.zeros(1, 3, 16, 16)))
     return network
@@ -145,6 +145,33 @@ def test_calls_of_one_layer_share_one_quantizer(pyramid: Case) -> None:
     assert pyramid.result.layers["tower.0"] == (6, 6)
 
 
+class Tied(nn.Module):
+    """Two layers with one weight, each with a bias of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.first, self.second = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.second.weight = self.first.weight
+        self.last = nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.stem(x).relu()).relu()
+        return self.last(self.second(x).relu())
+
+
+def test_layers_that_share_a_weight_share_its_quantizer() -> None:
+    network, images = Tied().eval(), [torch.randn(1, 3, 8, 8) for _ in range(32)]
+    model = quantize(network, nncf.Dataset(images), repapq=RepAPQConfig.from_preset("w4a4", steps=10))
+    found = hooks(model, BaseQuantizer)
+    assert found["pre_hooks.first/conv2d/0__1.0"] is found["pre_hooks.second/conv2d/0__1.0"]
+    assert model.first.weight is model.second.weight
+    assert max(len(row.unique()) for row in model.first.weight.detach().flatten(1)) <= 15
+    x = torch.randn(8, 3, 8, 8)
+    wanted, got = outputs(network, x)[0], outputs(model, x)[0]
+    assert float((got - wanted).abs().mean()) < 0.35 * float(wanted.abs().mean())
+
+
 @pytest.mark.parametrize("affine", [True, False])
 def test_no_hook_of_the_calibration_is_left(four: Case, affine: bool) -> None:
     model = quantize(four.network, nncf.Dataset(four.images[:4]), repapq=four.config.replace(steps=1, affine=affine))
@@ -201,8 +228,6 @@ def test_eight_bits_need_no_more_than_nncf_to_come_back(eight: Case) -> None:
 
 def _bare(case: Case) -> nn.Module:
     """The merged float model, as the user of a checkpoint makes it."""
-    from repapq_plugin.calibration.quantize import merge_for_inference
-
     with torch.no_grad():
         network, *_ = merge_for_inference(case.network, lambda model: model(case.images[0]))
     return network
@@ -244,8 +269,6 @@ def test_a_copy_computes_the_same(case: Case) -> None:
 
 def test_presets_devices_and_ignored_scopes_are_nncfs(chain: nn.Module) -> None:
     images = [torch.randn(1, 3, 16, 16) for _ in range(8)]
-    from repapq_plugin import RepAPQConfig
-
     model = quantize(
         chain,
         nncf.Dataset(images),
@@ -274,11 +297,7 @@ def test_dict_and_tuple_items_are_arguments() -> None:
         def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
             return super().forward(x + y)
 
-    from repapq_plugin import RepAPQConfig
-    from tests.calibration.networks import settle
-
     network = Two(widths=(8,), depth=1)
-    network.forward_one = None
     plain = settle(Chain(widths=(8,), depth=1))
     network.load_state_dict(plain.state_dict())
     network.eval()

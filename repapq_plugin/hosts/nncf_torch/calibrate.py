@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -159,10 +160,12 @@ def _learn(
 ) -> tuple[UnitResult, ...]:
     affines: dict[str, ChannelAffine] = {}
     if config.affine:
+        # A weight that two layers share cannot take two affine layers in.
+        owners = Counter(id(parameter) for placed in placement.weights.values() for parameter in _own(placed.module))
         affines = {
             name: attach_affine(student, placed)
             for name, placed in placement.weights.items()
-            if can_take_affine(placed)
+            if can_take_affine(placed) and all(owners[id(parameter)] == 1 for parameter in _own(placed.module))
         }
     learners: dict[str, Learner] = {
         name: WeightLearner(placed.module, placed.quantizer, affines.get(name))
@@ -190,6 +193,10 @@ def _learn(
         # A stage that could not be run alone was switched off; as NNCF's own result it still is quantized.
         quantizer.enabled.fill_(1)
     return units
+
+
+def _own(layer: nn.Module) -> list[nn.Parameter]:
+    return list(layer.parameters(recurse=False))
 
 
 @torch.no_grad()

@@ -71,7 +71,8 @@ class Placement:
 def find_placement(model: nn.Module, graph: NNCFGraph, run: Callable[[], Any]) -> Placement:
     """Find all quantizers of a model that `nncf.quantize` returned.
 
-    A layer that is called several times has a quantizer for each call; they become one, since its weight is one.
+    NNCF gives a weight that is read by several operations, because its layer is called several times or shares it
+    with another, a quantizer for each; they become one, since the weight is one.
 
     Args:
         model: The model.
@@ -81,8 +82,9 @@ def find_placement(model: nn.Module, graph: NNCFGraph, run: Callable[[], Any]) -
     hooks, owners, weights_of = _watch(model, run)
     paths = {module: name for name, module in model.named_modules()}
     placement = Placement()
+    first_of: dict[int, BaseQuantizer] = {}
     for layer, quantizers in weights_of.items():
-        first = quantizers[0]
+        first = first_of.setdefault(id(layer.weight), quantizers[0])
         operations = []
         for quantizer in quantizers:
             for hook in hooks[quantizer]:
