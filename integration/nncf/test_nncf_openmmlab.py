@@ -19,7 +19,7 @@ from repapq_plugin.hosts.nncf_torch.engine import NNCFNetwork
 from repapq_plugin.hosts.openmmlab import RepAPQTestLoop, TensorPath
 from repapq_plugin.hosts.openmmlab.engines import find_engine
 from repapq_plugin.hosts.openmmlab.network import prepare
-from repapq_plugin.hosts.openmmlab.pipeline import open_config
+from repapq_plugin.hosts.openmmlab.pipeline import Workbench, open_config
 from repapq_plugin.hosts.openmmlab.settings import Settings
 
 
@@ -116,3 +116,9 @@ def test_an_engine_that_cannot_be_imported_is_named() -> None:
 def test_options_are_checked(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         find_engine("NNCF")(torch.nn.Identity(), [torch.zeros(1)], Settings().quantizer, None, options)
+
+
+def test_the_command_line_says_where_the_engine_runs(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    cfg = config("classifier", checkpoints["classifier"], tmp_path, quantizer={"type": "NNCF"})
+    with pytest.raises(HostError, match="'NNCF' quantizes in RepAPQTestLoop"):
+        Workbench(cfg, str(checkpoints["classifier"]), tmp_path)

@@ -23,6 +23,7 @@ from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.errors import ConfigError, HostError
 from repapq_plugin.hosts.openmmlab.checkpoint import load_weights
 from repapq_plugin.hosts.openmmlab.data import calibration_batches
+from repapq_plugin.hosts.openmmlab.engines import OWN
 from repapq_plugin.hosts.openmmlab.hooks import drop_hooks_on_weights
 from repapq_plugin.hosts.openmmlab.mimicnorm import MimicNormHook
 from repapq_plugin.hosts.openmmlab.network import run_batch, serve_with
@@ -96,6 +97,11 @@ class Workbench:
         if seed is not None:
             overrides["quantizer"] = {**overrides.get("quantizer", {}), "seed": seed}
         self.settings: Settings = settings_of(cfg, **overrides)
+        if self.settings.engine != OWN:
+            raise HostError(
+                f"quantizer.type={self.settings.engine!r} quantizes in RepAPQTestLoop: run the toolbox's test tool on "
+                f"{cfg.filename}, or leave the type out."
+            )
         for key in ("test_dataloader", "test_evaluator"):
             if need_scores and not cfg.get(key):
                 raise HostError(
