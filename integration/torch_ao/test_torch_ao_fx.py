@@ -17,6 +17,7 @@ from torch.fx import GraphModule, symbolic_trace
 
 from repapq_plugin import CalibrationResult, RepAPQConfig, export_onnx, quantize_model
 from repapq_plugin.errors import CalibrationError, ConfigError, HostError
+from repapq_plugin.export.deploy import without_quantizers
 from repapq_plugin.fake_quantize import LearnableFakeQuantize
 from repapq_plugin.hosts import torch_ao
 from repapq_plugin.hosts.torch_ao import engines
@@ -95,6 +96,40 @@ def test_integer_modules_compute_what_was_simulated(
     # The heads are called on two levels and stand there twice.
     assert integer_layers(converted) == {"Chain": 8, "Pyramid": 12 if engine == "qnnpack" else 11}[name]
     assert not any(type(module) in (nn.Conv2d, nn.Linear) for module in converted.modules())
+
+
+class Movers(nn.Module):
+    """Operators that only move values stand between layers that learned grids of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.Conv2d(8, 6, 3)
+        self.pool, self.keep, self.act = nn.MaxPool2d(2), nn.Identity(), nn.ReLU()
+        self.joined, self.last = nn.Conv2d(12, 8, 1), nn.Conv2d(8, 8, 1)
+        self.classifier, self.other = nn.Linear(8, 4), nn.Linear(8 * 25, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.act(self.stem(x)))
+        x = self.joined(torch.cat([self.keep(self.left(x)), self.right(self.keep(x)) * 3], 1))
+        x = self.last(self.keep(x))
+        return self.classifier(x.mean((2, 3))) + self.other(torch.flatten(x, 1))
+
+
+@pytest.mark.parametrize("engine", ["x86", "qnnpack"])
+@pytest.mark.parametrize("bits", ["w7a7", "w4a4"])
+def test_what_moves_values_between_grids_loses_none_of_them(bits: str, engine: str, data: list[Tensor]) -> None:
+    torch.manual_seed(0)
+    config = RepAPQConfig.from_preset(bits, steps=0, first_last_bits=7, activation_observer="mse", equalize=False)
+    result = quantize_model(Movers().eval(), data, config)
+    prepared = torch_ao.prepare_learned(result, (data[0],), data, backend=engine)
+    converted = torch_ao.convert_to_int8(prepared)
+    assert parted_images(run(prepared, images(), engine), run(converted, images(), engine)) <= TIES
+    assert integer_layers(converted) == 7
+    mapping = torch_ao.repapq_qconfig_mapping(bits, engine, is_qat=True)
+    named = calibrated(without_quantizers(result.model), mapping, data, is_qat=True)
+    simulated, integer = torch_ao.carry_grid(named, engine), torch_ao.convert_to_int8(named, engine)
+    apart = [a - b for a, b in zip(run(simulated, images(), engine), run(integer, images(), engine), strict=True)]
+    assert (apart[0] != 0).any(1).sum() <= 4  # ranges that are sums of products meet ties more often
 
 
 def test_with_a_reduced_range_the_fast_engine_is_exact(
@@ -191,8 +226,6 @@ def calibrated(network: nn.Module, mapping: Any, data: list[Tensor], is_qat: boo
 @pytest.fixture(scope="module")
 def merged(results: dict[tuple[str, str], CalibrationResult]) -> nn.Module:
     """A float network without branches, as somebody has one who comes with torch.ao's own calls."""
-    from repapq_plugin.export.deploy import without_quantizers
-
     return without_quantizers(results["Chain", "seven"].model)
 
 

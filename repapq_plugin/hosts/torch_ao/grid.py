@@ -9,11 +9,17 @@ integers: it is lowered to torch's quantized clamp.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantizeBase, ObserverBase
+from torch.ao.quantization.fx._lower_to_native_backend import (
+    is_copy_node,
+    is_general_tensor_shape_node,
+    is_other_node,
+)
 from torch.fx import Graph, GraphModule, Node
 
 from repapq_plugin.export.deploy import CONTAINERS
@@ -22,6 +28,13 @@ from repapq_plugin.hosts.torch_ao.engines import CLAMPS_CONTIGUOUS, INTEGER_BIAS
 from repapq_plugin.hosts.torch_ao.qconfig import new_qconfig
 from repapq_plugin.hosts.torch_ao.ready import Ready
 from repapq_plugin.observers import RangeObserver
+
+MOVING: tuple[Callable[[Node, dict[str, nn.Module]], tuple[bool, ...]], ...] = (
+    is_copy_node,
+    is_general_tensor_shape_node,
+    is_other_node,
+)
+"""torch.ao's own checks for operators that it takes to keep the grid of their input."""
 
 STORED = {torch.quint8: CONTAINERS[torch.uint8], torch.qint8: CONTAINERS[torch.int8]}
 """Smallest and largest code of torch.ao's types."""
@@ -72,6 +85,7 @@ def carry_grid(prepared: GraphModule, backend: str | None = None) -> GraphModule
         lay_on_grid(module)
     if engine in INTEGER_BIAS:
         lay_biases_on_grid(carried)
+    _separate_grids(carried)
     for node in list(carried.graph.nodes):
         quantizer = quantizer_at(carried, node)
         bounds = grid_range(quantizer) if quantizer is not None else None
@@ -79,6 +93,23 @@ def carry_grid(prepared: GraphModule, backend: str | None = None) -> GraphModule
             _clamp_behind(carried.graph, node, bounds, contiguous=engine in CLAMPS_CONTIGUOUS)
     carried.recompile()
     return carried
+
+
+def _separate_grids(graph: GraphModule) -> None:
+    """Put a copy between an operator that only moves values and a quantizer of another grid than its input's.
+
+    torch.ao lowers a pooling, a concatenation or an identity between two quantizers to work on integers, and
+    takes for granted that both have one grid: the second one's scale would be lost.
+    """
+    modules = dict(graph.named_modules(remove_duplicate=False))
+    for node in list(graph.graph.nodes):
+        source = node.args[0] if quantizer_at(graph, node) is not None else None
+        if not isinstance(source, Node) or not any(any(check(source, modules)) for check in MOVING):
+            continue
+        before = {str(x.target) for x in source.all_input_nodes if quantizer_at(graph, x) is not None}
+        if before - {str(node.target)}:
+            with graph.graph.inserting_after(source):
+                node.update_arg(0, graph.graph.call_method("clone", (source,)))
 
 
 def _clamp_behind(graph: Graph, node: Node, bounds: tuple[float, float], contiguous: bool) -> None:
