@@ -29,6 +29,14 @@ SCENES = {
 }
 """What is shown of which network, and what the toolbox's figure is multiplied by to be in percent."""
 
+NNCF_MODELS = {
+    "repvgg": ("RepVGG, top-1 %", 1, 2),
+    "mobileone": ("MobileOne, top-1 %", 1, 2),
+    "yolov6-n": ("YOLOv6-n, box mAP", 100, 1),
+}
+
+NOTHING = "–"
+
 Row = dict[str, Any]
 
 
@@ -43,7 +51,7 @@ def mean_of(values: Iterable[float]) -> str:
     """Return mean and sample standard deviation of percentages."""
     values = list(values)
     if not values:
-        return "–"
+        return NOTHING
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{spread}"
 
@@ -60,7 +68,10 @@ def scores(rows: list[Row], value: Callable[[Row], float], name: str, methods: t
     for method in methods:
         cells = [mean_of(value(row) for row in rows if (row["method"], row["preset"]) == (method, p)) for p in PRESETS]
         lines.append([method, *cells])
-    return [[name, lines[0][0], *lines[0][1:]], ["", f"**{lines[1][0]}**", *(f"**{cell}**" for cell in lines[1][1:])]]
+    return [
+        [name, lines[0][0], *lines[0][1:]],
+        ["", f"**{lines[1][0]}**", *(f"**{cell}**" if cell != NOTHING else cell for cell in lines[1][1:])],
+    ]
 
 
 def summary_table() -> str:
@@ -97,7 +108,7 @@ def runtime_table() -> str:
 
 def bits_of(row: Row) -> str:
     """Return the preset, and whether weights kept clear of saturation."""
-    return row["preset"].upper() + (", reduced range" if row["config"].get("reduce_range") else "")
+    return row["preset"].upper() + (", reduced range" if (row.get("config") or {}).get("reduce_range") else "")
 
 
 def integers(row: Row) -> str:
@@ -119,9 +130,20 @@ def ablation_table(model: str) -> str:
     return markdown([title, *(preset.upper() for preset in presets)], body)
 
 
+def nncf_table() -> str:
+    """Return `nncf.quantize` beside ours: score, kernels and operators of the converted networks."""
+    body = []
+    for row in rows_of("nncf"):
+        title, factor, digits = NNCF_MODELS[row["model"]]
+        figures = [f"{factor * row[key]:.{digits}f}" for key in ("float", "torch", "openvino")]
+        body.append([title, bits_of(row), row["method"], *figures, integers(row), str(row["operators"])])
+    return markdown(["seed 0", "bits", "by", "float", "torch", "OpenVINO", "INT8 layers", "operators"], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary_table,
     "runtimes": runtime_table,
+    "nncf": nncf_table,
     "ablation-repvgg": lambda: ablation_table("repvgg"),
     "ablation-mobileone": lambda: ablation_table("mobileone"),
 }
