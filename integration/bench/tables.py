@@ -65,13 +65,13 @@ def markdown(header: list[str], body: list[list[str]]) -> str:
 def scores(rows: list[Row], value: Callable[[Row], float], name: str, methods: tuple[str, str]) -> list[list[str]]:
     """Return two lines: plain PTQ beside RepAPQ, one column for each number of bits."""
     lines = []
-    for method in methods:
+    for i, method in enumerate(methods):
         cells = [mean_of(value(row) for row in rows if (row["method"], row["preset"]) == (method, p)) for p in PRESETS]
-        lines.append([method, *cells])
-    return [
-        [name, lines[0][0], *lines[0][1:]],
-        ["", f"**{lines[1][0]}**", *(f"**{cell}**" if cell != NOTHING else cell for cell in lines[1][1:])],
-    ]
+        line = [method, *cells]
+        if i:  # ours
+            line = [f"**{cell}**" if cell != NOTHING else cell for cell in line]
+        lines.append(["" if i else name, *line])
+    return lines
 
 
 def summary_table() -> str:
