@@ -55,9 +55,9 @@ class _Whole(TensorReducerBase):  # type: ignore[misc]
         kept = () if self._axes is None else set(range(x[0].ndim)) - set(self._axes)
         if any(x[0].shape[axis] > 1 for axis in kept):
             raise HostError(
-                f"NNCF asks for a range per channel of a tensor {tuple(x[0].shape)}, as it does for weights and in front "
-                "of depthwise convolutions; MAE ranges are per tensor. Use mae_range_estimator for activations only, and "
-                "repapq_plugin.hosts.nncf_torch.quantize for networks with depthwise convolutions."
+                f"NNCF asks for a range per channel of a tensor {tuple(x[0].shape)}, as it does for weights and in "
+                "front of depthwise convolutions; MAE ranges are per tensor. Use mae_range_estimator for activations "
+                "only, and repapq_plugin.hosts.nncf_torch.quantize for networks with depthwise convolutions."
             )
         return x
 
