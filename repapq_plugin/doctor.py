@@ -14,6 +14,11 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
 from repapq_plugin.errors import HostError
 
 OPENMMLAB = "pip install 'repapq-plugin[openmmlab]'"
@@ -138,8 +143,10 @@ def diagnose(packages: Mapping[str, Package], own: Sequence[str] = ()) -> Diagno
         own: What this plugin asks of them, as in `Package.requires`.
     """
     problems: list[Problem] = []
-    by_distribution = {
-        normalized(distribution): package for package in packages.values() for distribution in package.distributions
+    by_distribution: dict[str, Package] = {
+        canonicalize_name(distribution): package
+        for package in packages.values()
+        for distribution in package.distributions
     }
     for package in packages.values():
         problems += _twice_installed(package)
@@ -209,7 +216,7 @@ def _unmet(
     problems = []
     for requirement in requirements:
         distribution, conditions = split_requirement(requirement)
-        other = by_distribution.get(normalized(distribution))
+        other = by_distribution.get(canonicalize_name(distribution))
         if other is None or all(meets(other.version, *condition) for condition in conditions):
             continue
         wanted = ",".join(operator + version for operator, version in conditions)
@@ -223,50 +230,20 @@ def _unmet(
     return problems
 
 
-def normalized(distribution: str) -> str:
-    """Return a distribution's name as package indexes compare it: ``'onedl-mmcv'``."""
-    return re.sub(r"[-_.]+", "-", distribution).lower()
-
-
-def release(version: str) -> tuple[int, ...]:
-    """Return the numbers of a version, as many as tell releases apart: ``'2.12.1+cpu'`` is ``(2, 12, 1)``.
-
-    A pre-release counts as its release, and trailing zeros do not count.
-    """
-    found = re.match(r"\s*v?(\d+(?:\.\d+)*)", version)
-    numbers = [int(number) for number in found[1].split(".")] if found else []
-    while numbers and numbers[-1] == 0:
-        numbers.pop()
-    return tuple(numbers)
+def release(version: str) -> Version:
+    """Return a version as its release: ``'2.12.1+cpu'`` and ``'2.12.1rc4'`` are ``2.12.1``."""
+    return Version(Version(version).base_version)
 
 
 def meets(version: str, operator: str, wanted: str) -> bool:
-    """Return whether a version satisfies a condition; conditions of a kind that is not known are taken as met."""
-    if operator in ("==", "!=") and wanted.endswith(".*"):
-        prefix = tuple(int(number) for number in wanted[:-2].split("."))
-        padded = (release(version) + (0,) * len(prefix))[: len(prefix)]
-        return (padded == prefix) == (operator == "==")
-    have, limit = release(version), release(wanted)
-    if operator == "~=":
-        prefix = tuple(int(number) for number in re.findall(r"\d+", wanted))[:-1]
-        return have >= limit and (have + (0,) * len(prefix))[: len(prefix)] == prefix
-    outcome = {
-        ">=": have >= limit,
-        "<=": have <= limit,
-        ">": have > limit,
-        "<": have < limit,
-        "==": have == limit,
-        "!=": have != limit,
-    }
-    return outcome.get(operator, True)
+    """Return whether the release of a version satisfies a condition."""
+    return SpecifierSet(operator + wanted).contains(release(version))
 
 
 def split_requirement(requirement: str) -> tuple[str, list[tuple[str, str]]]:
     """Return the distribution's name and the conditions of ``'torch (>=2.6,<3)'``."""
-    found = re.match(r"\s*([A-Za-z0-9][\w.-]*)", requirement)
-    name = found[1] if found else requirement
-    conditions = re.findall(r"(~=|===?|!=|<=|>=|<|>)\s*([\w.*+!-]+)", requirement[len(name) :])
-    return name, [(operator, version) for operator, version in conditions]
+    parsed = Requirement(requirement)
+    return parsed.name, [(condition.operator, condition.version) for condition in parsed.specifier]
 
 
 def own_requirements() -> tuple[str, ...]:
@@ -293,7 +270,7 @@ def installed_packages(path: Sequence[str] | None = None) -> dict[str, Package]:
     for distribution in found:
         for name in _modules(distribution) & KNOWN.keys():
             # The first of a name is the one that is imported.
-            distributions[name].setdefault(normalized(distribution.metadata["Name"]), distribution)
+            distributions[name].setdefault(canonicalize_name(distribution.metadata["Name"]), distribution)
     return {name: _package(name, list(those.values())) for name, those in distributions.items() if those}
 
 
@@ -310,7 +287,7 @@ def _package(name: str, distributions: Sequence[metadata.Distribution]) -> Packa
     return Package(
         name,
         first.version,
-        tuple(normalized(distribution.metadata["Name"]) for distribution in distributions),
+        tuple(canonicalize_name(distribution.metadata["Name"]) for distribution in distributions),
         requires,
         accepted_versions(folder / "__init__.py") if folder else {},
         _operators(folder) if name == "mmcv" and folder else "",

@@ -14,12 +14,13 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from repapq_plugin.calibration.channels import largest_weights, read_channels
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def fold_constant_channels(
 
 
 def _stands_out(layer: Any) -> Tensor:
-    columns = layer.weight.detach().abs().transpose(0, 1).flatten(1).amax(1)
+    columns = largest_weights(layer)
     stands_out: Tensor = columns > OUTLIER * columns.median()
     return stands_out
 
@@ -96,24 +97,14 @@ def _channel_ranges(
 ) -> dict[nn.Module, _Range]:
     ranges: dict[nn.Module, _Range] = {}
 
-    def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].detach()
-        if not x.numel():  # a batch without images
-            return
-        values = x.movedim(-1 if isinstance(layer, nn.Linear) else -3, 0).flatten(1)
+    def see(layer: nn.Module, values: Tensor) -> None:
         low, high = values.aminmax(dim=1)
         if layer in ranges:
             ranges[layer].widen(low, high)
         else:
             ranges[layer] = _Range(low, high)
 
-    if not layers:
-        return ranges
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.callback(layer.register_forward_pre_hook(hook).remove)
-        for batch in batches:
-            run(batch)
+    read_channels(layers, run, batches, see)
     return ranges
 
 

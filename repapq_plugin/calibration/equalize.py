@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,7 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from repapq_plugin.reparam.running import tensors_of
+from repapq_plugin.calibration.channels import largest_weights, read_channels
+from repapq_plugin.core.running import tensors_of
+from repapq_plugin.core.tensor_notes import TensorNotes
 
 logger = logging.getLogger(__name__)
 
@@ -50,18 +51,13 @@ class _Readers(TorchFunctionMode):
         self.readers: dict[nn.Module, set[nn.Module]] = {}
         self.used_elsewhere: set[nn.Module] = set()
         self.given: dict[nn.Module, nn.Module | None] = {}
-        self._makers: dict[int, tuple[weakref.ref[Tensor], nn.Module]] = {}
+        self._makers: TensorNotes[nn.Module] = TensorNotes()
         self._reading: list[Tensor] = []
-
-    def maker_of(self, tensor: Tensor) -> nn.Module | None:
-        reference, layer = self._makers.get(id(tensor), (None, None))
-        # An id may belong to a new tensor by now, so the tensor itself decides.
-        return layer if reference is not None and reference() is tensor else None
 
     def module_runs(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor):
             self._reading.append(args[0])
-            self.given[module] = self.maker_of(args[0])
+            self.given[module] = self._makers.get(args[0])
         else:
             self.given[module] = None
 
@@ -71,12 +67,12 @@ class _Readers(TorchFunctionMode):
         if maker is not None:
             self.readers.setdefault(maker, set()).add(layer)
         if isinstance(output, Tensor):
-            self._makers[id(output)] = (weakref.ref(output), layer)
+            self._makers.put(output, layer)
 
     def homogeneous_ran(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         maker = self._finish(module, args)
         if maker is not None and isinstance(output, Tensor):
-            self._makers[id(output)] = (weakref.ref(output), maker)
+            self._makers.put(output, maker)
 
     def _finish(self, module: nn.Module, args: tuple[Any, ...]) -> nn.Module | None:
         if args and isinstance(args[0], Tensor) and self._reading:
@@ -85,7 +81,7 @@ class _Readers(TorchFunctionMode):
 
     def note_use(self, values: Any) -> None:
         for tensor in tensors_of(values):
-            layer = None if any(tensor is read for read in self._reading) else self.maker_of(tensor)
+            layer = None if any(tensor is read for read in self._reading) else self._makers.get(tensor)
             if layer is not None:
                 self.used_elsewhere.add(layer)
 
@@ -144,14 +140,6 @@ def find_links(
     ]
 
 
-def _columns(layer: Any) -> Tensor:
-    """Return the largest absolute weight that reads each input channel, ``[in_channels]``."""
-    weight = layer.weight.detach().abs().double()
-    groups = getattr(layer, "groups", 1)
-    columns: Tensor = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1).amax(dim=(1, 3)).flatten()
-    return columns
-
-
 def _is_depthwise(layer: Any) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1
 
@@ -167,7 +155,7 @@ def channel_scales(sizes: Tensor, readers: Sequence[nn.Module]) -> Tensor:
         sizes: Typical largest absolute value of each channel, float64.
         readers: Layers that read the tensor.
     """
-    dense = [_columns(reader) for reader in readers if not _is_depthwise(reader)]
+    dense = [largest_weights(reader) for reader in readers if not _is_depthwise(reader)]
     alive = sizes > 0
     scales = torch.where(alive, sizes, 1.0)
     if dense:
@@ -240,17 +228,9 @@ def _channel_sizes(
     """Return the mean over batches of the largest absolute value of each channel that a layer reads."""
     sizes: dict[nn.Module, Tensor] = {}
 
-    def hook(reader: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].detach()
-        if not x.numel():  # a batch without images
-            return
-        axis = x.dim() - 1 if isinstance(reader, nn.Linear) else 1
-        largest = x.abs().amax(dim=[d for d in range(x.dim()) if d != axis]).double() / len(batches)
+    def see(reader: nn.Module, values: Tensor) -> None:
+        largest = values.abs().amax(dim=1).double() / len(batches)
         sizes[reader] = sizes.get(reader, torch.zeros_like(largest)) + largest
 
-    with ExitStack() as stack:
-        for reader in readers:
-            stack.callback(reader.register_forward_pre_hook(hook).remove)
-        for batch in batches:
-            run(batch)
+    read_channels(readers, run, batches, see)
     return sizes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from repapq_plugin.errors import ConfigError, ExportError
 
 
-class RuntimeNetwork(nn.Module):
+class RuntimeNetwork(nn.Module, ABC):
     """A network that runs elsewhere: takes torch tensors and returns torch tensors.
 
     The result is one tensor where the network has one output, else a tuple, on the device of the
@@ -25,9 +26,9 @@ class RuntimeNetwork(nn.Module):
         outputs = tuple(torch.as_tensor(y).to(inputs[0].device) for y in self.run_arrays(arrays))
         return outputs[0] if len(outputs) == 1 else outputs
 
+    @abstractmethod
     def run_arrays(self, arrays: list[Any]) -> list[Any]:
         """Run on numpy arrays and return numpy arrays that are the caller's own."""
-        raise NotImplementedError
 
 
 class OnnxRuntimeNetwork(RuntimeNetwork):

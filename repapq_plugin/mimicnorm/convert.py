@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from repapq_plugin.core.running import inference, tensors_of
+from repapq_plugin.core.tensor_notes import TensorNotes
 from repapq_plugin.errors import ConfigError
 from repapq_plugin.mimicnorm.layers import LastBatchNorm, MimicNorm2d
 from repapq_plugin.mimicnorm.weight_mean import WeightMean, fan_in, takes_weight_mean
@@ -73,16 +74,15 @@ class _Run(TorchFunctionMode):
         self.sums: list[tuple[tuple[nn.Module | None, int], ...]] = []
         self.layer_before: dict[nn.Module, nn.Module | None] = {}
         self.order: list[nn.Module] = []
-        self._seen: dict[int, tuple[weakref.ref[Tensor], _Seen]] = {}
+        self.output: Any = None
+        self._seen: TensorNotes[_Seen] = TensorNotes()
 
     def seen(self, tensor: Any) -> _Seen:
-        reference, seen = self._seen.get(id(tensor), (None, None))
-        # An id may belong to a new tensor by now, so the tensor itself decides.
-        return seen if seen is not None and reference is not None and reference() is tensor else _Seen(0)
+        return self._seen.get(tensor) or _Seen(0)
 
     def note(self, tensor: Any, seen: _Seen) -> None:
         if isinstance(tensor, Tensor):
-            self._seen[id(tensor)] = (weakref.ref(tensor), seen)
+            self._seen.put(tensor, seen)
 
     def layer_ran(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.order.append(layer)
@@ -96,9 +96,7 @@ class _Run(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        tensors = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, Tensor)]
-        nested = [item for value in args if isinstance(value, list | tuple) for item in value]
-        inputs = [self.seen(tensor) for tensor in (*tensors, *(item for item in nested if isinstance(item, Tensor)))]
+        inputs = [self.seen(tensor) for tensor in tensors_of([args, kwargs or {}])]
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if isinstance(result, Tensor) and name not in _PASSING:
@@ -206,25 +204,22 @@ def _frozen(layer: Any) -> bool:
 
 def _observe(model: nn.Module, forward: Callable[[], Any]) -> _Run:
     run = _Run()
-    lazy = [name for name, module in model.named_modules() if isinstance(module, nn.modules.lazy.LazyModuleMixin)]
-    if any(model.get_submodule(name).has_uninitialized_params() for name in lazy):  # type: ignore[operator]
-        raise ConfigError(f"{lazy[0]!r} has no weights yet; run the model once on a batch before converting it.")
-    modes = {module: module.training for module in model.modules()}
-    with ExitStack() as stack, torch.no_grad():
+    for name, module in model.named_modules():
+        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(recurse=False)):
+            raise ConfigError(f"{name!r} has no weights yet; run the model once on a batch before converting it.")
+    # As at inference: a batch of one sample will do, and no statistics change.
+    with ExitStack() as stack, inference(model):
         for module in model.modules():
-            module.training = False  # a batch of one sample will do, and no statistics change
             if isinstance(module, LAYERS):
                 stack.callback(module.register_forward_hook(run.layer_ran).remove)
             elif isinstance(module, nn.modules.batchnorm._BatchNorm | MimicNorm2d):
                 stack.callback(module.register_forward_hook(run.norm_ran).remove)
         with run:
-            run.output = forward()  # type: ignore[attr-defined]
-    for module, mode in modes.items():
-        module.training = mode
+            run.output = forward()
     return run
 
 
-def _last_layer(model: nn.Module, run: Any, last: str | None) -> Any:
+def _last_layer(model: nn.Module, run: _Run, last: str | None) -> Any:
     if last is not None:
         modules = dict(model.named_modules())
         if not isinstance(modules.get(last), LAYERS):
@@ -303,12 +298,7 @@ def initialise_weights(
         layer.weight /= spread
         return output / spread
 
-    modes = {module: module.training for module in model.modules()}
-    with ExitStack() as stack:
+    with ExitStack() as stack, inference(model):
         for layer in dict.fromkeys(layers):
             stack.callback(layer.register_forward_hook(scale).remove)
-        for module in modes:
-            module.training = False
         forward(model, example)
-    for module, mode in modes.items():
-        module.training = mode

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from repapq_plugin.core.running import inference, tensors_of
 from repapq_plugin.errors import MergeError
 from repapq_plugin.reparam.branches import qualified_name
 from repapq_plugin.reparam.forward_graph import ForwardGraph, takes_one_input
@@ -34,7 +35,6 @@ from repapq_plugin.reparam.linear_forward import (
 from repapq_plugin.reparam.linear_map import to_conv
 from repapq_plugin.reparam.merged import MergedBlock, MergeRecord
 from repapq_plugin.reparam.norms import is_norm
-from repapq_plugin.reparam.running import inference, tensors_of
 from repapq_plugin.reparam.unknown import find_unknown_multibranch
 
 logger = logging.getLogger(__name__)

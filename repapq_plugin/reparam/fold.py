@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -18,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from repapq_plugin.core.running import inference, tensors_of
+from repapq_plugin.core.tensor_notes import TensorNotes
 from repapq_plugin.errors import MergeError
 from repapq_plugin.reparam.norms import is_norm, norm_affine, tail_of
-from repapq_plugin.reparam.running import inference, tensors_of
 
 logger = logging.getLogger(__name__)
 
@@ -87,19 +87,17 @@ class _Watch(TorchFunctionMode):
         self.made: Counter[nn.Module] = Counter()
         self.given: dict[nn.Module, list[nn.Module | None]] = {}
         self.used_elsewhere: set[nn.Module] = set()
-        self._outputs: dict[int, tuple[weakref.ref[Tensor], nn.Module]] = {}
+        self._makers: TensorNotes[nn.Module] = TensorNotes()
         self._read_by_norm: Tensor | None = None
 
     def maker_of(self, tensor: Any) -> nn.Module | None:
         """Return the layer whose output ``tensor`` is."""
-        reference, layer = self._outputs.get(id(tensor), (None, None))
-        # An id may belong to a new tensor by now, so the tensor itself decides.
-        return layer if reference is not None and reference() is tensor else None
+        return self._makers.get(tensor)
 
     def layer_ran(self, layer: nn.Module, _: Any, output: Any) -> None:
         self.made[layer] += 1
         if isinstance(output, Tensor):
-            self._outputs[id(output)] = (weakref.ref(output), layer)
+            self._makers.put(output, layer)
 
     def norm_runs(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
         self._read_by_norm = args[0] if args else None

@@ -14,6 +14,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
+from repapq_plugin.core.running import inference
 from repapq_plugin.errors import MergeError
 from repapq_plugin.reparam.algebra import merge_by_algebra
 from repapq_plugin.reparam.branches import Branch, BranchSpec, branches_of, is_registered, qualified_name
@@ -28,7 +29,6 @@ from repapq_plugin.reparam.linear_map import (
     to_conv,
 )
 from repapq_plugin.reparam.merged import MergedBlock, MergeRecord
-from repapq_plugin.reparam.running import inference
 
 __all__ = ["MergeRecord", "MergedBlock", "fuse_branches", "merge_branches"]
 

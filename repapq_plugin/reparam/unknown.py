@@ -8,7 +8,6 @@ ordinary residual block is not taken for one.
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from repapq_plugin.core.running import inference, tensors_of
+from repapq_plugin.core.tensor_notes import TensorNotes
 from repapq_plugin.reparam.branches import is_registered
 from repapq_plugin.reparam.merged import MergedBlock
 from repapq_plugin.reparam.norms import has_activation, is_norm
-from repapq_plugin.reparam.running import inference, tensors_of
 
 _SUMS = {"add", "add_", "__add__", "__iadd__", "__radd__", "sub", "sub_", "__sub__", "__isub__"}
 _SCALINGS = {"mul", "mul_", "__mul__", "__imul__", "__rmul__", "div", "__truediv__"}
@@ -45,7 +45,6 @@ class _Frame:
 class _Value:
     """What is known about a tensor as it is now; a change in place makes it another value."""
 
-    reference: weakref.ref[Tensor]
     serial: int
     terms: Terms
 
@@ -57,17 +56,15 @@ class _LinearTerms(TorchFunctionMode):
         super().__init__()
         self.frames: list[_Frame] = []
         self.found: set[str] = set()
-        self._values: dict[int, _Value] = {}
+        self._values: TensorNotes[_Value] = TensorNotes()
         self._serials = itertools.count()
 
     def value_of(self, tensor: Tensor) -> _Value:
-        value = self._values.get(id(tensor))
-        # An id may belong to a new tensor by now, so the tensor itself decides.
-        return value if value is not None and value.reference() is tensor else self.remember(tensor, {})
+        return self._values.get(tensor) or self.remember(tensor, {})
 
     def remember(self, tensor: Tensor, terms: Terms) -> _Value:
-        value = _Value(weakref.ref(tensor), next(self._serials), terms)
-        self._values[id(tensor)] = value
+        value = _Value(next(self._serials), terms)
+        self._values.put(tensor, value)
         return value
 
     def terms(self, tensor: Tensor) -> Terms:

@@ -16,8 +16,8 @@ from timm.models.repvit import RepVggDw, RepVit
 from timm.models.shvit import Conv2dNorm, Residual, SHViT
 from torch import nn
 
+from repapq_plugin.core.running import tensors_of
 from repapq_plugin.reparam import MergedBlock, find_unknown_multibranch, merge_branches
-from repapq_plugin.reparam.running import tensors_of
 from tests.reparam.numerics import random_input, relative_error, set_norms
 
 # Each with the number of convolutions that its branches become.

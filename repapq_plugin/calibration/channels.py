@@ -1,0 +1,51 @@
+"""Input channels of layers: what they hold over calibration batches, and how large the weights are that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def largest_weights(layer: Any) -> Tensor:
+    """Return the largest absolute weight that reads each input channel, float64 ``[in_channels]``.
+
+    Args:
+        layer: A convolution (also grouped) or a linear layer.
+    """
+    weight = layer.weight.detach().abs().double()
+    groups = getattr(layer, "groups", 1)
+    columns: Tensor = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1).amax(dim=(1, 3)).flatten()
+    return columns
+
+
+def read_channels(
+    layers: Collection[nn.Module],
+    run: Callable[[Any], Any],
+    batches: Sequence[Any],
+    see: Callable[[nn.Module, Tensor], None],
+) -> None:
+    """Run batches and show, call after call, what layers read; calls without images are left out.
+
+    Args:
+        layers: Convolutions and linear layers.
+        run: Makes a forward pass of the network that they are in.
+        batches: What to run.
+        see: ``see(layer, values)`` is given ``[in_channels, values of a channel]``.
+    """
+
+    def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0].detach()
+        if x.numel():
+            # A linear layer's channels lie in the last axis.
+            see(layer, x.movedim(-1 if isinstance(layer, nn.Linear) else -3, 0).flatten(1))
+
+    if not layers:
+        return
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(hook).remove)
+        for batch in batches:
+            run(batch)

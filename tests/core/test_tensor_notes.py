@@ -1,0 +1,26 @@
+import gc
+
+import torch
+
+from repapq_plugin.core.tensor_notes import TensorNotes
+
+
+def test_a_note_belongs_to_one_tensor_and_not_to_its_equals():
+    notes: TensorNotes[str] = TensorNotes()
+    x, y = torch.zeros(2), torch.zeros(2)
+    notes.put(x, "first")
+    assert notes.get(x) == "first" and notes.get(y) is None and notes.get(None) is None
+    x.add_(1)
+    assert notes.get(x) == "first"
+    notes.put(x, "second")
+    assert notes.get(x) == "second"
+
+
+def test_a_new_tensor_in_the_place_of_a_dead_one_has_no_note():
+    notes: TensorNotes[int] = TensorNotes()
+    for _ in range(50):
+        x = torch.zeros(3)
+        assert notes.get(x) is None
+        notes.put(x, 1)
+        del x
+        gc.collect()
