@@ -99,8 +99,8 @@ def main(
                 config = bench.settings.quantizer.from_preset(preset)
                 runs = [("plain PTQ", 0, config.plain())] if plain else []
                 runs += [("RepAPQ", seed, config.replace(seed=seed, **extra)) for seed in chosen]
-                if preset == "w8a8":  # what processors without VNNI need to compute it exactly
-                    runs.append((REDUCED, chosen[0], config.replace(seed=chosen[0], reduce_range=True, **extra)))
+                # What processors without VNNI need to compute the 8-bit layers exactly.
+                runs.append((REDUCED, chosen[0], config.replace(seed=chosen[0], reduce_range=True, **extra)))
                 for method, seed, settings in runs:
                     found = (model_name, method, preset, seed, split)
                     if found in done:

@@ -94,7 +94,7 @@ def runtime_table() -> str:
     """Return what runtimes score with exported networks, beside the simulation."""
     body = []
     for (model, metric), (title, factor) in SCENES.items():
-        for row in rows_of("scenes"):
+        for row in sorted(rows_of("scenes"), key=lambda row: PRESETS.index(row["preset"])):
             if row["model"] == model and "openvino" in row:
                 figures = [row[key][metric] * factor for key in ("simulated", "onnxruntime", "openvino")]
                 body.append([title, bits_of(row), *(f"{figure:.1f}" for figure in figures), integers(row)])
