@@ -247,6 +247,7 @@ def quantize(
     **common: Any,
 ) -> None:
     """Quantize the model of a config and compare it with the float one."""
+    from repapq_plugin.evaluation.processor import saturation_note
     from repapq_plugin.export.openvino import require_openvino
     from repapq_plugin.export.qdq_onnx import require_onnx
     from repapq_plugin.hosts.openmmlab.record import Record
@@ -307,7 +308,10 @@ def quantize(
             record.add_scores(name, metrics)
         record.seconds = dict(display.seconds)
         record.write(folder)
-    _show(display.out, record, result.notes)
+        notes = list(result.notes)
+        if "openvino" in scores:
+            notes.append(saturation_note(result.config.reduce_range))
+    _show(display.out, record, notes)
 
 
 ROWS = {
@@ -338,7 +342,7 @@ def _show(out: Console, record: Any, notes: Sequence[str] = ()) -> None:
         if name in record.scores
     ]
     out.print(comparison_table(rows, list(labels.values()), record.scheme, record.latency.get("how", "")))
-    for note in notes:
+    for note in filter(None, notes):
         out.print(f"note: {note}", markup=False)
     for name, paths in record.files.items():
         out.print(f"wrote {name}: {', '.join(paths)}", markup=False, soft_wrap=True)
@@ -474,6 +478,8 @@ def doctor() -> None:
         state = "see below" if name in faulty else ", ".join(word for word in ("ok", operators) if word)
         table.add_row(name, package.version, ", ".join(package.distributions), state)
     out.print(table)
+    if "torch" in diagnosis.packages and "torch" not in faulty:
+        out.print(f"processor: {_processor()}", markup=False, soft_wrap=True)
     for feature in diagnosis.works:
         out.print(f"works: {feature}", markup=False)
     for feature, names in diagnosis.missing.items():
@@ -485,6 +491,14 @@ def doctor() -> None:
         out.print(f"problem: {text}\n  remedy: {remedy}", markup=False, soft_wrap=True)
     if not diagnosis.healthy:
         raise click.exceptions.Exit(1)
+
+
+def _processor() -> str:
+    from repapq_plugin.evaluation.processor import adds_in_16_bits
+
+    if adds_in_16_bits():
+        return "no VNNI; 8-bit sums can saturate in OpenVINO here, unless a network is quantized with reduce_range=True"
+    return "computes sums of 8-bit products exactly"
 
 
 def _kind_of(result: Path) -> str:

@@ -37,7 +37,7 @@ KNOWN: Mapping[str, str] = {
     "openvino": EXPORT,
     "onnx": EXPORT,
     "onnxruntime": EXPORT,
-    "torchao": "pip install 'repapq-plugin[nncf]'",
+    "torchao": "pip install 'repapq-plugin[pt2e]'",
 }
 """Packages that matter, by import name, and how to get each."""
 
@@ -50,6 +50,8 @@ FEATURES: Mapping[str, tuple[str, ...]] = {
     "export to ONNX": ("torch", "onnx"),
     "scores on onnxruntime": ("torch", "onnx", "onnxruntime"),
     "export to OpenVINO, scores and latency on it": ("torch", "onnx", "openvino"),
+    "NNCF's pipeline": ("torch", "nncf", "openvino"),
+    "torchao's pt2e": ("torch", "torchao"),
 }
 """What a user can do, and which packages it takes."""
 

@@ -19,18 +19,23 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from integration.bench.mimicnorm_networks import METHODS, NETWORKS, build
 from integration.bench.reference import RESULTS, environment, write_result
 from integration.fashion import load_items
-from repapq_plugin.mimicnorm import LastBatchNorm, WeightMean
+from repapq_plugin import RepAPQConfig, quantize_model
+from repapq_plugin.calibration.quantize import merge_for_inference
+from repapq_plugin.evaluation.latency import measure_latency
+from repapq_plugin.mimicnorm import LastBatchNorm, WeightMean, convert
 
 RATES = {"batch norm": 0.1, "MimicNorm": 0.4, "no norm": 0.02}
 """Learning rates, chosen on the validation split in short runs of all networks."""
@@ -178,6 +183,145 @@ def accuracy(seeds: str, split: str, folder: Path) -> None:
             }
             keep("accuracy", row)
             click.echo(f"{network:13s}{method:11s} seed {seed}: {row['accuracy']:.2f} {row['losses']}")
+
+
+QUANTIZED = (("RepVGG", "batch norm"), ("QARepVGG", "batch norm"), ("RepVGG", "MimicNorm"))
+PRESETS = ("w8a8", "w6a6", "w4a4")
+CALIBRATION_IMAGES = 512
+
+
+@main.command()
+@click.option("--seeds", default="0,1,2", show_default=True)
+@click.option("--split", type=click.Choice(["val", "test"]), default="val")
+@click.option("--steps", type=int, help="Steps of the calibration; default: the configuration's.")
+@click.option("--folder", type=click.Path(path_type=Path), default=FOLDER, show_default=True)
+def quantization(seeds: str, split: str, steps: int | None, folder: Path) -> None:
+    """Quantize the RepVGGs of `accuracy` and print one line a run."""
+    done = {(row["network"], row["method"], row["seed"], row["split"]) for row in kept_rows("quantization")}
+    data, (images, labels) = training_data(split), load(split)
+    batches = list(data[0][:CALIBRATION_IMAGES].split(32))
+    chosen = {} if steps is None else {"steps": steps}
+    for seed in map(int, seeds.split(",")):
+        for network, method in QUANTIZED:
+            if (network, method, seed, split) in done:
+                continue
+            file = weights_file(folder, network, method, seed, split)
+            if file.exists():
+                model = build(network, method, data[0][:BATCH])
+                model.load_state_dict(torch.load(file))
+            else:
+                model, _ = trained(network, method, seed, split, data, folder)
+            model.eval()
+            row: dict[str, Any] = {
+                "network": network,
+                "method": method,
+                "seed": seed,
+                "split": split,
+                "float": accuracy_of(model, images, labels),
+                **outliers(model, batches),
+            }
+            for preset in PRESETS:
+                config = RepAPQConfig.from_preset(preset, seed=seed, **chosen)
+                for name, settings in (("plain PTQ", config.plain()), ("RepAPQ", config)):
+                    result = quantize_model(model, batches, settings)
+                    row.setdefault(name, {})[preset] = accuracy_of(result.model, images, labels)
+            row["config"] = config.to_dict()
+            keep("quantization", row)
+            click.echo(json.dumps({key: value for key, value in row.items() if key != "config"}))
+
+
+@torch.no_grad()
+def outliers(model: nn.Module, batches: list[Tensor]) -> dict[str, dict[str, float]]:
+    """Return how far activations and merged weights reach: means over the convolutions.
+
+    ``kurtosis`` is the fourth standardised moment (3 for a normal variable); ``peak`` the largest absolute value by
+    the standard deviation. Activations are what convolutions read behind an activation; weights are standardised
+    within each output channel, as they are quantized.
+    """
+    merged, *_ = merge_for_inference(model, lambda network: network(batches[0]))
+    layers = [layer for layer in merged.modules() if isinstance(layer, nn.Conv2d)]
+    read: dict[nn.Module, Tensor] = {}
+    handles = [
+        layer.register_forward_pre_hook(lambda layer, args: read.__setitem__(layer, args[0].flatten()[None]))
+        for layer in layers[1:]
+    ]
+    merged(torch.cat(batches))
+    for handle in handles:
+        handle.remove()
+    groups = {"activations": list(read.values()), "weights": [layer.weight.flatten(1) for layer in layers]}
+    return {name: {"kurtosis": mean(kurtosis, rows), "peak": mean(peak, rows)} for name, rows in groups.items()}
+
+
+def mean(measure: Callable[[Tensor], Tensor], groups: list[Tensor]) -> float:
+    """Return the mean over groups of the mean over their rows."""
+    return round(float(np.mean([float(measure(rows.double()).mean()) for rows in groups])), 3)
+
+
+def kurtosis(rows: Tensor) -> Tensor:
+    """Return the fourth standardised moment of each row, ``(rows, values)`` to ``(rows,)``."""
+    centred = rows - rows.mean(1, keepdim=True)
+    return centred.pow(4).mean(1) / centred.pow(2).mean(1).pow(2).clamp_min(1e-300)
+
+
+def peak(rows: Tensor) -> Tensor:
+    """Return the largest absolute value of each row by its standard deviation."""
+    return rows.abs().amax(1) / rows.std(1).clamp_min(1e-150)
+
+
+@main.command()
+@click.option("--rounds", default=10, show_default=True)
+@click.option("--size", default=64, show_default=True, help="Height and width of the images.")
+def cost(rounds: int, size: int) -> None:
+    """Measure torchvision's ResNet-18 in batches of 128: what it keeps for the backward pass, and a step's time."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(BATCH, 3, size, size), torch.randint(0, 1000, (BATCH,))
+    normed = torchvision.models.resnet18()
+    models = {"batch norm": normed.train(), "MimicNorm": convert(normed, images[:8]).model.train()}
+    kept = {name: saved_bytes(model, images[:8], labels[:8]) for name, model in models.items()}
+    report = measure_latency(
+        {name: one_step(model, images, labels) for name, model in models.items()}, rounds=rounds, warmup=1
+    )
+    row = {
+        "network": "torchvision resnet18",
+        "batch": BATCH,
+        "size": size,
+        "activation_bytes_per_image": {name: round(size / 8) for name, size in kept.items()},
+        "activations_by_batch_norm": round(kept["MimicNorm"] / kept["batch norm"], 4),
+        "median_ms": dict(report.median_ms),
+        "step_by_batch_norm": round(report.ratios["MimicNorm", "batch norm"], 4),
+        "rounds": rounds,
+    }
+    keep("cost", row)
+    click.echo(json.dumps(row, indent=1))
+
+
+def one_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
+    """Return what makes one training step."""
+    optimizer = make_optimizer(model, 0.01)
+    if any(isinstance(module, LastBatchNorm) for module in model.modules()):
+        WeightMean(model).attach(optimizer)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return step
+
+
+def saved_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
+    """Return how many bytes of activations a forward pass keeps for the backward pass."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = nn.functional.cross_entropy(model(images), labels)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return sum(size for pointer, size in kept.items() if pointer not in weights)
 
 
 if __name__ == "__main__":

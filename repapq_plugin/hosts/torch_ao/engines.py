@@ -11,6 +11,7 @@ from torch import nn
 
 from repapq_plugin.core.quant_primitives import activation_bounds, weight_bounds
 from repapq_plugin.errors import ConfigError
+from repapq_plugin.evaluation.processor import has_vnni
 from repapq_plugin.layers import QuantizedLayer
 
 logger = logging.getLogger(__name__)
@@ -44,16 +45,6 @@ def checked_engine(name: str) -> str:
     if name not in supported:
         raise ConfigError(f"backend={name!r} is not allowed; torch here has {', '.join(supported)}.")
     return name
-
-
-def has_vnni() -> bool:
-    """Whether the processor multiplies 8-bit integers into 32-bit sums."""
-    # The check was renamed between the torch versions that this package supports.
-    for name in ("_is_vnni_supported", "_is_avx512_vnni_supported"):
-        check = getattr(torch.cpu, name, None)
-        if check is not None:
-            return bool(check())
-    return False
 
 
 def saturates(engine: str, activation_bits: int = 8, weight_bits: int = 8) -> bool:

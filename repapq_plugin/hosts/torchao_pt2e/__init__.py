@@ -5,7 +5,9 @@ from repapq_plugin.errors import HostError
 try:
     import torchao.quantization.pt2e  # noqa: F401
 except (ImportError, AttributeError) as error:  # the latter where torch is too old for torchao
-    raise HostError(f"This host needs torchao>=0.18 and a torch that it fits ({error}).") from error
+    raise HostError(
+        f"This host needs torchao>=0.18 and a torch that it fits ({error}): pip install 'repapq-plugin[pt2e]'"
+    ) from error
 
 from repapq_plugin.hosts.torchao_pt2e.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
 from repapq_plugin.hosts.torchao_pt2e.grid import carry_grid
