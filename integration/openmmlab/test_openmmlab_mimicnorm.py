@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed
+import torch.multiprocessing
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from mmengine.runner import Runner
@@ -80,3 +82,37 @@ def test_a_model_without_a_known_last_layer_has_to_name_one(tmp_path: Path) -> N
     cfg.model.head.mid_channels = [16]
     with pytest.raises(HostError, match="say behind which layers"):
         Runner.from_cfg(cfg).train()
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    """Train as one of two processes, on data and from random numbers of its own."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    cfg = few_steps(Path(folder) / "train")
+    cfg.launcher = "pytorch"
+    cfg.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}
+    cfg.randomness = {"seed": 0, "diff_rank_seed": True}
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    model = runner.model.module
+    torch.save(
+        {
+            "parameters": {name: value.detach() for name, value in model.named_parameters()},
+            "last_norm": model.head.fc[1].running_mean,
+            "largest_mean": largest_mean(model),
+        },
+        Path(folder) / f"{rank}.pth",
+    )
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_learn_one_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    one, other = (torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1))
+    assert any(name.endswith(".scale") for name in one["parameters"])
+    for name, value in one["parameters"].items():
+        assert torch.equal(value, other["parameters"][name]), name
+    # They saw other images, or equal weights would prove nothing.
+    assert not torch.equal(one["last_norm"], other["last_norm"])
+    assert max(one["largest_mean"], other["largest_mean"]) <= 1e-6

@@ -32,10 +32,10 @@ class MimicNorm2d(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.zeros(num_features)) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale and shift ``x``."""
+        """Scale and shift ``x``; the result has its dtype, as a batch norm's has under autocast."""
         if self.scale is not None:
-            x = x * self.scale
-        return x if self.bias is None else x + self.bias.reshape(-1, *[1] * (x.dim() - 2))
+            x = x * self.scale.to(x.dtype)
+        return x if self.bias is None else x + self.bias.to(x.dtype).reshape(-1, *[1] * (x.dim() - 2))
 
     def inference_affine(self) -> tuple[Tensor, Tensor]:
         """Return scale and shift per channel, float64 ``[num_features]``, for merging into the layer in front."""

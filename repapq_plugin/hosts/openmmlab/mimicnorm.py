@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from mmengine.dist import broadcast
 from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
@@ -28,7 +30,8 @@ class MimicNormHook(Hook):  # type: ignore[misc]
     (``last=['neck.out_convs.0.conv', ...]``): there the last norms bound what the weights before them can grow to.
 
     It has to know the model before an averaged copy is made, so it goes first, and its scalars join the first
-    parameter group of the optimizer.
+    parameter group of the optimizer. In distributed training it wraps the model anew, so that scalars are synchronized
+    as well, and all processes start from the weights of the first.
 
     Args:
         last: Module paths of the layers that a last norm follows; default: the one of `LAST_LAYERS` that is there.
@@ -65,6 +68,9 @@ class MimicNormHook(Hook):  # type: ignore[misc]
         optimizer = getattr(getattr(runner, "optim_wrapper", None), "optimizer", None)
         if added and isinstance(optimizer, torch.optim.Optimizer):
             optimizer.param_groups[0]["params"].extend(added)
+        if is_model_wrapper(runner.model):
+            # A wrapper synchronizes what it saw when it was made, and the scalars are newer.
+            runner.model = runner.wrap_model(runner.cfg.get("model_wrapper_cfg"), model)
         self._example = example
         self._weight_mean = WeightMean(model)
         runner.logger.info(
@@ -78,6 +84,8 @@ class MimicNormHook(Hook):  # type: ignore[misc]
             model = model_of(runner)
             layers = [module for module in model.modules() if isinstance(module, LAYERS)]
             initialise_weights(model, layers, _tensors, self._example)
+            for tensor in model.state_dict().values():
+                broadcast(tensor)  # every process drew its own
         self._apply()
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
