@@ -137,20 +137,44 @@ def convert(
         ConfigError: The last layer cannot be found, or a module is lazy.
     """
     converted = copy.deepcopy(model)
-    names = {module: name for name, module in converted.named_modules()}
     forward = forward_fn or _call
-    run = _observe(converted, lambda: forward(converted, example))
-    _last_layer(converted, run, last)  # an error comes before any work
-    kept = {norm for norm, layer in run.layer_before.items() if layer is not None and _frozen(layer)}
-    gone = {norm: names[norm] for norm in run.layer_before if norm not in kept}
-    replacements: dict[nn.Module, nn.Module] = {}
-    for norm in gone:
-        has_bias = getattr(run.layer_before[norm], "bias", None) is not None
-        new = MimicNorm2d(norm.num_features, bias=not has_bias)  # type: ignore[arg-type]
-        replacements[norm] = new.train(norm.training)
-    _replace(converted, replacements)
+    _last_layer(converted, _observe(converted, lambda: forward(converted, example)), last)  # an error before any work
+    replaced, kept = replace_batch_norms(converted, example, forward_fn=forward_fn)
     finished = prepare(converted, example, forward_fn=forward_fn, last=last, initialise=initialise)
-    return replace(finished, replaced=tuple(gone.values()), kept=tuple(names[norm] for norm in kept))
+    return replace(finished, replaced=replaced, kept=kept)
+
+
+def replace_batch_norms(
+    model: nn.Module, example: Any, *, forward_fn: Callable[[nn.Module, Any], Any] | None = None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Put a `MimicNorm2d`, in place, where a batch norm stands; its bias parameter goes on at zero.
+
+    Args:
+        model: The network; changed.
+        example: A batch, as in `convert`.
+        forward_fn: Runs it, as in `convert`.
+
+    Returns:
+        Module paths of the norms that are gone, and of those kept, because the layer in front of them is frozen.
+    """
+    forward = forward_fn or _call
+    names = {module: name for name, module in model.named_modules()}
+    layer_before: dict[nn.Module, Any] = {
+        norm: layer
+        for norm, layer in _observe(model, lambda: forward(model, example)).layer_before.items()
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    }
+    kept = {norm for norm, layer in layer_before.items() if layer is not None and _frozen(layer)}
+    replacements: dict[nn.Module, nn.Module] = {}
+    for norm in layer_before.keys() - kept:
+        has_bias = getattr(layer_before[norm], "bias", None) is not None
+        new = MimicNorm2d(norm.num_features, bias=not has_bias).train(norm.training)  # type: ignore[arg-type]
+        if new.bias is not None and isinstance(norm.bias, nn.Parameter):
+            new.bias = norm.bias  # an optimizer knows it already
+            nn.init.zeros_(new.bias)
+        replacements[norm] = new
+    _replace(model, replacements)
+    return tuple(names[norm] for norm in layer_before if norm not in kept), tuple(names[norm] for norm in kept)
 
 
 def prepare(
@@ -192,6 +216,13 @@ def prepare(
     return Conversion(
         model, (), {names[norm]: start for norm, start in scales.items()}, tuple(names[layer] for layer in lasts), ()
     )
+
+
+def layers_with_norms(model: nn.Module, forward: Callable[[], Any]) -> list[nn.Module]:
+    """Return the convolutions and linear layers right in front of a norm, in the order in which ``forward()`` runs."""
+    run = _observe(model, forward)
+    with_norms = {run.layer_before[norm] for norm in run.layer_before}
+    return [layer for layer in dict.fromkeys(run.order) if layer in with_norms]
 
 
 def _call(network: nn.Module, batch: Any) -> Any:

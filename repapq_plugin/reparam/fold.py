@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -176,8 +176,10 @@ class _Pair:
             setattr(parent, name, self.norm)
 
 
-def _candidates(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[list[_Pair], list[Tensor]]:
-    """Observe one run: the pairs that look foldable, and the model's outputs."""
+def _candidates(
+    model: nn.Module, run: Callable[[nn.Module], Any], refused: Collection[nn.Module]
+) -> tuple[list[_Pair], list[Tensor]]:
+    """Observe one run: the pairs that look foldable, but for ``refused`` norms, and the model's outputs."""
     watch = _Watch()
     with ExitStack() as stack:
         for module in model.modules():
@@ -195,7 +197,7 @@ def _candidates(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[list
     with torch.no_grad():
         for layer, norm in watch.pairs():
             try:
-                if "weight" in layer._parameters:
+                if "weight" in layer._parameters and norm not in refused:
                     pairs.append(_Pair(model, layer, norm))
             except MergeError as failure:
                 logger.warning("A norm stays where it is: %s", failure)
@@ -208,10 +210,10 @@ def fold_conv_norm_pairs(
     """Fold every norm into the layer whose output it normalises, whatever framework built them.
 
     A pair counts when the norm was only ever given the outputs of that one layer, and these went
-    nowhere else. The folded model is run again; if its outputs differ (a layer that does more with
-    its weights than others), the guilty pairs are found by halving and stay as they were. A folded
-    norm is replaced, under its own name, by ``nn.Identity`` or by the activation that it
-    carried itself.
+    nowhere else; several norms in a row fold one after the other. The folded model is run again; if
+    its outputs differ (a layer that does more with its weights than others), the guilty pairs are
+    found by halving and stay as they were. A folded norm is replaced, under its own name, by
+    ``nn.Identity`` or by the activation that it carried itself.
 
     Args:
         model: Any model; run as at inference, its modes come back.
@@ -226,40 +228,49 @@ def fold_conv_norm_pairs(
         MergeError: ``run`` returned no tensor, so that nothing can be compared.
     """
     model = model if inplace else copy.deepcopy(model)
-    pairs, wanted = _candidates(model, run)
-    if not pairs:
-        return []
-    if not wanted:
-        raise MergeError("run(model) returned no tensor to compare; return the network's raw output tensors.")
-
-    def accepted(group: list[_Pair]) -> list[_Pair]:
-        """Fold what can be folded of ``group``, on top of what is folded already."""
-        same = False
-        for pair in group:
-            pair.fold()
-        try:
-            same = _equal(_outputs(model, run), wanted)
-        finally:
-            if not same:
-                for pair in group:
-                    pair.unfold()
-        if same:
-            return group
-        if len(group) == 1:
-            return []
-        middle = len(group) // 2
-        return accepted(group[:middle]) + accepted(group[middle:])
-
     names = {module: name for name, module in model.named_modules()}
-    folded = accepted(pairs)
-    for pair in pairs:
-        if pair not in folded:
-            logger.warning(
-                "%s stays a norm: folding it into %s changes the model's output.",
-                names[pair.norm],
-                names[pair.layer],
-            )
-    return [(names[pair.layer], names[pair.norm]) for pair in folded]
+    found: list[tuple[str, str]] = []
+    refused: set[nn.Module] = set()
+    while True:  # behind a norm that was folded another one may follow
+        pairs, wanted = _candidates(model, run, refused)
+        if pairs and not wanted:
+            raise MergeError("run(model) returned no tensor to compare; return the network's raw output tensors.")
+        folded = _fold_what_stays_equal(model, run, pairs, wanted)
+        found += [(names[pair.layer], names[pair.norm]) for pair in folded]
+        for pair in pairs:
+            if pair not in folded:
+                refused.add(pair.norm)
+                logger.warning(
+                    "%s stays a norm: folding it into %s changes the model's output.",
+                    names[pair.norm],
+                    names[pair.layer],
+                )
+        if not folded or not any(is_norm(module) for module in model.modules() if module not in refused):
+            return found
+
+
+def _fold_what_stays_equal(
+    model: nn.Module, run: Callable[[nn.Module], Any], group: list[_Pair], wanted: list[Tensor]
+) -> list[_Pair]:
+    """Fold those of ``group``, on top of what is folded already, that leave the model's outputs as ``wanted``."""
+    if not group:
+        return []
+    same = False
+    for pair in group:
+        pair.fold()
+    try:
+        same = _equal(_outputs(model, run), wanted)
+    finally:
+        if not same:
+            for pair in group:
+                pair.unfold()
+    if same:
+        return group
+    if len(group) == 1:
+        return []
+    middle = len(group) // 2
+    halves = (group[:middle], group[middle:])
+    return [pair for half in halves for pair in _fold_what_stays_equal(model, run, half, wanted)]
 
 
 def fold_named_pairs(model: nn.Module, pairs: Iterable[tuple[str, str]]) -> None:

@@ -281,3 +281,22 @@ def test_known_pairs_are_folded_without_running() -> None:
     assert relative_error(model(x), wanted) <= 1e-12
     with pytest.raises(AttributeError, match="no pair"):
         fold_named_pairs(model, [("0", "missing")])
+
+
+def test_norms_in_a_row_fold_one_after_the_other() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.ReLU()).double()
+    for norm in (model[1], model[2]):
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    model.eval()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    wanted = model(x)
+    other = copy.deepcopy(model)
+    pairs = fold_conv_norm_pairs(model, lambda network: network(x))
+    assert pairs == [("0", "1"), ("0", "2")]
+    assert not [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert torch.allclose(model(x), wanted, rtol=1e-12, atol=1e-12)
+    fold_named_pairs(other, pairs)
+    assert torch.equal(other(x), model(x))

@@ -15,7 +15,7 @@ from torch import nn
 from repapq_plugin.errors import HostError
 from repapq_plugin.hosts.openmmlab.hooks import model_of
 from repapq_plugin.mimicnorm import WeightMean, prepare
-from repapq_plugin.mimicnorm.convert import LAYERS, initialise_weights
+from repapq_plugin.mimicnorm.convert import initialise_weights, layers_with_norms, replace_batch_norms
 
 LAST_LAYERS = ("head.fc", "decode_head.conv_seg")
 """Where the last layer is in mmpretrain's and mmsegmentation's models."""
@@ -35,8 +35,10 @@ class MimicNormHook(Hook):  # type: ignore[misc]
 
     Args:
         last: Module paths of the layers that a last norm follows; default: the one of `LAST_LAYERS` that is there.
-        initialise: Draw new weights when a training starts afresh.
+        initialise: Draw new weights for the layers in front of norms when a training starts afresh.
         example_shape: Channels, height and width of a random image that shows how the network is put together.
+        convert: Replace the batch norms that are left, too: no ``norm_cfg`` is needed then, and modules are reached
+            that make their norms without asking it (mmyolo's RepVGG blocks).
     """
 
     priority = "VERY_HIGH"
@@ -46,8 +48,9 @@ class MimicNormHook(Hook):  # type: ignore[misc]
         last: str | Sequence[str] | None = None,
         initialise: bool = True,
         example_shape: Sequence[int] = (3, 64, 64),
+        convert: bool = False,
     ) -> None:
-        self.last, self.initialise, self.example_shape = last, initialise, tuple(example_shape)
+        self.last, self.initialise, self.example_shape, self.convert = last, initialise, tuple(example_shape), convert
         self._weight_mean: WeightMean | None = None
 
     def before_run(self, runner: Runner) -> None:
@@ -63,10 +66,16 @@ class MimicNormHook(Hook):  # type: ignore[misc]
         known = {parameter for parameter in model.parameters()}
         device = next(model.parameters()).device
         example = torch.randn(2, *self.example_shape, device=device, generator=torch.Generator(device).manual_seed(0))
-        done = prepare(model, example, forward_fn=_tensors, last=self._last_of(model), initialise=False)
-        added = [parameter for parameter in model.parameters() if parameter not in known]
+        last = self._last_of(model)
+        if self.convert:
+            replace_batch_norms(model, example, forward_fn=_tensors)
+        done = prepare(model, example, forward_fn=_tensors, last=last, initialise=False)
+        now = set(model.parameters())
         optimizer = getattr(getattr(runner, "optim_wrapper", None), "optimizer", None)
-        if added and isinstance(optimizer, torch.optim.Optimizer):
+        if isinstance(optimizer, torch.optim.Optimizer):
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if parameter in now]
+            added = [parameter for parameter in model.parameters() if parameter not in known]
             optimizer.param_groups[0]["params"].extend(added)
         if is_model_wrapper(runner.model):
             # A wrapper synchronizes what it saw when it was made, and the scalars are newer.
@@ -82,7 +91,8 @@ class MimicNormHook(Hook):  # type: ignore[misc]
         """Draw weights if nothing was loaded, and subtract the means."""
         if self.initialise and not runner._resume and runner._load_from is None:
             model = model_of(runner)
-            layers = [module for module in model.modules() if isinstance(module, LAYERS)]
+            # The others are a head's last ones, whose weights and biases the toolbox chose.
+            layers = layers_with_norms(model, lambda: _tensors(model, self._example))
             initialise_weights(model, layers, _tensors, self._example)
             for tensor in model.state_dict().values():
                 broadcast(tensor)  # every process drew its own
