@@ -87,6 +87,11 @@ def run(network: nn.Module, images: Tensor, engine: str, size: int = 100) -> Ten
     return torch.cat(outputs)
 
 
+def engine_for(reduce_range: bool) -> str:
+    """Return the engine of torch.ao that computes such weights exactly on this processor."""
+    return torch_ao.exact_engine([(7 if reduce_range else 8, 8)])
+
+
 def differences(outputs: dict[str, Tensor]) -> dict[str, Any]:
     """Compare each integer form with what simulates it."""
     row: dict[str, Any] = {}
@@ -115,17 +120,25 @@ def main() -> None:
 @click.option("--images", "count", type=int, help="Only the first so many images of the split.")
 @click.option("--steps", type=int, help="Steps of the calibration; default: the configuration's.")
 @click.option("--seed", default=0)
+@click.option("--reduce-range", is_flag=True, help="7 bits of each 8-bit weight, which every engine computes exactly.")
 def classifiers(
-    names: tuple[str, ...], presets: tuple[str, ...], split: str, count: int | None, steps: int | None, seed: int
+    names: tuple[str, ...],
+    presets: tuple[str, ...],
+    split: str,
+    count: int | None,
+    steps: int | None,
+    seed: int,
+    reduce_range: bool,
 ) -> None:
     """Score both classifiers in all forms."""
-    engine = torch_ao.exact_engine()
+    engine = engine_for(reduce_range)
     for name in names:
         model = load_classifier(name)
         images, labels = (part[:count] for part in images_and_labels(split, "full", model))
         batches = calibration_batches(model)
         for preset in presets:
-            config = RepAPQConfig.from_preset(preset, seed=seed, **({} if steps is None else {"steps": steps}))
+            changes = {} if steps is None else {"steps": steps}
+            config = RepAPQConfig.from_preset(preset, seed=seed, reduce_range=reduce_range, **changes)
             result = quantize_model(model, batches, config, forward_fn=forward)
             network = SingleOutput(result.model)
             row: dict[str, Any] = {"split": split, "seed": seed, "engine": engine, "config": config.to_dict()}
@@ -137,8 +150,9 @@ def classifiers(
                 form: 100 * float((y.argmax(1) == labels).double().mean()) for form, y in outputs.items()
             }
             row |= differences(outputs)
-            keep("classifiers", f"{name} {preset}", row)
-            click.echo(f"{name} {preset}: {json.dumps({k: row[k] for k in row if k != 'config'}, indent=1)}")
+            key = f"{name} {preset}" + (", reduce_range" if reduce_range else "")
+            keep("classifiers", key, row)
+            click.echo(f"{key}: {json.dumps({k: row[k] for k in row if k != 'config'}, indent=1)}")
 
 
 class SingleOutput(nn.Module):
@@ -158,9 +172,10 @@ class SingleOutput(nn.Module):
 @click.option("--split", type=click.Choice(["val", "test"]), default="val")
 @click.option("--steps", type=int, help="Steps of the calibration; default: the configuration's.")
 @click.option("--seed", default=0)
-def detector(presets: tuple[str, ...], split: str, steps: int | None, seed: int) -> None:
+@click.option("--reduce-range", is_flag=True, help="7 bits of each 8-bit weight, which every engine computes exactly.")
+def detector(presets: tuple[str, ...], split: str, steps: int | None, seed: int, reduce_range: bool) -> None:
     """Score the YOLOv6-n in all forms by MMDetection's COCO metric."""
-    engine = torch_ao.exact_engine()
+    engine = engine_for(reduce_range)
     cfg = open_config(DETECTOR)
     if split == "val":
         cfg.test_dataloader, cfg.test_evaluator = cfg.val_dataloader, cfg.val_evaluator
@@ -168,7 +183,7 @@ def detector(presets: tuple[str, ...], split: str, steps: int | None, seed: int)
         bench = Workbench(cfg, None, Path(folder), seed=seed)
         for preset in presets:
             changes = {} if steps is None else {"steps": steps}
-            config = RepAPQConfig.from_preset(preset, seed=seed, **changes)
+            config = RepAPQConfig.from_preset(preset, seed=seed, reduce_range=reduce_range, **changes)
             result = bench.calibrate(config)
             images = [prepare(bench.model, batch)["inputs"] for batch in bench.batches[:RANGE_BATCHES]]
             networks = forms(TensorPath(result.model).eval(), images, engine)
@@ -180,8 +195,9 @@ def detector(presets: tuple[str, ...], split: str, steps: int | None, seed: int)
                     row["mAP"][form] = bench.score(result.model, served)["coco/bbox_mAP"]
             some = torch.cat(images)[:32]
             row |= differences({form: run(network, some, engine) for form, network in networks.items()})
-            keep("detector", f"yolov6-n {preset}", row)
-            click.echo(f"yolov6-n {preset}: {json.dumps({k: row[k] for k in row if k != 'config'}, indent=1)}")
+            key = f"yolov6-n {preset}" + (", reduce_range" if reduce_range else "")
+            keep("detector", key, row)
+            click.echo(f"{key}: {json.dumps({k: row[k] for k in row if k != 'config'}, indent=1)}")
 
 
 @main.command()

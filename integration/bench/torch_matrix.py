@@ -24,7 +24,7 @@ from integration.bench.reference import RESULTS, ROOT, write_result
 
 VERSIONS = ("2.6.0", "2.10.0", "2.12.1", "2.13.0", "2.15.0")
 PACKAGES = (
-    *("numpy<2.3", "setuptools<81", "safetensors", "rich", "click", "pytest", "hypothesis"),
+    *("numpy<2.3", "setuptools<81", "safetensors", "rich", "click", "packaging", "pytest", "hypothesis"),
     *("onnx", "onnxruntime", "onnxscript"),
 )
 TORCHAO = "torchao==0.18.0"
