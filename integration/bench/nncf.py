@@ -5,7 +5,7 @@
 Both quantize the same merged float network (a deployed network is what a user of NNCF has) with the same 512
 calibration images, one by one, as NNCF wants them. Below 8 bits NNCF offers nothing for CPUs; there its own 8-bit
 result is given the same bits in the same places, over the ranges that NNCF found, and is carried in 8 bits like ours.
-The classifiers are scored on all 10,000 test images, the detectors on their test scenes by MMDetection's COCO metric:
+The classifiers are scored on all 10,000 test images, networks of scenes on their test scenes by their toolbox's metric:
 in torch, and converted by ``openvino.convert_model`` in OpenVINO, float parts in 32 bits. Latency is paired: both
 networks of a bit width take turns on one image. ``--split val`` is for choosing. Results go to ``results/nncf.json``
 after every row; a row that is there already, with its files in ``--folder``, is not repeated.
@@ -55,7 +55,9 @@ from repapq_plugin.hosts.openmmlab import TensorPath
 from repapq_plugin.hosts.openmmlab.network import prepare
 from repapq_plugin.hosts.openmmlab.pipeline import Workbench, open_config
 
-DETECTORS = {"yolov6-n": "repapq_yolov6-n_w8a8_fashion.py"}
+SCENES = {"yolov6-n": "coco/bbox_mAP", "rtmdet-ins": "coco/bbox_mAP", "repvgg-fcn": "mIoU"}
+"""Networks of scenes, and which of their toolbox's metrics counts."""
+
 CLASSIFIERS = ("repvgg", "mobileone")
 THREADS = 1
 
@@ -67,7 +69,7 @@ class Task:
     Args:
         network: The float network, branches and all: images to tensors.
         images: Calibration images, one by one.
-        score: Takes what computes the network's outputs; accuracy in percent, or mAP.
+        score: Takes what computes the network's outputs; accuracy or mIoU in percent, or mAP.
     """
 
     network: nn.Module
@@ -93,9 +95,9 @@ def classifier(name: str, split: str) -> Task:
     return Task(TensorPath(model).eval(), calibration, score)
 
 
-def detector(name: str, split: str, folder: str) -> Task:
-    """Return a reference detector's network part, scored by COCO's mAP of boxes."""
-    cfg = open_config(ROOT / "mm_configs" / "fashion" / DETECTORS[name])
+def scene_network(name: str, split: str, folder: str) -> Task:
+    """Return the network part of a reference detector or segmentor, scored by its toolbox's metric."""
+    cfg = open_config(ROOT / "mm_configs" / "fashion" / f"repapq_{name}_w8a8_fashion.py")
     if split == "val":
         cfg.test_dataloader, cfg.test_evaluator = cfg.val_dataloader, cfg.val_evaluator
     bench = Workbench(cfg, None, folder)
@@ -105,7 +107,7 @@ def detector(name: str, split: str, folder: str) -> Task:
         # A copy, because scoring puts another network into the model's place.
         TensorPath(copy.deepcopy(bench.model)).eval(),
         [image[None].clone() for images in prepared for image in images],
-        lambda network: bench.score(bench.model, network)["coco/bbox_mAP"],
+        lambda network: float(bench.score(bench.model, network)[SCENES[name]]),
     )
 
 
@@ -175,7 +177,7 @@ METHODS = ("NNCF", "RepAPQ")
 
 
 @click.command()
-@click.option("--model", "names", multiple=True, default=(*CLASSIFIERS, *DETECTORS), help="Which networks.")
+@click.option("--model", "names", multiple=True, default=(*CLASSIFIERS, *SCENES), help="Which networks.")
 @click.option("--preset", "presets", multiple=True, default=("w8a8", "w6a6", "w4a4"), help="Which bits.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--split", type=click.Choice(["val", "test"]), default="val")
@@ -211,7 +213,11 @@ def main(
         wanted = [key for key in keys if key not in done]
         if wanted:
             with tempfile.TemporaryDirectory() as work:
-                task = classifier(model_name, split) if model_name in CLASSIFIERS else detector(model_name, split, work)
+                task = (
+                    classifier(model_name, split)
+                    if model_name in CLASSIFIERS
+                    else scene_network(model_name, split, work)
+                )
                 for row in measured(task, wanted, extra, kept_at):
                     rows.append(row)
                     click.echo(_line(row))

@@ -33,6 +33,8 @@ NNCF_MODELS = {
     "repvgg": ("RepVGG, top-1 %", 1, 2),
     "mobileone": ("MobileOne, top-1 %", 1, 2),
     "yolov6-n": ("YOLOv6-n, box mAP", 100, 1),
+    "rtmdet-ins": ("RTMDet-Ins, box mAP", 100, 1),
+    "repvgg-fcn": ("RepVGG-FCN, mIoU %", 1, 2),
 }
 
 NOTHING = "–"
@@ -40,10 +42,10 @@ NOTHING = "–"
 Row = dict[str, Any]
 
 
-def rows_of(name: str) -> list[Row]:
-    """Return the rows of a result on the test split, or none if it is not there yet."""
+def rows_of(name: str, part: str = "rows") -> list[Row]:
+    """Return a result's rows on the test split, or none if it is not there yet."""
     path = RESULTS / f"{name}.json"
-    rows: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows: list[Row] = json.loads(path.read_text()).get(part, []) if path.exists() else []
     return [row for row in rows if row.get("split", "test") == "test"]
 
 
@@ -140,10 +142,45 @@ def nncf_table() -> str:
     return markdown(["seed 0", "bits", "by", "float", "torch", "OpenVINO", "INT8 layers", "operators"], body)
 
 
+def training_table() -> str:
+    """Return what networks score that were trained with batch norm, with MimicNorm and with no norm."""
+    rows = rows_of("mimicnorm", "accuracy")
+    methods = ("batch norm", "MimicNorm", "no norm")
+    body = []
+    for network in dict.fromkeys(row["network"] for row in rows):
+        scores = {
+            m: [row["accuracy"] for row in rows if (row["network"], row["method"]) == (network, m)] for m in methods
+        }
+        if all(scores.values()):
+            gap = statistics.mean(scores["MimicNorm"]) - statistics.mean(scores["batch norm"])
+            body.append([network, *(mean_of(scores[method]) for method in methods), f"{gap:+.2f}"])
+    return markdown(["top-1 %", *methods, "MimicNorm less batch norm"], body)
+
+
+def outlier_table() -> str:
+    """Return how differently trained RepVGGs quantize, and how far their weights and activations reach."""
+    rows = rows_of("mimicnorm", "quantization")
+    body = []
+    for network, method in dict.fromkeys((row["network"], row["method"]) for row in rows):
+        found = [row for row in rows if (row["network"], row["method"]) == (network, method)]
+        cells = [mean_of(row["float"] for row in found)]
+        for preset in PRESETS[:3]:
+            pairs = (mean_of(row[way][preset] for row in found) for way in ("plain PTQ", "RepAPQ"))
+            cells.append(" / ".join(pairs))
+        for part in ("weights", "activations"):
+            means = (statistics.mean(row[part][key] for row in found) for key in ("kurtosis", "peak"))
+            cells.append(" / ".join(f"{mean:.1f}" for mean in means))
+        body.append([f"{network}, {method}", *cells])
+    bits = [f"{preset.upper()}: plain / RepAPQ" for preset in PRESETS[:3]]
+    return markdown(["top-1 %", "float", *bits, "weights: kurtosis / peak", "activations: kurtosis / peak"], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary_table,
     "runtimes": runtime_table,
     "nncf": nncf_table,
+    "mimicnorm": training_table,
+    "mimicnorm-quantization": outlier_table,
     "ablation-repvgg": lambda: ablation_table("repvgg"),
     "ablation-mobileone": lambda: ablation_table("mobileone"),
 }
