@@ -15,7 +15,9 @@ from torch import nn
 from repapq_plugin.errors import HostError
 from repapq_plugin.hosts.openmmlab.hooks import model_of
 from repapq_plugin.mimicnorm import WeightMean, prepare
-from repapq_plugin.mimicnorm.convert import initialise_weights, layers_with_norms, replace_batch_norms
+from repapq_plugin.mimicnorm.convert import replace_batch_norms
+from repapq_plugin.mimicnorm.initialise import initialise_weights
+from repapq_plugin.mimicnorm.structure import layers_with_norms
 
 LAST_LAYERS = ("head.fc", "decode_head.conv_seg")
 """Where the last layer is in mmpretrain's and mmsegmentation's models."""

@@ -1,0 +1,156 @@
+"""How a network is put together, as far as MimicNorm wants to know: seen in one run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from repapq_plugin.core.running import inference, tensors_of
+from repapq_plugin.core.tensor_notes import TensorNotes
+from repapq_plugin.errors import ConfigError
+from repapq_plugin.mimicnorm.layers import MimicNorm2d
+
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+RESIDUAL_GAIN = 1.2
+"""The k-th residual branch starts at this to the power of its layers, divided by k (the authors' code)."""
+
+# At inference these return what they are given.
+_PASSING = {"dropout", "feature_dropout", "detach", "contiguous"}
+_ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is known of one tensor of the run."""
+
+    depth: int  # most layers on a way to it from the input
+    terms: tuple[tuple[nn.Module | None, int], ...] = ()  # a sum: norms it adds up, and their depths
+    layer: nn.Module | None = None  # whose output it is
+
+
+class Run(TorchFunctionMode):
+    """Follows tensors through one run: depths, sums of norms' outputs, which layer made what."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums: list[tuple[tuple[nn.Module | None, int], ...]] = []
+        self.layer_before: dict[nn.Module, nn.Module | None] = {}
+        self.order: list[nn.Module] = []
+        self.output: Any = None
+        self._seen: TensorNotes[Seen] = TensorNotes()
+
+    def seen(self, tensor: Any) -> Seen:
+        """Return what is known of a tensor; one that nothing made is an input."""
+        return self._seen.get(tensor) or Seen(0)
+
+    def note(self, tensor: Any, seen: Seen) -> None:
+        """Note what is known of a result, if it is a tensor."""
+        if isinstance(tensor, Tensor):
+            self._seen.put(tensor, seen)
+
+    def layer_ran(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Hook behind a convolution or linear layer."""
+        self.order.append(layer)
+        self.note(output, Seen(self.seen(args[0]).depth + 1, layer=layer))
+
+    def norm_ran(self, norm: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Hook behind a norm."""
+        before = self.seen(args[0])
+        self.layer_before[norm] = before.layer
+        self.note(output, Seen(before.depth, ((norm, before.depth),)))
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        inputs = [self.seen(tensor) for tensor in tensors_of([args, kwargs or {}])]
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if isinstance(result, Tensor) and name not in _PASSING:
+            depth = max((seen.depth for seen in inputs), default=0)
+            if name in _ADDITIONS:
+                terms = tuple(term for seen in inputs for term in (seen.terms or ((None, seen.depth),)))
+                self.sums = [known for known in self.sums if not set(known) < set(terms)]
+                self.sums += [terms] if len(inputs) > 1 else []
+                self.note(result, Seen(depth, terms))
+            elif inputs:
+                self.note(result, Seen(depth))
+        return result
+
+
+def observe(model: nn.Module, forward: Callable[[], Any]) -> Run:
+    """Watch ``forward()`` run ``model``, as at inference.
+
+    Raises:
+        ConfigError: A module is lazy and has no weights yet.
+    """
+    run = Run()
+    for name, module in model.named_modules():
+        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(recurse=False)):
+            raise ConfigError(f"{name!r} has no weights yet; run the model once on a batch before converting it.")
+    # As at inference: a batch of one sample will do, and no statistics change.
+    with ExitStack() as stack, inference(model):
+        for module in model.modules():
+            if isinstance(module, LAYERS):
+                stack.callback(module.register_forward_hook(run.layer_ran).remove)
+            elif isinstance(module, nn.modules.batchnorm._BatchNorm | MimicNorm2d):
+                stack.callback(module.register_forward_hook(run.norm_ran).remove)
+        with run:
+            run.output = forward()
+    return run
+
+
+def last_layer(model: nn.Module, run: Run, last: str | None) -> Any:
+    """Return the layer of that path, or the one whose output the network returned.
+
+    Raises:
+        ConfigError: There is no such layer.
+    """
+    if last is not None:
+        modules = dict(model.named_modules())
+        if not isinstance(modules.get(last), LAYERS):
+            raise ConfigError(f"last={last!r} is not a convolution or linear layer of the model.")
+        return modules[last]
+    outputs = run.output if isinstance(run.output, list | tuple) else [run.output]
+    makers = [run.seen(tensor).layer for tensor in outputs]
+    if len(makers) != 1 or makers[0] is None:
+        raise ConfigError(
+            f"The last layer cannot be found: the model returns {len(makers)} values, and not just the output of one "
+            "convolution or linear layer. Name it with last='module.path'."
+        )
+    return makers[0]
+
+
+def branch_scales(run: Run) -> dict[Any, float]:
+    """Return the starting scalar of each `MimicNorm2d` that ends a branch of a sum.
+
+    The shallowest way into a sum is its shortcut and stays. Where all ways are equally deep there is none: each of n
+    is divided by the square root of n, so that their sum is as large as one.
+    """
+    scales: dict[nn.Module, float] = {}
+    block = 0
+    for terms in run.sums:
+        deepest, shallowest = max(depth for _, depth in terms), min(depth for _, depth in terms)
+        branches = [norm for norm, depth in terms if isinstance(norm, MimicNorm2d) and depth == deepest]
+        if not branches:
+            continue
+        start = 1.0
+        if deepest > shallowest:
+            block += 1
+            start = RESIDUAL_GAIN ** (deepest - shallowest) / block
+        for norm in branches:
+            scales[norm] = start / math.sqrt(len(branches))
+    return scales
+
+
+def layers_with_norms(model: nn.Module, forward: Callable[[], Any]) -> list[nn.Module]:
+    """Return the convolutions and linear layers right in front of a norm, in the order in which ``forward()`` runs."""
+    run = observe(model, forward)
+    with_norms = {run.layer_before[norm] for norm in run.layer_before}
+    return [layer for layer in dict.fromkeys(run.order) if layer in with_norms]
