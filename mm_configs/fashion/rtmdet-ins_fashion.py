@@ -1,6 +1,6 @@
 """RTMDet-Ins with a RepVGG of 11 blocks (widths 24, 48, 96) on fashion scenes of 128 x 128 pixels: boxes and masks."""
 
-_base_ = 'mmdet::rtmdet/rtmdet-ins_tiny_8xb32-300e_coco.py'
+_base_ = ['mmdet::rtmdet/rtmdet-ins_tiny_8xb32-300e_coco.py', './_data_/fashion_scenes.py']
 
 custom_imports = dict(imports=['integration.fashion', 'mmpretrain.models'], allow_failed_imports=False)
 
@@ -33,15 +33,8 @@ model = dict(
     # An image of this size has 320 cells and at most 4 items.
     test_cfg=dict(nms_pre=300, max_per_img=20))
 
-# ---- data: every split has its own items; test and calibration use what ships with the repository ----
-img_scale = (128, 128)
-data_root = 'work_dirs/fashion_scenes'
+# ---- data ----
 dataset_type = 'mmyolo.FashionScenesDataset'
-
-train_scenes = dict(type=dataset_type, data_root=data_root, split='train', source='full', count=12000)
-val_scenes = dict(type=dataset_type, data_root=data_root, split='val', source='full', count=500)
-test_scenes = dict(type=dataset_type, data_root=data_root, split='test', source='subset', count=300)
-calib_scenes = dict(type=dataset_type, data_root=data_root, split='train', source='subset', count=512)
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -52,7 +45,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     # Changes nothing but notes the scale factor, which masks are brought back to the image by.
-    dict(type='Resize', scale=img_scale, keep_ratio=True),
+    dict(type='Resize', scale=_base_.scene_size, keep_ratio=True),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
@@ -64,28 +57,28 @@ train_dataloader = dict(
     persistent_workers=True,
     drop_last=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
-    dataset=dict(filter_cfg=dict(filter_empty_gt=True, min_size=32), pipeline=train_pipeline, **train_scenes))
-plain_loader = dict(
-    num_workers=0,
-    persistent_workers=False,
-    drop_last=False,
-    sampler=dict(type='DefaultSampler', shuffle=False))
+    dataset=dict(
+        filter_cfg=dict(filter_empty_gt=True, min_size=32),
+        pipeline=train_pipeline,
+        type=dataset_type,
+        **_base_.train_scenes))
 val_dataloader = dict(
     _delete_=True,
     batch_size=50,
-    dataset=dict(test_mode=True, pipeline=test_pipeline, **val_scenes),
-    **plain_loader)
+    dataset=dict(test_mode=True, pipeline=test_pipeline, type=dataset_type, **_base_.val_scenes),
+    **_base_.plain_loader)
 test_dataloader = dict(
     _delete_=True,
     batch_size=50,
-    dataset=dict(test_mode=True, pipeline=test_pipeline, **test_scenes),
-    **plain_loader)
-# What a calibration sees: training items without augmentation.
+    dataset=dict(test_mode=True, pipeline=test_pipeline, type=dataset_type, **_base_.test_scenes),
+    **_base_.plain_loader)
 calib_dataloader = dict(
-    batch_size=16, dataset=dict(test_mode=True, pipeline=test_pipeline, **calib_scenes), **plain_loader)
+    batch_size=16,
+    dataset=dict(test_mode=True, pipeline=test_pipeline, type=dataset_type, **_base_.calib_scenes),
+    **_base_.plain_loader)
 
-val_evaluator = dict(ann_file=f'{data_root}/val-full-500-seed0-128px/annotations.json')
-test_evaluator = dict(ann_file=f'{data_root}/test-subset-300-seed0-128px/annotations.json')
+val_evaluator = dict(ann_file=_base_.val_annotations)
+test_evaluator = dict(ann_file=_base_.test_annotations)
 
 # ---- schedule ----
 optim_wrapper = dict(optimizer=dict(lr=2e-3), clip_grad=dict(max_norm=20.0))

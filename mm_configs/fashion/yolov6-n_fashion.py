@@ -1,6 +1,6 @@
 """A narrow YOLOv6-n on fashion scenes of 128 x 128 pixels, trained with all its branches."""
 
-_base_ = 'mmyolo::yolov6/yolov6_n_syncbn_fast_8xb32-400e_coco.py'
+_base_ = ['mmyolo::yolov6/yolov6_n_syncbn_fast_8xb32-400e_coco.py', './_data_/fashion_scenes.py']
 
 custom_imports = dict(imports=['integration.fashion'], allow_failed_imports=False)
 
@@ -22,15 +22,8 @@ model = dict(
     # An image of this size has 336 cells and at most 4 items.
     test_cfg=dict(nms_pre=1000, max_per_img=100))
 
-# ---- data: every split has its own items; test and calibration use what ships with the repository ----
-img_scale = (128, 128)
-data_root = 'work_dirs/fashion_scenes'
+# ---- data ----
 dataset_type = 'FashionScenesDataset'
-
-train_scenes = dict(type=dataset_type, data_root=data_root, split='train', source='full', count=12000)
-val_scenes = dict(type=dataset_type, data_root=data_root, split='val', source='full', count=500)
-test_scenes = dict(type=dataset_type, data_root=data_root, split='test', source='subset', count=300)
-calib_scenes = dict(type=dataset_type, data_root=data_root, split='train', source='subset', count=512)
 
 train_pipeline = [
     dict(type='LoadImageFromFile', backend_args=None),
@@ -49,8 +42,8 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile', backend_args=None),
-    dict(type='YOLOv5KeepRatioResize', scale=img_scale),
-    dict(type='LetterResize', scale=img_scale, allow_scale_up=False, pad_val=dict(img=114)),
+    dict(type='YOLOv5KeepRatioResize', scale=_base_.scene_size),
+    dict(type='LetterResize', scale=_base_.scene_size, allow_scale_up=False, pad_val=dict(img=114)),
     dict(type='LoadAnnotations', with_bbox=True, _scope_='mmdet'),
     dict(
         type='mmdet.PackDetInputs',
@@ -64,28 +57,28 @@ train_dataloader = dict(
     persistent_workers=True,
     collate_fn=dict(type='yolov5_collate'),
     sampler=dict(type='DefaultSampler', shuffle=True),
-    dataset=dict(filter_cfg=dict(filter_empty_gt=False, min_size=32), pipeline=train_pipeline, **train_scenes))
-plain_loader = dict(
-    num_workers=0,
-    persistent_workers=False,
-    drop_last=False,
-    sampler=dict(type='DefaultSampler', shuffle=False))
+    dataset=dict(
+        filter_cfg=dict(filter_empty_gt=False, min_size=32),
+        pipeline=train_pipeline,
+        type=dataset_type,
+        **_base_.train_scenes))
 val_dataloader = dict(
     _delete_=True,
     batch_size=50,
-    dataset=dict(test_mode=True, pipeline=test_pipeline, **val_scenes),
-    **plain_loader)
+    dataset=dict(test_mode=True, pipeline=test_pipeline, type=dataset_type, **_base_.val_scenes),
+    **_base_.plain_loader)
 test_dataloader = dict(
     _delete_=True,
     batch_size=50,
-    dataset=dict(test_mode=True, pipeline=test_pipeline, **test_scenes),
-    **plain_loader)
-# What a calibration sees: training items without augmentation.
+    dataset=dict(test_mode=True, pipeline=test_pipeline, type=dataset_type, **_base_.test_scenes),
+    **_base_.plain_loader)
 calib_dataloader = dict(
-    batch_size=16, dataset=dict(test_mode=True, pipeline=test_pipeline, **calib_scenes), **plain_loader)
+    batch_size=16,
+    dataset=dict(test_mode=True, pipeline=test_pipeline, type=dataset_type, **_base_.calib_scenes),
+    **_base_.plain_loader)
 
-val_evaluator = dict(ann_file=f'{data_root}/val-full-500-seed0-128px/annotations.json')
-test_evaluator = dict(ann_file=f'{data_root}/test-subset-300-seed0-128px/annotations.json')
+val_evaluator = dict(ann_file=_base_.val_annotations)
+test_evaluator = dict(ann_file=_base_.test_annotations)
 
 # ---- schedule ----
 optim_wrapper = dict(

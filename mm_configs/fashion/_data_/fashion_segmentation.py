@@ -1,26 +1,21 @@
 """Fashion scenes of 128 x 128 pixels for segmentors: loaders, metric, runtime and schedule."""
 
+_base_ = './fashion_scenes.py'
+
 default_scope = 'mmseg'
 custom_imports = dict(imports=['integration.fashion', 'mmpretrain.models'], allow_failed_imports=False)
 
 max_epochs = 3
 
-# ---- data: every split has its own items; test and calibration use what ships with the repository ----
-img_scale = (128, 128)
-data_root = 'work_dirs/fashion_scenes'
+# ---- data ----
 dataset_type = 'FashionSegmentationDataset'
-
-train_scenes = dict(type=dataset_type, data_root=data_root, split='train', source='full', count=12000)
-val_scenes = dict(type=dataset_type, data_root=data_root, split='val', source='full', count=500)
-test_scenes = dict(type=dataset_type, data_root=data_root, split='test', source='subset', count=300)
-calib_scenes = dict(type=dataset_type, data_root=data_root, split='train', source='subset', count=512)
 
 data_preprocessor = dict(
     type='SegDataPreProcessor',
     mean=[123.675, 116.28, 103.53],
     std=[58.395, 57.12, 57.375],
     bgr_to_rgb=True,
-    size=img_scale,
+    size=_base_.scene_size,
     pad_val=0,
     seg_pad_val=255)
 
@@ -42,19 +37,21 @@ train_dataloader = dict(
     persistent_workers=True,
     drop_last=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
-    dataset=dict(pipeline=train_pipeline, **train_scenes))
-plain_loader = dict(
-    num_workers=0,
-    persistent_workers=False,
-    drop_last=False,
-    sampler=dict(type='DefaultSampler', shuffle=False))
+    dataset=dict(pipeline=train_pipeline,
+        type=dataset_type,
+        **_base_.train_scenes))
 val_dataloader = dict(
-    batch_size=50, dataset=dict(test_mode=True, pipeline=test_pipeline, **val_scenes), **plain_loader)
+    batch_size=50,
+    dataset=dict(test_mode=True, pipeline=test_pipeline, type=dataset_type, **_base_.val_scenes),
+    **_base_.plain_loader)
 test_dataloader = dict(
-    batch_size=50, dataset=dict(test_mode=True, pipeline=test_pipeline, **test_scenes), **plain_loader)
-# What a calibration sees: training items without augmentation.
+    batch_size=50,
+    dataset=dict(test_mode=True, pipeline=test_pipeline, type=dataset_type, **_base_.test_scenes),
+    **_base_.plain_loader)
 calib_dataloader = dict(
-    batch_size=16, dataset=dict(test_mode=True, pipeline=test_pipeline, **calib_scenes), **plain_loader)
+    batch_size=16,
+    dataset=dict(test_mode=True, pipeline=test_pipeline, type=dataset_type, **_base_.calib_scenes),
+    **_base_.plain_loader)
 
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
