@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.utils import canonicalize_name
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from repapq_plugin.errors import HostError
 
@@ -238,13 +238,20 @@ def release(version: str) -> Version:
 
 
 def meets(version: str, operator: str, wanted: str) -> bool:
-    """Return whether the release of a version satisfies a condition."""
-    return SpecifierSet(operator + wanted).contains(release(version))
+    """Return whether a version or its release satisfies a condition; what cannot be compared is taken as met."""
+    try:
+        condition = SpecifierSet(operator + wanted)
+        return any(condition.contains(one, prereleases=True) for one in (Version(version), release(version)))
+    except (InvalidVersion, InvalidSpecifier):
+        return True
 
 
 def split_requirement(requirement: str) -> tuple[str, list[tuple[str, str]]]:
-    """Return the distribution's name and the conditions of ``'torch (>=2.6,<3)'``."""
-    parsed = Requirement(requirement)
+    """Return the distribution's name and the conditions of ``'torch (>=2.6,<3)'``; none if it cannot be read."""
+    try:
+        parsed = Requirement(requirement)
+    except InvalidRequirement:
+        return requirement, []
     return parsed.name, [(condition.operator, condition.version) for condition in parsed.specifier]
 
 

@@ -124,10 +124,19 @@ def test_our_own_needs_count_and_exact_pins_of_the_tested_stack_do_not() -> None
         ("1.18", "!=", "1.18", False),
         ("2.0.0rc4", ">=", "2.0.0", True),
         ("2.0", ">", "2.0.0", False),
+        ("2.7.0.dev20250101+cu126", "==", "2.7.0.dev20250101", True),
+        ("2.12.1+cpu", "==", "2.12.1+cpu", True),
+        ("a branch of mine", ">=", "2", True),
+        ("2.0", ">=", "1.3.*", True),
     ],
 )
 def test_versions_are_compared_as_releases(version: str, operator: str, wanted: str, met: bool) -> None:
     assert doctor.meets(version, operator, wanted) is met
+
+
+def test_a_requirement_that_nobody_can_read_asks_for_nothing() -> None:
+    assert doctor.split_requirement("torch>=1.3.*")[1] == []
+    assert doctor.split_requirement("torch (>=2.6,<3)")[0] == "torch"
 
 
 def _install(site: Path, distribution: str, version: str, module: str, source: str = "", *requires: str) -> None:

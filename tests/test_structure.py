@@ -23,7 +23,8 @@ ORDER = [
     ("observers",),
     ("fake_quantize",),
     ("layers",),
-    ("reparam", "mimicnorm"),
+    ("reparam",),
+    ("mimicnorm",),
     ("calibration",),
     ("export", "evaluation", "report"),
     ("",),  # the package itself: its public names

@@ -161,11 +161,12 @@ RUNS.append(("QARepVGG", "batch norm"))
 @click.option("--folder", type=click.Path(path_type=Path), default=FOLDER, show_default=True)
 def accuracy(seeds: str, split: str, folder: Path) -> None:
     """Train every network three ways and print one line a run."""
-    done = {(row["network"], row["method"], row["seed"], row["split"]) for row in kept_rows("accuracy")}
+    keys = ("network", "method", "seed", "split", "epochs", "learning_rate")
+    done = {tuple(row[key] for key in keys) for row in kept_rows("accuracy")}
     data, (images, labels) = training_data(split), load(split)
     for seed in map(int, seeds.split(",")):
         for network, method in RUNS:
-            if (network, method, seed, split) in done:
+            if (network, method, seed, split, EPOCHS, RATES[method]) in done:
                 continue
             started = time.perf_counter()
             model, losses = trained(network, method, seed, split, data, folder)
@@ -193,17 +194,17 @@ CALIBRATION_IMAGES = 512
 @main.command()
 @click.option("--seeds", default="0,1,2", show_default=True)
 @click.option("--split", type=click.Choice(["val", "test"]), default="val")
-@click.option("--steps", type=int, help="Steps of the calibration; default: the configuration's.")
+@click.option("--steps", default=RepAPQConfig().steps, show_default=True, help="Steps of the calibration.")
 @click.option("--folder", type=click.Path(path_type=Path), default=FOLDER, show_default=True)
-def quantization(seeds: str, split: str, steps: int | None, folder: Path) -> None:
+def quantization(seeds: str, split: str, steps: int, folder: Path) -> None:
     """Quantize the RepVGGs of `accuracy` and print one line a run."""
-    done = {(row["network"], row["method"], row["seed"], row["split"]) for row in kept_rows("quantization")}
+    keys = ("network", "method", "seed", "split", "steps")
+    done = {tuple(row[key] for key in keys) for row in kept_rows("quantization")}
     data, (images, labels) = training_data(split), load(split)
     batches = list(data[0][:CALIBRATION_IMAGES].split(32))
-    chosen = {} if steps is None else {"steps": steps}
     for seed in map(int, seeds.split(",")):
         for network, method in QUANTIZED:
-            if (network, method, seed, split) in done:
+            if (network, method, seed, split, steps) in done:
                 continue
             file = weights_file(folder, network, method, seed, split)
             if file.exists():
@@ -217,11 +218,12 @@ def quantization(seeds: str, split: str, steps: int | None, folder: Path) -> Non
                 "method": method,
                 "seed": seed,
                 "split": split,
+                "steps": steps,
                 "float": accuracy_of(model, images, labels),
                 **outliers(model, batches),
             }
             for preset in PRESETS:
-                config = RepAPQConfig.from_preset(preset, seed=seed, **chosen)
+                config = RepAPQConfig.from_preset(preset, seed=seed, steps=steps)
                 for name, settings in (("plain PTQ", config.plain()), ("RepAPQ", config)):
                     result = quantize_model(model, batches, settings)
                     row.setdefault(name, {})[preset] = accuracy_of(result.model, images, labels)

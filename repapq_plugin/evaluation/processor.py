@@ -10,7 +10,7 @@ X86 = ("x86_64", "amd64")
 
 
 def has_vnni() -> bool:
-    """Whether the processor multiplies 8-bit integers into 32-bit sums."""
+    """Whether torch finds AVX512-VNNI, with which its kernels multiply 8-bit integers into 32-bit sums."""
     # The check was renamed between the torch versions that this package supports.
     for name in ("_is_vnni_supported", "_is_avx512_vnni_supported"):
         check = getattr(torch.cpu, name, None)
@@ -20,8 +20,11 @@ def has_vnni() -> bool:
 
 
 def adds_in_16_bits() -> bool:
-    """Whether integer kernels add pairs of 8-bit products in 16 bits here, which can saturate: x86 without VNNI."""
-    return platform.machine().lower() in X86 and not has_vnni()
+    """Whether OpenVINO's kernels add pairs of 8-bit products in 16 bits here, which can saturate: x86 without VNNI."""
+    if platform.machine().lower() not in X86 or has_vnni():
+        return False
+    capabilities = getattr(torch.cpu, "get_capabilities", None)  # newer torch only
+    return capabilities is None or not capabilities().get("avx_vnni", False)
 
 
 def saturation_note(reduce_range: bool) -> str:

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from repapq_plugin.mimicnorm.initialise import initialise_weights
 from repapq_plugin.mimicnorm.layers import LastBatchNorm, MimicNorm2d
 from repapq_plugin.mimicnorm.structure import branch_scales, last_layer, observe
+from repapq_plugin.reparam.norms import tail_of
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Conversion:
         replaced: Module paths of the norms that are gone.
         residual: Paths among them that end a residual or parallel branch, with their starting scalar.
         last: Module paths of the last layers, which a `LastBatchNorm` follows now.
-        kept: Norms left alone, because the layer in front of them is frozen.
+        kept: Norms left alone: the layer in front of them is frozen, or they do not run at inference (auxiliary heads).
     """
 
     model: nn.Module
@@ -41,7 +43,7 @@ def convert(
     last: str | None = None,
     initialise: bool = True,
 ) -> Conversion:
-    """Replace every batch norm of a copy of ``model`` by MimicNorm.
+    """Replace every batch norm that runs in a copy of ``model`` by MimicNorm.
 
     Train what comes out with `WeightMean` attached to its optimizer, or after `parametrize_weight_mean`. At
     deployment everything merges: biases and scalars into the layers in front of them, branches by addition, the last
@@ -77,7 +79,8 @@ def replace_batch_norms(
         forward_fn: Runs it, as in `convert`.
 
     Returns:
-        Module paths of the norms that are gone, and of those kept, because the layer in front of them is frozen.
+        Module paths of the norms that are gone, and of those kept: the layer in front of them is frozen, or they do
+        not run at inference.
     """
     forward = forward_fn or _call
     names = {module: name for name, module in model.named_modules()}
@@ -86,17 +89,25 @@ def replace_batch_norms(
         for norm, layer in observe(model, lambda: forward(model, example)).layer_before.items()
         if isinstance(norm, nn.modules.batchnorm._BatchNorm)
     }
-    kept = {norm for norm, layer in layer_before.items() if layer is not None and _frozen(layer)}
+    frozen = {norm for norm, layer in layer_before.items() if layer is not None and _frozen(layer)}
+    gone = [norm for norm in layer_before if norm not in frozen]
     replacements: dict[nn.Module, nn.Module] = {}
-    for norm in layer_before.keys() - kept:
-        has_bias = getattr(layer_before[norm], "bias", None) is not None
-        new = MimicNorm2d(norm.num_features, bias=not has_bias).train(norm.training)  # type: ignore[arg-type]
+    for norm in gone:
+        layer = layer_before[norm]
+        new = MimicNorm2d(norm.num_features, bias=getattr(layer, "bias", None) is None)  # type: ignore[arg-type]
         if new.bias is not None and isinstance(norm.bias, nn.Parameter):
             new.bias = norm.bias  # an optimizer knows it already
             nn.init.zeros_(new.bias)
-        replacements[norm] = new
+        # Some norms carry their own activation.
+        whole = nn.Sequential(new, *tail_of(norm)) if tail_of(norm) else new
+        replacements[norm] = whole.to(_device_of(norm, layer)).train(norm.training)
     _replace(model, replacements)
-    return tuple(names[norm] for norm in layer_before if norm not in kept), tuple(names[norm] for norm in kept)
+    kept = [
+        name
+        for module, name in names.items()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module not in replacements
+    ]
+    return tuple(names[norm] for norm in gone), tuple(kept)
 
 
 def prepare(
@@ -142,6 +153,11 @@ def prepare(
 
 def _call(network: nn.Module, batch: Any) -> Any:
     return network(batch)
+
+
+def _device_of(norm: Any, layer: Any) -> torch.device:
+    known = (getattr(layer, "weight", None), norm.running_mean, norm.weight)
+    return next((tensor.device for tensor in known if tensor is not None), torch.device("cpu"))
 
 
 def _frozen(layer: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 RESIDUAL_GAIN = 1.2
 """The k-th residual branch starts at this to the power of its layers, divided by k (the authors' code)."""
 
-# At inference these return what they are given.
-_PASSING = {"dropout", "feature_dropout", "detach", "contiguous"}
+# At inference these hand on the values that they are given.
+_PASSING = {"dropout", "feature_dropout", "detach", "contiguous", "clone", "to"}
 _ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 
 
@@ -31,12 +31,16 @@ class Seen:
     """What is known of one tensor of the run."""
 
     depth: int  # most layers on a way to it from the input
-    terms: tuple[tuple[nn.Module | None, int], ...] = ()  # a sum: norms it adds up, and their depths
+    terms: tuple[tuple[nn.Module | None, int], ...] = ()  # norms it adds up, and their depths
     layer: nn.Module | None = None  # whose output it is
 
 
 class Run(TorchFunctionMode):
-    """Follows tensors through one run: depths, sums of norms' outputs, which layer made what."""
+    """Follows tensors through one run: depths, sums of norms' outputs, which layer made what.
+
+    A sum of three is two additions, and the first result is read by the second alone. A sum that something else read
+    as well (the branch that is added to it next) stands for itself: an end of a block.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,6 +49,7 @@ class Run(TorchFunctionMode):
         self.order: list[nn.Module] = []
         self.output: Any = None
         self._seen: TensorNotes[Seen] = TensorNotes()
+        self._inside: nn.Module | None = None
 
     def seen(self, tensor: Any) -> Seen:
         """Return what is known of a tensor; one that nothing made is an input."""
@@ -60,28 +65,44 @@ class Run(TorchFunctionMode):
         self.order.append(layer)
         self.note(output, Seen(self.seen(args[0]).depth + 1, layer=layer))
 
+    def norm_runs(self, norm: nn.Module, _: tuple[Any, ...]) -> None:
+        """Hook in front of a norm, whose own sums are no branches."""
+        self._inside = norm
+
     def norm_ran(self, norm: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook behind a norm."""
+        self._inside = None
         before = self.seen(args[0])
         self.layer_before[norm] = before.layer
+        self._read([args[0]])
         self.note(output, Seen(before.depth, ((norm, before.depth),)))
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        inputs = [self.seen(tensor) for tensor in tensors_of([args, kwargs or {}])]
+        tensors = [value for value in tensors_of([args, kwargs or {}]) if not isinstance(value, nn.Parameter)]
+        inputs = [self.seen(tensor) for tensor in tensors]
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        if isinstance(result, Tensor) and name not in _PASSING:
-            depth = max((seen.depth for seen in inputs), default=0)
-            if name in _ADDITIONS:
-                terms = tuple(term for seen in inputs for term in (seen.terms or ((None, seen.depth),)))
-                self.sums = [known for known in self.sums if not set(known) < set(terms)]
-                self.sums += [terms] if len(inputs) > 1 else []
-                self.note(result, Seen(depth, terms))
-            elif inputs:
-                self.note(result, Seen(depth))
+        if self._inside is not None or not isinstance(result, Tensor) or not inputs:
+            return result
+        depth = max(seen.depth for seen in inputs)
+        if name in _PASSING or (name in _ADDITIONS and len(inputs) == 1):
+            self.note(result, replace(inputs[0], layer=inputs[0].layer if name in _PASSING else None))
+        elif name in _ADDITIONS:
+            terms = tuple(term for seen in inputs for term in (seen.terms or ((None, seen.depth),)))
+            self.sums = [known for known in self.sums if not set(known) < set(terms)] + [terms]
+            self.note(result, Seen(depth, terms))
+        else:
+            self._read(tensors)
+            self.note(result, Seen(depth))
         return result
+
+    def _read(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            seen = self.seen(tensor)
+            if len(seen.terms) > 1:
+                self.note(tensor, replace(seen, terms=()))
 
 
 def observe(model: nn.Module, forward: Callable[[], Any]) -> Run:
@@ -100,6 +121,7 @@ def observe(model: nn.Module, forward: Callable[[], Any]) -> Run:
             if isinstance(module, LAYERS):
                 stack.callback(module.register_forward_hook(run.layer_ran).remove)
             elif isinstance(module, nn.modules.batchnorm._BatchNorm | MimicNorm2d):
+                stack.callback(module.register_forward_pre_hook(run.norm_runs).remove)
                 stack.callback(module.register_forward_hook(run.norm_ran).remove)
         with run:
             run.output = forward()

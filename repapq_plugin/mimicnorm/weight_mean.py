@@ -56,14 +56,26 @@ class WeightMean:
     Args:
         model: Its convolutions and linear layers are those that `takes_weight_mean` names.
 
+    Raises:
+        ConfigError: A weight is computed by a parametrization of another kind.
+
     Example:
         >>> handle = WeightMean(model).attach(optimizer)   # handle.remove() ends it
     """
 
     def __init__(self, model: nn.Module) -> None:
-        # A weight that two layers share counts once.
-        layers = {id(layer.weight): layer for layer in model.modules() if takes_weight_mean(layer)}
-        self.layers: list[Any] = list(layers.values())
+        layers: dict[int, Any] = {}
+        for name, layer in model.named_modules():
+            if not takes_weight_mean(layer):
+                continue
+            if parametrize.is_parametrized(layer, "weight") and not _projected(layer):
+                raise ConfigError(
+                    f"The weight of {name} is computed by a parametrization, so that no step can change it; use "
+                    "parametrize_weight_mean(model)."
+                )
+            # A weight that two layers share counts once; a computed one is a new tensor at each look.
+            layers.setdefault(id(layer) if _projected(layer) else id(layer.weight), layer)
+        self.layers = list(layers.values())
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -94,6 +106,12 @@ class FilterMeanFree(nn.Module):
         return without_filter_means(weight)
 
 
+def _projected(layer: Any) -> bool:
+    if not parametrize.is_parametrized(layer, "weight"):
+        return False
+    return isinstance(list(layer.parametrizations.weight)[-1], FilterMeanFree)
+
+
 def parametrize_weight_mean(model: nn.Module) -> list[str]:
     """Let every layer that `takes_weight_mean` read its weights through the projection, in place.
 
@@ -110,13 +128,15 @@ def parametrize_weight_mean(model: nn.Module) -> list[str]:
     }
     owners: dict[int, str] = {}
     for name, module in chosen.items():
+        if parametrize.is_parametrized(module, "weight"):
+            continue
         other = owners.setdefault(id(module.weight), name)
         if other != name:
             raise ConfigError(
                 f"{name} and {other} share one weight, which a parametrization would part; use WeightMean(model)."
             )
     for module in chosen.values():
-        if not parametrize.is_parametrized(module, "weight"):
+        if not _projected(module):
             parametrize.register_parametrization(module, "weight", FilterMeanFree())
     return list(chosen)
 

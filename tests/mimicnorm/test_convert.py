@@ -3,11 +3,13 @@ import copy
 import pytest
 import torch
 import torchvision
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 from repapq_plugin import RepAPQConfig, quantize_model
 from repapq_plugin.errors import ConfigError
 from repapq_plugin.mimicnorm import LastBatchNorm, MimicNorm2d, WeightMean, convert, parametrize_weight_mean
+from repapq_plugin.reparam import QARepVGGBlock
 from repapq_plugin.reparam.fold import fold_conv_norm_pairs
 
 
@@ -54,6 +56,68 @@ def test_residual_branches_end_in_a_scalar_that_falls_with_depth():
     scaled = [m for m in converted.model.modules() if isinstance(m, MimicNorm2d) and m.scale is not None]
     assert len(scaled) == 8
     assert converted.last == ("fc",)
+
+
+def test_every_block_of_a_stream_without_activations_has_its_scalar():
+    model = torchvision.models.mobilenet_v2(num_classes=10)
+    converted = convert(model, images())
+    blocks = [name for name, module in model.named_modules() if getattr(module, "use_res_connect", False)]
+    assert list(converted.residual) == [f"{name}.conv.3" for name in blocks]
+    assert list(converted.residual.values()) == pytest.approx([1.2**3 / k for k in range(1, 11)])
+
+
+def test_parameters_that_are_added_are_no_branches():
+    blocks = [QARepVGGBlock(8, 16, stride=2), QARepVGGBlock(16, 16), QARepVGGBlock(16, 16)]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    converted = convert(model, images())
+    assert converted.residual == pytest.approx({"1.norm3x3": 1.0, "2.norm3x3": 1.2, "3.norm3x3": 0.6})
+
+
+class Shuffled(nn.Module):
+    """A residual branch whose tensor is copied on its way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 3, 1, bias=False)
+        self.norm = nn.BatchNorm2d(3)
+        self.last = nn.Linear(3, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last((x + self.norm(self.two(self.one(x).contiguous().clone()))).mean((2, 3)))
+
+
+def test_a_copied_tensor_is_as_deep_as_before():
+    x = images().permute(0, 1, 3, 2)
+    assert convert(Shuffled(), x).residual == pytest.approx({"norm": 1.44})
+
+
+def test_a_norm_with_its_own_activation_keeps_it():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), BatchNormAct2d(8), nn.Flatten(), nn.Linear(8 * 900, 10))
+    converted = convert(model, images())
+    assert [type(module) for module in converted.model[1]] == [MimicNorm2d, nn.ReLU]
+    assert converted.replaced == ("1",)
+
+
+class WithAuxiliaryHead(nn.Module):
+    """A norm that runs in training only, and one without affine parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8, affine=False)
+        self.auxiliary = nn.BatchNorm2d(8)
+        self.last = nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(self.body(x))
+        if self.training:
+            self.auxiliary(y)
+        return self.last(y.mean((2, 3)))
+
+
+def test_norms_that_do_not_run_are_kept_and_named():
+    converted = convert(WithAuxiliaryHead(), images())
+    assert converted.replaced == ("norm",) and converted.kept == ("auxiliary",)
+    assert converted.model.norm.bias is not None
 
 
 @pytest.mark.parametrize("name", ["resnet18", "shufflenet"])

@@ -98,6 +98,12 @@ def test_averaged_weights_and_resumed_training_keep_the_means_at_zero():
     assert largest_mean(average.module[3].weight) <= 1e-7
     resumed = network()
     resumed.load_state_dict(model.state_dict())
+    again = torch.optim.SGD(resumed.parameters(), lr=0.1, momentum=0.9)
+    again.load_state_dict(optimizer.state_dict())
+    WeightMean(resumed).attach(again)
+    resumed(x).square().mean().backward()
+    again.step()
+    assert not torch.equal(resumed[3].weight, model[3].weight)
     assert largest_mean(resumed[3].weight) <= 1e-7
 
 
@@ -128,6 +134,29 @@ def test_lazy_layers_are_an_error():
 
 def test_half_precision_weights_are_projected_in_float32():
     layer = nn.Conv2d(64, 4, 3).to(torch.bfloat16)
+    wide = layer.weight.detach().float() + 1  # a mean that bfloat16 cannot hold
+    with torch.no_grad():
+        layer.weight.copy_(wide)
+    stored = layer.weight.detach().float()
     WeightMean(nn.Sequential(layer)).apply()
     assert layer.weight.dtype == torch.bfloat16
-    assert largest_mean(layer.weight.float()) <= 1e-4
+    expected = (stored - stored.flatten(1).mean(1).reshape(-1, 1, 1, 1)).to(torch.bfloat16)
+    assert torch.equal(layer.weight, expected)
+    rounded = layer.weight.new_tensor(stored) - layer.weight.new_tensor(stored).flatten(1).mean(1).reshape(-1, 1, 1, 1)
+    assert not torch.equal(layer.weight, rounded)
+
+
+def test_parametrizing_twice_changes_nothing():
+    model = nn.Sequential(*(nn.Conv2d(8, 8, 3) for _ in range(6)))
+    names = parametrize_weight_mean(model)
+    assert parametrize_weight_mean(model) == names == [str(i) for i in range(6)]
+    assert all(len(layer.parametrizations.weight) == 1 for layer in model)
+    assert len(WeightMean(model).layers) == 6
+
+
+def test_a_weight_that_something_else_computes_is_an_error_for_the_step_hook():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3)))
+    with pytest.raises(ConfigError, match="The weight of 0 is computed by a parametrization"):
+        WeightMean(model)
+    parametrize_weight_mean(model)
+    assert largest_mean(model[0].weight) <= 1e-7

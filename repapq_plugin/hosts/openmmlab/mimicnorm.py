@@ -37,7 +37,8 @@ class MimicNormHook(Hook):  # type: ignore[misc]
 
     Args:
         last: Module paths of the layers that a last norm follows; default: the one of `LAST_LAYERS` that is there.
-        initialise: Draw new weights for the layers in front of norms when a training starts afresh.
+        initialise: Draw new weights for the layers in front of norms when a training starts afresh; frozen layers
+            and parts with an ``init_cfg`` of type ``Pretrained`` keep theirs.
         example_shape: Channels, height and width of a random image that shows how the network is put together.
         convert: Replace the batch norms that are left, too: no ``norm_cfg`` is needed then, and modules are reached
             that make their norms without asking it (mmyolo's RepVGG blocks).
@@ -54,6 +55,7 @@ class MimicNormHook(Hook):  # type: ignore[misc]
     ) -> None:
         self.last, self.initialise, self.example_shape, self.convert = last, initialise, tuple(example_shape), convert
         self._weight_mean: WeightMean | None = None
+        self._loaded = False
 
     def before_run(self, runner: Runner) -> None:
         """Finish the model, once.
@@ -65,13 +67,14 @@ class MimicNormHook(Hook):  # type: ignore[misc]
         if self._weight_mean is not None:
             return
         model = model_of(runner)
+        model.train(model.training)  # toolboxes freeze stages then
         known = {parameter for parameter in model.parameters()}
         device = next(model.parameters()).device
         example = torch.randn(2, *self.example_shape, device=device, generator=torch.Generator(device).manual_seed(0))
         last = self._last_of(model)
         if self.convert:
-            replace_batch_norms(model, example, forward_fn=_tensors)
-        done = prepare(model, example, forward_fn=_tensors, last=last, initialise=False)
+            replace_batch_norms(model, example, forward_fn=run_images)
+        done = prepare(model, example, forward_fn=run_images, last=last, initialise=False)
         now = set(model.parameters())
         optimizer = getattr(getattr(runner, "optim_wrapper", None), "optimizer", None)
         if isinstance(optimizer, torch.optim.Optimizer):
@@ -89,13 +92,22 @@ class MimicNormHook(Hook):  # type: ignore[misc]
             f"{len(self._weight_mean.layers)} layers keep filter means of zero."
         )
 
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Note that there are weights to go on from."""
+        self._loaded = True
+
     def before_train(self, runner: Runner) -> None:
         """Draw weights if nothing was loaded, and subtract the means."""
-        if self.initialise and not runner._resume and runner._load_from is None:
+        if self.initialise and not self._loaded:
             model = model_of(runner)
-            # The others are a head's last ones, whose weights and biases the toolbox chose.
-            layers = layers_with_norms(model, lambda: _tensors(model, self._example))
-            initialise_weights(model, layers, _tensors, self._example)
+            pretrained = {part for module in model.modules() if _pretrained(module) for part in module.modules()}
+            # Layers without a norm are a head's last ones, whose weights and biases the toolbox chose.
+            layers = [
+                layer
+                for layer in layers_with_norms(model, lambda: run_images(model, self._example))
+                if layer.weight.requires_grad and layer not in pretrained
+            ]
+            initialise_weights(model, layers, run_images, self._example)
             for tensor in model.state_dict().values():
                 broadcast(tensor)  # every process drew its own
         self._apply()
@@ -121,5 +133,18 @@ class MimicNormHook(Hook):  # type: ignore[misc]
         return found[0]
 
 
-def _tensors(model: nn.Module, images: torch.Tensor) -> Any:
-    return model(images, mode="tensor")
+def _pretrained(module: nn.Module) -> bool:
+    chosen = getattr(module, "init_cfg", None) or []
+    return any(one.get("type") == "Pretrained" for one in ([chosen] if isinstance(chosen, dict) else chosen))
+
+
+def run_images(model: nn.Module, images: torch.Tensor) -> Any:
+    """Run prepared images, ``(N, C, H, W)``, up to the raw outputs of a toolbox model."""
+    if not hasattr(model, "roi_head"):
+        return model(images, mode="tensor")
+    # The second stage wants to know the size of the images that the first one's boxes lie in.
+    from mmdet.structures import DetDataSample
+
+    size = tuple(images.shape[-2:])
+    known = {"img_shape": size, "ori_shape": size, "pad_shape": size, "scale_factor": (1.0, 1.0)}
+    return model(images, [DetDataSample(metainfo=known) for _ in images], mode="tensor")
