@@ -135,7 +135,10 @@ def ablation_table(model: str) -> str:
 def nncf_table() -> str:
     """Return `nncf.quantize` beside ours: score, kernels and operators of the converted networks."""
     body = []
-    for row in rows_of("nncf"):
+    order = list(NNCF_MODELS)
+    for row in sorted(
+        rows_of("nncf"), key=lambda row: (order.index(row["model"]), PRESETS.index(row["preset"]), row["method"])
+    ):
         title, factor, digits = NNCF_MODELS[row["model"]]
         figures = [f"{factor * row[key]:.{digits}f}" for key in ("float", "torch", "openvino")]
         body.append([title, bits_of(row), row["method"], *figures, integers(row), str(row["operators"])])
