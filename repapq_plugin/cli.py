@@ -26,6 +26,7 @@ from repapq_plugin.errors import ConfigError, HostError, RepAPQError
 
 if TYPE_CHECKING:
     from repapq_plugin.calibration.quantize import Progress
+    from repapq_plugin.calibration.result import CalibrationResult
     from repapq_plugin.hosts.openmmlab.pipeline import Workbench
 
 LOG_FILE = "repapq.log"
@@ -390,6 +391,7 @@ def evaluate(config: Path, result: Path, backend: str | None, **common: Any) -> 
     preprocessing, decoding and the metric stay the toolbox's. A .safetensors scored on a runtime is exported to a
     temporary folder first.
     """
+    from repapq_plugin.evaluation.processor import saturation_note
     from repapq_plugin.hosts.openmmlab.work import RUNTIME_FORMATS, export_network, open_network
 
     kind = _kind_of(result)
@@ -401,9 +403,11 @@ def evaluate(config: Path, result: Path, backend: str | None, **common: Any) -> 
         tempfile.TemporaryDirectory() as temporary,
         _workbench(display, config, None, common, need_weights=False) as bench,
     ):
-        model, network = bench.model, None
+        model, network, note = bench.model, None, ""
         if kind == "simulated":
-            model = _load(result, bench)
+            loaded = _load(result, bench)
+            model = loaded.model
+            note = saturation_note(loaded.config.reduce_range) if backend == "openvino" else ""
         if backend != "simulated":
             path = result
             if kind == "simulated":
@@ -416,6 +420,8 @@ def evaluate(config: Path, result: Path, backend: str | None, **common: Any) -> 
             metrics = bench.score(model, network, report)
     for key, value in metrics.items():
         display.out.print(f"{key}: {value}", markup=False)
+    if note:
+        display.out.print(f"note: {note}", markup=False)
 
 
 @cli.command()
@@ -444,7 +450,7 @@ def export(config: Path, result: Path, kind: str, out: Path | None, **common: An
         raise ConfigError(f"--out {target.name!r} is not allowed with --format {kind}; end it in {SUFFIXES[kind]}.")
     display = _Display()
     with _workbench(display, config, None, common, need_weights=False, need_scores=False) as bench:
-        model = _load(result, bench)
+        model = _load(result, bench).model
         with display.step("export", f"Exporting {kind}"):
             exported = export_network(model, bench.example, target.with_suffix(""), kind)
     for path in exported.files:
@@ -507,10 +513,10 @@ def _kind_of(result: Path) -> str:
     return BACKEND_OF[result.suffix]
 
 
-def _load(result: Path, bench: Workbench) -> Any:
+def _load(result: Path, bench: Workbench) -> CalibrationResult:
     from repapq_plugin.calibration.result import CalibrationResult
 
-    return CalibrationResult.load(result, bench.model).model
+    return CalibrationResult.load(result, bench.model)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
