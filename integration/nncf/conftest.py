@@ -1,4 +1,4 @@
-"""One thread, NNCF without its progress bars, its kernels compiled in their own time, and two small networks."""
+"""NNCF without its progress bars, its kernels compiled in their own time, and two small networks."""
 
 from __future__ import annotations
 
@@ -20,13 +20,10 @@ from tests.calibration.networks import Chain, Pyramid, settle
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_and_patient() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     nncf.set_log_level(logging.ERROR)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NNCF_EXTENSION_LOAD_TIMEOUT", "0")
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
