@@ -87,8 +87,10 @@ class Run(TorchFunctionMode):
         if self._inside is not None or not isinstance(result, Tensor) or not inputs:
             return result
         depth = max(seen.depth for seen in inputs)
-        if name in _PASSING or (name in _ADDITIONS and len(inputs) == 1):
-            self.note(result, replace(inputs[0], layer=inputs[0].layer if name in _PASSING else None))
+        if name in _PASSING:
+            self.note(result, inputs[0])
+        elif name in _ADDITIONS and len(inputs) == 1:  # a parameter or a number is added: no branch
+            self.note(result, replace(inputs[0], layer=None))
         elif name in _ADDITIONS:
             terms = tuple(term for seen in inputs for term in (seen.terms or ((None, seen.depth),)))
             self.sums = [known for known in self.sums if not set(known) < set(terms)] + [terms]
