@@ -1,10 +1,11 @@
 """Networks trained with batch norm, with MimicNorm and with no norm: accuracy, cost of training, quantization.
 
     python -m integration.bench.mimicnorm accuracy --split test
+    python -m integration.bench.mimicnorm accuracy --split test --epochs 9
     python -m integration.bench.mimicnorm quantization --split test
     python -m integration.bench.mimicnorm cost
 
-``accuracy`` trains every network three ways by one recipe: three epochs of Fashion-MNIST in batches of 128 with random
+``accuracy`` trains every network three ways by one recipe: ``--epochs`` of Fashion-MNIST in batches of 128 with random
 mirroring, SGD with Nesterov momentum 0.9 and weight decay 5e-4 on weights, a linear warm-up over a tenth of the steps,
 then a cosine; the learning rate of each way is `RATES`. ``--split test`` trains on all 60,000 images and scores the
 10,000 test images; ``--split val`` trains on 55,000 and scores the other 5,000, for choosing. ``quantization`` takes
@@ -40,7 +41,6 @@ from repapq_plugin.mimicnorm import LastBatchNorm, WeightMean, convert
 RATES = {"batch norm": 0.1, "MimicNorm": 0.4, "no norm": 0.02}
 """Learning rates, chosen on the validation split in short runs of all networks."""
 
-EPOCHS = 3
 BATCH = 128
 WEIGHT_DECAY = 5e-4
 FOLDER = Path("work_dirs/bench_mimicnorm")
@@ -126,20 +126,20 @@ def keep(part: str, row: dict[str, Any]) -> None:
     write_result("mimicnorm", content)
 
 
-def weights_file(folder: Path, network: str, method: str, seed: int, split: str) -> Path:
+def weights_file(folder: Path, network: str, method: str, seed: int, split: str, epochs: int) -> Path:
     """Return where trained weights are kept."""
-    return folder / f"{network}_{method.replace(' ', '-')}_{seed}_{split}.pth".lower()
+    return folder / f"{network}_{method.replace(' ', '-')}_{seed}_{split}_{epochs}.pth".lower()
 
 
 def trained(
-    network: str, method: str, seed: int, split: str, data: tuple[Tensor, Tensor], folder: Path
+    network: str, method: str, seed: int, split: str, epochs: int, data: tuple[Tensor, Tensor], folder: Path
 ) -> tuple[nn.Module, list[float]]:
     """Return a network, trained now, and its losses; its weights are kept."""
     torch.manual_seed(seed)
     model = build(network, method, data[0][:BATCH])
-    losses = train(model, *data, EPOCHS, RATES[method], seed)
+    losses = train(model, *data, epochs, RATES[method], seed)
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), weights_file(folder, network, method, seed, split))
+    torch.save(model.state_dict(), weights_file(folder, network, method, seed, split, epochs))
     return model, losses
 
 
@@ -159,17 +159,23 @@ RUNS.append(("QARepVGG", "batch norm"))
 @click.option("--seeds", default="0,1,2", show_default=True)
 @click.option("--split", type=click.Choice(["val", "test"]), default="val")
 @click.option("--folder", type=click.Path(path_type=Path), default=FOLDER, show_default=True)
-def accuracy(seeds: str, split: str, folder: Path) -> None:
+@click.option("--network", "networks", multiple=True, default=tuple(NETWORKS), help="Which networks.")
+@click.option("--method", "methods", multiple=True, default=METHODS, help="Which ways.")
+@click.option("--epochs", default=3, show_default=True)
+def accuracy(
+    seeds: str, split: str, folder: Path, networks: tuple[str, ...], methods: tuple[str, ...], epochs: int
+) -> None:
     """Train every network three ways and print one line a run."""
     keys = ("network", "method", "seed", "split", "epochs", "learning_rate")
     done = {tuple(row[key] for key in keys) for row in kept_rows("accuracy")}
     data, (images, labels) = training_data(split), load(split)
     for seed in map(int, seeds.split(",")):
         for network, method in RUNS:
-            if (network, method, seed, split, EPOCHS, RATES[method]) in done:
+            wanted = network in networks and method in methods
+            if not wanted or (network, method, seed, split, epochs, RATES[method]) in done:
                 continue
             started = time.perf_counter()
-            model, losses = trained(network, method, seed, split, data, folder)
+            model, losses = trained(network, method, seed, split, epochs, data, folder)
             row = {
                 "network": network,
                 "method": method,
@@ -179,7 +185,7 @@ def accuracy(seeds: str, split: str, folder: Path) -> None:
                 "losses": [round(loss, 4) for loss in losses],
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
                 "learning_rate": RATES[method],
-                "epochs": EPOCHS,
+                "epochs": epochs,
                 "seconds": round(time.perf_counter() - started, 1),
             }
             keep("accuracy", row)
@@ -196,22 +202,23 @@ CALIBRATION_IMAGES = 512
 @click.option("--split", type=click.Choice(["val", "test"]), default="val")
 @click.option("--steps", default=RepAPQConfig().steps, show_default=True, help="Steps of the calibration.")
 @click.option("--folder", type=click.Path(path_type=Path), default=FOLDER, show_default=True)
-def quantization(seeds: str, split: str, steps: int, folder: Path) -> None:
+@click.option("--epochs", default=3, show_default=True, help="Of the training.")
+def quantization(seeds: str, split: str, steps: int, folder: Path, epochs: int) -> None:
     """Quantize the RepVGGs of `accuracy` and print one line a run."""
-    keys = ("network", "method", "seed", "split", "steps")
+    keys = ("network", "method", "seed", "split", "steps", "epochs")
     done = {tuple(row[key] for key in keys) for row in kept_rows("quantization")}
     data, (images, labels) = training_data(split), load(split)
     batches = list(data[0][:CALIBRATION_IMAGES].split(32))
     for seed in map(int, seeds.split(",")):
         for network, method in QUANTIZED:
-            if (network, method, seed, split, steps) in done:
+            if (network, method, seed, split, steps, epochs) in done:
                 continue
-            file = weights_file(folder, network, method, seed, split)
+            file = weights_file(folder, network, method, seed, split, epochs)
             if file.exists():
                 model = build(network, method, data[0][:BATCH])
                 model.load_state_dict(torch.load(file))
             else:
-                model, _ = trained(network, method, seed, split, data, folder)
+                model, _ = trained(network, method, seed, split, epochs, data, folder)
             model.eval()
             row: dict[str, Any] = {
                 "network": network,
@@ -219,6 +226,7 @@ def quantization(seeds: str, split: str, steps: int, folder: Path) -> None:
                 "seed": seed,
                 "split": split,
                 "steps": steps,
+                "epochs": epochs,
                 "float": accuracy_of(model, images, labels),
                 **outliers(model, batches),
             }

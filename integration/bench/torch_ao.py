@@ -4,8 +4,9 @@
     python -m integration.bench.torch_ao detector --split test --steps 50
     python -m integration.bench.torch_ao latency
 
-Each calibrated network is scored four times on the same images: as calibrated, as the graph that torch.ao
-prepared from it, as torch.ao's integer modules, and as pt2e's converted graph. ``latency`` times RepVGG-A0
+Each calibrated network is scored five times on the same images: as calibrated, as the graph that torch.ao
+prepared from it, as the one that follows its engine to the last bit, as torch.ao's integer modules, and as
+pt2e's converted graph. ``latency`` times RepVGG-A0
 with random weights, float and converted, both compiled by inductor, in turns. Results go to
 ``results/torch_ao.json`` after every run.
 """
@@ -44,6 +45,13 @@ from repapq_plugin.hosts.openmmlab.network import TensorPath, flatten, prepare
 from repapq_plugin.hosts.openmmlab.pipeline import Workbench, open_config
 
 DETECTOR = ROOT / "mm_configs" / "fashion" / "repapq_yolov6-n_w8a8_fashion.py"
+COMPARED = (
+    ("torch.ao int8", "torch.ao simulated"),
+    ("torch.ao int8", "torch.ao prepared"),
+    ("pt2e converted", "calibrated"),
+)
+"""Integer forms, and what simulates them."""
+
 RANGE_BATCHES = 8
 """Calibration batches that give torch.ao's extra output quantizers their range."""
 
@@ -74,6 +82,7 @@ def forms(model: nn.Module, images: list[Tensor], engine: str) -> dict[str, nn.M
     return {
         "calibrated": model,
         "torch.ao prepared": prepared,
+        "torch.ao simulated": torch_ao.simulate_integers(prepared, engine),
         "torch.ao int8": torch_ao.convert_to_int8(prepared, engine),
         "pt2e converted": convert_pt2e(learned),
     }
@@ -95,7 +104,7 @@ def engine_for(reduce_range: bool) -> str:
 def differences(outputs: dict[str, Tensor]) -> dict[str, Any]:
     """Compare each integer form with what simulates it."""
     row: dict[str, Any] = {}
-    for one, other in (("torch.ao int8", "torch.ao prepared"), ("pt2e converted", "calibrated")):
+    for one, other in COMPARED:
         gap = (outputs[one] - outputs[other]).abs()
         row[f"{one} against {other}"] = {
             "max": float(gap.max()),

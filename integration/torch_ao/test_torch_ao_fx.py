@@ -79,6 +79,12 @@ def parted_images(simulated: list[Tensor], integer: list[Tensor]) -> int:
     return int(torch.stack(parts).any(0).sum())
 
 
+def parted_exactly(prepared: GraphModule, integer: GraphModule, engine: str) -> int:
+    """`parted_images` of an integer network and of the graph that follows its engine to the last bit."""
+    exact = torch_ao.simulate_integers(prepared, engine)
+    return parted_images(run(exact, images(), engine), run(integer, images(), engine))
+
+
 def integer_layers(network: nn.Module) -> int:
     return sum(isinstance(module, INTEGER_LAYERS) for module in network.modules())
 
@@ -93,6 +99,7 @@ def test_integer_modules_compute_what_was_simulated(
     converted = torch_ao.convert_to_int8(prepared)
     engine = prepared.meta[ENGINE]
     assert parted_images(run(prepared, images(), engine), run(converted, images(), engine)) <= TIES
+    assert parted_exactly(prepared, converted, engine) == 0
     # The heads are called on two levels and stand there twice.
     assert integer_layers(converted) == {"Chain": 8, "Pyramid": 12 if engine == "qnnpack" else 11}[name]
     assert not any(type(module) in (nn.Conv2d, nn.Linear) for module in converted.modules())
@@ -124,12 +131,14 @@ def test_what_moves_values_between_grids_loses_none_of_them(bits: str, engine: s
     prepared = torch_ao.prepare_learned(result, (data[0],), data, backend=engine)
     converted = torch_ao.convert_to_int8(prepared)
     assert parted_images(run(prepared, images(), engine), run(converted, images(), engine)) <= TIES
+    assert parted_exactly(prepared, converted, engine) == 0
     assert integer_layers(converted) == 7
     mapping = torch_ao.repapq_qconfig_mapping(bits, engine, is_qat=True)
     named = calibrated(without_quantizers(result.model), mapping, data, is_qat=True)
     simulated, integer = torch_ao.carry_grid(named, engine), torch_ao.convert_to_int8(named, engine)
     apart = [a - b for a, b in zip(run(simulated, images(), engine), run(integer, images(), engine), strict=True)]
     assert (apart[0] != 0).any(1).sum() <= 4  # ranges that are sums of products meet ties more often
+    assert parted_exactly(named, integer, engine) == 0
 
 
 def test_with_a_reduced_range_the_fast_engine_is_exact(
@@ -140,6 +149,7 @@ def test_with_a_reduced_range_the_fast_engine_is_exact(
     converted = torch_ao.convert_to_int8(prepared)
     assert prepared.meta[ENGINE] == "x86"
     assert parted_images(run(prepared, images(), "x86"), run(converted, images(), "x86")) <= TIES
+    assert parted_exactly(prepared, converted, "x86") == 0
     weights = [m.weight().int_repr().abs().max() for m in converted.modules() if isinstance(m, INTEGER_LAYERS)]
     assert max(weights) == 63
     named = torch_ao.repapq_qconfig(RepAPQConfig(reduce_range=True)).weight()
@@ -153,6 +163,7 @@ def test_every_engine_is_exact_up_to_seven_bits(
     prepared = torch_ao.prepare_learned(results["Chain", "seven"], (data[0],), data, backend=engine)
     converted = torch_ao.convert_to_int8(prepared, engine)
     assert parted_images(run(prepared, images(), engine), run(converted, images(), engine)) <= TIES
+    assert parted_exactly(prepared, converted, engine) == 0
 
 
 def test_a_transposed_convolution_stays_float_where_there_is_no_kernel(
@@ -163,6 +174,7 @@ def test_a_transposed_convolution_stays_float_where_there_is_no_kernel(
     assert type(converted.get_submodule("up")) is nn.ConvTranspose2d
     assert integer_layers(converted) == 11
     assert parted_images(run(prepared, images(), "x86"), run(converted, images(), "x86")) <= TIES
+    assert parted_exactly(prepared, converted, "x86") == 0
 
 
 @pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
@@ -238,8 +250,44 @@ def test_training_flow_by_name(bits: str, merged: nn.Module, data: list[Tensor])
     converted = torch_ao.convert_to_int8(prepared)
     assert integer_layers(converted) == 8
     assert parted_images(run(simulated, images(), engine), run(converted, images(), engine)) <= TIES
+    assert parted_exactly(prepared, converted, engine) == 0
     if engine not in engines.INTEGER_BIAS:
         assert torch.equal(run(simulated, images(), engine)[0], run(prepared, images(), engine)[0])
+
+
+class Normed(nn.Module):
+    """Layers with the batch norms that torch.ao fuses into them for training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.act = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+        self.last, self.last_norm = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        self.fc, self.fc_norm = nn.Linear(8, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last_norm(self.last(self.act(self.norm(self.stem(x)))))
+        return self.fc_norm(self.fc(x.mean((2, 3))))
+
+
+@pytest.mark.parametrize("engine", ["x86", "qnnpack"])
+@pytest.mark.parametrize("bits", ["w7a7", "w4a4"])
+def test_norms_that_are_trained_with_their_layer(bits: str, engine: str, data: list[Tensor], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = settle(Normed())
+    mapping = torch_ao.repapq_qconfig_mapping(bits, engine, is_qat=True)
+    prepared = calibrated(network, mapping, data, is_qat=True)
+    before = copy.deepcopy(prepared.state_dict())
+    integer = torch_ao.convert_to_int8(prepared, engine)
+    assert integer_layers(integer) == 3
+    assert not any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in integer.modules())
+    assert parted_exactly(prepared, integer, engine) == 0
+    simulated = run(prepared, images(), engine)[0]
+    gap = (run(integer, images(), engine)[0] - simulated).abs()
+    # Biases on the grid of 4-bit products are coarse.
+    assert gap.mean() < (0.05 if engine in engines.INTEGER_BIAS else 0.001) * simulated.abs().mean()
+    assert all(torch.equal(value, before[key]) for key, value in prepared.state_dict().items())
+    written = export_onnx(torch_ao.quantized_network(prepared), data[0], tmp_path / "graph.onnx")
+    assert written.integer_layers == 3 and written.operators["Relu"] == 1
 
 
 @pytest.mark.parametrize("observer", ["min_max", "mse", "mae", "percentile", "auto"])
@@ -251,6 +299,7 @@ def test_observers_alone_by_name(observer: Any, merged: nn.Module, data: list[Te
     for module in converted.modules():
         if isinstance(module, INTEGER_LAYERS):
             assert module.weight().int_repr().abs().max() <= 31
+    assert parted_exactly(prepared, converted, "x86") == 0
     difference = (run(converted, data[0], "x86")[0] - merged(data[0])).abs().mean()
     assert difference < 0.2 * merged(data[0]).abs().mean()
 

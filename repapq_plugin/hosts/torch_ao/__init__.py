@@ -3,6 +3,7 @@
 The observers and fake quantizers are those of `repapq_plugin` itself; they stand on torch.ao's bases.
 """
 
+from repapq_plugin.hosts.torch_ao.arithmetic import simulate_integers
 from repapq_plugin.hosts.torch_ao.eager import convert_eager, prepare_learned_eager
 from repapq_plugin.hosts.torch_ao.engines import exact_engine, integer_engine, saturates
 from repapq_plugin.hosts.torch_ao.fx import convert_to_int8, prepare_learned
@@ -22,4 +23,5 @@ __all__ = [
     "repapq_qconfig",
     "repapq_qconfig_mapping",
     "saturates",
+    "simulate_integers",
 ]

@@ -26,7 +26,7 @@ from repapq_plugin.hosts.torch_ao.engines import (
     has_kernel,
     integer_engine,
 )
-from repapq_plugin.hosts.torch_ao.grid import grid_range, lay_bias_on_grid, lay_on_grid
+from repapq_plugin.hosts.torch_ao.grid import absorb_norms, grid_range, lay_bias_on_grid, lay_on_grid
 from repapq_plugin.hosts.torch_ao.outputs import find_ranges, output_quantizer
 from repapq_plugin.hosts.torch_ao.qconfig import new_qconfig
 from repapq_plugin.hosts.torch_ao.ready import Ready
@@ -97,6 +97,7 @@ def convert_eager(prepared: nn.Module, backend: str | None = None) -> nn.Module:
     engine = checked_engine(backend or exact_engine())
     carried = copy.deepcopy(prepared).eval()
     clamps: dict[str, tuple[float, float]] = {}
+    absorb_norms(carried)
     for name, module in carried.named_modules():
         lay_on_grid(module)
         quantizer = getattr(module, "activation_post_process", None)

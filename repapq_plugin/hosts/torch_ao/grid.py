@@ -14,6 +14,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.ao.nn import intrinsic
+from torch.ao.nn.intrinsic import qat
 from torch.ao.quantization import FakeQuantizeBase, ObserverBase
 from torch.ao.quantization.fx._lower_to_native_backend import (
     is_copy_node,
@@ -35,6 +37,18 @@ MOVING: tuple[Callable[[Node, dict[str, nn.Module]], tuple[bool, ...]], ...] = (
     is_other_node,
 )
 """torch.ao's own checks for operators that it takes to keep the grid of their input."""
+
+RECTIFIED = (
+    intrinsic.ConvReLU2d,
+    intrinsic.LinearReLU,
+    qat.ConvReLU2d,
+    qat.LinearReLU,
+    qat.ConvBnReLU2d,
+)
+"""What torch.ao fuses from a layer and its ReLU."""
+
+NORMED = (qat.ConvBn2d, qat.ConvBnReLU2d, qat.LinearBn1d)
+"""What torch.ao fuses from a layer and its batch norm to be trained; it quantizes the product of both."""
 
 STORED = {torch.quint8: CONTAINERS[torch.uint8], torch.qint8: CONTAINERS[torch.int8]}
 """Smallest and largest code of torch.ao's types."""
@@ -81,6 +95,7 @@ def carry_grid(prepared: GraphModule, backend: str | None = None) -> GraphModule
     """
     engine = checked_engine(backend or exact_engine())
     carried = copy.deepcopy(prepared)
+    absorb_norms(carried)
     for module in carried.modules():
         lay_on_grid(module)
     if engine in INTEGER_BIAS:
@@ -130,6 +145,24 @@ def _clamp_behind(graph: Graph, node: Node, bounds: tuple[float, float], contigu
             last = graph.call_module(str(node.target), (last,))
     for reader in readers:
         reader.replace_input_with(node, last)
+
+
+@torch.no_grad()
+def absorb_norms(model: nn.Module) -> None:
+    """Multiply the norms of torch.ao's trained modules into weight and bias, in place; what stays of them is 1 and 0.
+
+    The weight is then what its quantizer quantizes.
+    """
+    for module in model.modules():
+        if isinstance(module, NORMED):
+            layer, norm = cast(Any, module), cast(Any, module.bn)
+            factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+            bias = 0 if layer.bias is None else layer.bias
+            layer.bias = nn.Parameter(norm.bias + (bias - norm.running_mean) * factor)
+            layer.weight.copy_(layer.weight * factor.reshape(-1, *[1] * (layer.weight.dim() - 1)))
+            norm.eps = 0.0
+            for kept, value in ((norm.weight, 1), (norm.bias, 0), (norm.running_mean, 0), (norm.running_var, 1)):
+                kept.fill_(value)
 
 
 def lay_biases_on_grid(prepared: GraphModule) -> None:

@@ -10,7 +10,14 @@ from torch.fx import GraphModule
 
 from repapq_plugin.errors import HostError
 from repapq_plugin.fake_quantize import LearnableFakeQuantize
-from repapq_plugin.hosts.torch_ao.grid import layer_of, quantizer_at, resting, weight_quantizer_of
+from repapq_plugin.hosts.torch_ao.grid import (
+    RECTIFIED,
+    absorb_norms,
+    layer_of,
+    quantizer_at,
+    resting,
+    weight_quantizer_of,
+)
 from repapq_plugin.layers import QUANTIZABLE, QuantizedLayer
 
 
@@ -28,6 +35,7 @@ def quantized_network(prepared: GraphModule) -> GraphModule:
         HostError: No layer of the graph has quantizers of ours.
     """
     network = copy.deepcopy(prepared)
+    absorb_norms(network)
     inputs: dict[str, LearnableFakeQuantize] = {}
     found = 0
     for node in list(network.graph.nodes):
@@ -42,8 +50,8 @@ def quantized_network(prepared: GraphModule) -> GraphModule:
         if key not in inputs:
             inputs[key] = cast(LearnableFakeQuantize, resting(source))
         quantized: nn.Module = QuantizedLayer(_plain(layer), weight, inputs[key])
-        followers = list(module.children())[1:] if layer is not module else []
-        network.set_submodule(str(node.target), nn.Sequential(quantized, *followers) if followers else quantized)
+        rectified = isinstance(module, RECTIFIED)
+        network.set_submodule(str(node.target), nn.Sequential(quantized, nn.ReLU()) if rectified else quantized)
         found += 1
     if not found:
         raise HostError("No layer of the graph has quantizers of ours; prepare it with repapq_qconfig_mapping.")
@@ -57,7 +65,8 @@ def quantized_network(prepared: GraphModule) -> GraphModule:
 
 
 def _plain(layer: nn.Module) -> nn.Module:
-    """Return the layer without what torch.ao hung on it."""
-    plain: Any = copy.copy(layer)
+    """Return the layer without what torch.ao hung on it or made of it."""
+    trained = hasattr(layer, "to_float")
+    plain: Any = layer_of(cast(Any, layer).to_float()) if trained else copy.copy(layer)
     plain.__dict__.pop("qconfig", None)
     return cast(nn.Module, plain)
