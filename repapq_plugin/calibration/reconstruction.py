@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from repapq_plugin.calibration.across_block import across_block_loss
-from repapq_plugin.calibration.learners import Learner, output_magnitudes, parameter_groups, restore, snapshot
+from repapq_plugin.calibration.learners import (
+    Learner,
+    leave_ties,
+    output_magnitudes,
+    parameter_groups,
+    restore,
+    snapshot,
+)
 from repapq_plugin.config import RepAPQConfig
 
 logger = logging.getLogger(__name__)
@@ -83,6 +90,7 @@ def reconstruct(subject: Subject, batches: int, config: RepAPQConfig, advance: C
     before, parts_before = evaluate(subject, held_out, config)
     start = snapshot(subject.learners)
     note = _optimise(subject, training, config, advance)
+    leave_ties(subject.learners)
     after, parts_after = evaluate(subject, held_out, config)
     kept = math.isfinite(after) and after < before
     if not kept:

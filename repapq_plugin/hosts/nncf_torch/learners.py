@@ -39,6 +39,11 @@ class WeightLearner:
             groups.append({"params": [self.affine.beta], "lr": rate * magnitude})
         return groups
 
+    def offsets(self) -> list[Tensor]:
+        """See `repapq_plugin.calibration.learners.Learner`."""
+        beta = None if self.affine is None else self.affine.beta
+        return [offset for offset in (_parameter(self.module, "bias"), beta) if offset is not None]
+
     def state(self) -> dict[str, Tensor]:
         """See `repapq_plugin.calibration.learners.Learner`."""
         found: dict[str, Tensor | None] = {
@@ -71,6 +76,10 @@ class ActivationLearner:
     def parameter_groups(self, magnitude: float, rates: LearningRates) -> list[dict[str, Any]]:
         """See `repapq_plugin.calibration.learners.Learner`."""
         return range_groups(self.module, rates)
+
+    def offsets(self) -> list[Tensor]:
+        """A quantizer adds nothing."""
+        return []
 
     def state(self) -> dict[str, Tensor]:
         """See `repapq_plugin.calibration.learners.Learner`."""
