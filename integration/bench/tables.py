@@ -150,14 +150,19 @@ def training_table() -> str:
     rows = rows_of("mimicnorm", "accuracy")
     methods = ("batch norm", "MimicNorm", "no norm")
     body = []
-    for network in dict.fromkeys(row["network"] for row in rows):
+    order = list(dict.fromkeys(row["network"] for row in rows))
+    for network, epochs in sorted(
+        {(row["network"], row["epochs"]) for row in rows}, key=lambda key: (order.index(key[0]), key[1])
+    ):
         scores = {
-            m: [row["accuracy"] for row in rows if (row["network"], row["method"]) == (network, m)] for m in methods
+            m: [r["accuracy"] for r in rows if (r["network"], r["epochs"], r["method"]) == (network, epochs, m)]
+            for m in methods
         }
-        if all(scores.values()):
+        if scores["batch norm"] and scores["MimicNorm"]:
             gap = statistics.mean(scores["MimicNorm"]) - statistics.mean(scores["batch norm"])
-            body.append([network, *(mean_of(scores[method]) for method in methods), f"{gap:+.2f}"])
-    return markdown(["top-1 %", *methods, "MimicNorm less batch norm"], body)
+            cells = (mean_of(scores[method]) for method in methods)
+            body.append([network, str(epochs), *cells, f"{gap:+.2f}"])
+    return markdown(["top-1 %", "epochs", *methods, "MimicNorm less batch norm"], body)
 
 
 def outlier_table() -> str:
