@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.ao.quantization import FixedQParamsFakeQuantize, FixedQParamsObserver, ObserverBase
 from torch.fx import GraphModule
 
 from repapq_plugin.core.quant_primitives import quantize
@@ -48,10 +47,7 @@ def simulate_integers(prepared: GraphModule, backend: str | None = None) -> Grap
     """
     engine = checked_engine(backend or prepared.meta.get(ENGINE) or exact_engine())
     simulated = carry_grid(prepared, engine)
-    for node in simulated.graph.nodes:
-        quantizer = quantizer_at(simulated, node)
-        if isinstance(quantizer, ObserverBase):
-            simulated.set_submodule(str(node.target), _quantizing(quantizer))
+    grids = {str(node.target): grid for node in simulated.graph.nodes if (grid := quantizer_at(simulated, node))}
     for node in simulated.graph.nodes:
         source = quantizer_at(simulated, node.args[0]) if node.op == "call_module" and node.args else None
         target = next(filter(None, (quantizer_at(simulated, user) for user in node.users)), None)
@@ -62,17 +58,26 @@ def simulate_integers(prepared: GraphModule, backend: str | None = None) -> Grap
         if weight is not None and isinstance(layer_of(module), QUANTIZABLE):
             summed = IntegerSums(module, weight, source, target, engine)
             simulated.set_submodule(str(node.target), summed)
+    for name, quantizer in grids.items():
+        simulated.set_submodule(name, Stored(quantizer))
     return simulated.eval()
 
 
-def _quantizing(observer: ObserverBase) -> nn.Module:
-    """Return a fake quantizer with the very scale of an observer; one that learns would keep its logarithm."""
-    scale, zero_point = cast(Any, observer).calculate_qparams()
-    low, high = STORED_BOUNDS
-    fixed: Any = FixedQParamsObserver.with_args(
-        scale=float(scale), zero_point=int(zero_point), dtype=observer.dtype, quant_min=low, quant_max=high
-    )
-    return cast(nn.Module, cast(Any, FixedQParamsFakeQuantize)(fixed))
+class Stored(nn.Module):
+    """Stores a tensor as 8-bit integers, by the operator with which a converted graph does, and reads it again.
+
+    Args:
+        quantizer: Says scale, zero point and type.
+    """
+
+    def __init__(self, quantizer: nn.Module) -> None:
+        super().__init__()
+        self.grid, self.dtype = _qparams(quantizer), cast(torch.dtype, quantizer.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Lay ``x`` on the grid."""
+        stored = torch.quantize_per_tensor(x, float(self.grid.scale), int(self.grid.zero_point), self.dtype)
+        return stored.dequantize()
 
 
 class IntegerSums(nn.Module):
