@@ -136,13 +136,18 @@ def nncf_table() -> str:
     """Return `nncf.quantize` beside ours: score, kernels and operators of the converted networks."""
     body = []
     order = list(NNCF_MODELS)
-    for row in sorted(
-        rows_of("nncf"), key=lambda row: (order.index(row["model"]), PRESETS.index(row["preset"]), row["method"])
-    ):
-        title, factor, digits = NNCF_MODELS[row["model"]]
-        figures = [f"{factor * row[key]:.{digits}f}" for key in ("float", "torch", "openvino")]
-        body.append([title, bits_of(row), row["method"], *figures, integers(row), str(row["operators"])])
-    return markdown(["seed 0", "bits", "by", "float", "torch", "OpenVINO", "INT8 layers", "operators"], body)
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows_of("nncf"):
+        groups.setdefault((row["model"], row["preset"], row["method"]), []).append(row)
+    for key in sorted(groups, key=lambda key: (order.index(key[0]), PRESETS.index(key[1]), key[2])):
+        rows = groups[key]
+        title, factor, digits = NNCF_MODELS[key[0]]
+        means = (factor * statistics.mean(row[form] for row in rows) for form in ("float", "torch", "openvino"))
+        figures = [f"{mean:.{digits}f}" for mean in means]
+        seeds = ", ".join(str(seed) for seed in sorted(row["seed"] for row in rows))
+        shown = [title, bits_of(rows[0]), key[2], seeds, *figures, integers(rows[0]), str(rows[0]["operators"])]
+        body.append(shown)
+    return markdown(["mean", "bits", "by", "seeds", "float", "torch", "OpenVINO", "INT8 layers", "operators"], body)
 
 
 def training_table() -> str:
