@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,6 +73,14 @@ def test_scoring_the_float_network_leaves_its_branches(detector_checkpoint: Path
     keys = list(bench.model.state_dict())
     bench.score(bench.model)
     assert list(bench.model.state_dict()) == keys
+
+
+def test_one_process_quantizes_several_configs(detector_checkpoint: Path, tmp_path: Path) -> None:
+    """mmengine keeps a visualizer by its name, and with it the folder it was made for."""
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        bench = Workbench(open_config(DETECTOR, FEW_SCENES), str(detector_checkpoint), folder)
+        assert "coco/bbox_mAP" in bench.score(bench.model)
+        shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("steps", [0, 2])

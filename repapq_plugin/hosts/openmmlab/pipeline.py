@@ -198,8 +198,11 @@ def _build_runner(cfg: Config, folder: Path, seed: int, with_test_loop: bool) ->
     cfg.load_from, cfg.resume = None, False
     cfg.launcher = "none"
     cfg.log_level = "WARNING"
-    # One experiment per process and moment: mmengine's loggers are global by this name.
+    # One experiment per process and moment: mmengine's loggers and visualizers are global by their names, and one of
+    # an earlier runner would write into that one's folder.
     cfg.experiment_name = f"repapq_{time.time_ns()}"
+    if cfg.get("visualizer"):
+        cfg.visualizer.name = cfg.experiment_name
     cfg.randomness = {**(cfg.get("randomness") or {}), "seed": seed}
     try:
         runner: Runner = RUNNERS.build(cfg)
