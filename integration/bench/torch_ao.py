@@ -1,14 +1,13 @@
 """What the reference networks score as torch.ao's integer modules and as pt2e graphs, and how fast pt2e runs compiled.
 
     python -m integration.bench.torch_ao classifiers --split test
-    python -m integration.bench.torch_ao detector --split test --steps 50
+    python -m integration.bench.torch_ao detector --split test
     python -m integration.bench.torch_ao latency
 
 Each calibrated network is scored five times on the same images: as calibrated, as the graph that torch.ao
 prepared from it, as the one that follows its engine to the last bit, as torch.ao's integer modules, and as
-pt2e's converted graph. ``latency`` times RepVGG-A0
-with random weights, float and converted, both compiled by inductor, in turns. Results go to
-``results/torch_ao.json`` after every run.
+pt2e's converted graph. ``latency`` times RepVGG-A0 with random weights, float and converted, both compiled by
+inductor, in turns. Results go to ``results/torch_ao.json`` after every run.
 """
 
 from __future__ import annotations

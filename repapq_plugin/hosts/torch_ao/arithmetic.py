@@ -25,7 +25,8 @@ from repapq_plugin.hosts.torch_ao.outputs import STORED_BOUNDS
 from repapq_plugin.layers import QUANTIZABLE, apply_layer, output_channels_axis
 
 ONEDNN_GROUPS = 100
-"""Convolutions of up to so many groups go from ``x86`` to onednn where the processor has VNNI."""
+"""Convolutions of up to so many groups go from ``x86`` to onednn where the processor has VNNI (torch's source; tests
+there compare, none of ours ran on such a processor)."""
 
 FLOAT32_INTEGERS = 2**24
 """Up to here float32 has every integer."""
@@ -75,7 +76,7 @@ class Stored(nn.Module):
         self.grid, self.dtype = _qparams(quantizer), cast(torch.dtype, quantizer.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Lay ``x`` on the grid."""
+        """Return ``x``, float32 of any shape, on the grid."""
         stored = torch.quantize_per_tensor(x, float(self.grid.scale), int(self.grid.zero_point), self.dtype)
         return stored.dequantize()
 
@@ -116,7 +117,7 @@ class IntegerSums(nn.Module):
         self.bias = torch.zeros(()) if layer.bias is None else layer.bias.detach().reshape(self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Sum, rescale and round ``x``."""
+        """Sum, rescale and round ``x``, float32 ``(N, C, H, W)``, or ``(..., features)`` for a linear layer."""
         codes = torch.round(x / self.source.scale).to(self.codes.dtype)
         sums = apply_layer(self.layer, codes, self.codes)
         low, high = STORED_BOUNDS

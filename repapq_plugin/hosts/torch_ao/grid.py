@@ -152,6 +152,9 @@ def absorb_norms(model: nn.Module) -> None:
     """Multiply the norms of torch.ao's trained modules into weight and bias, in place; what stays of them is 1 and 0.
 
     The weight is then what its quantizer quantizes.
+
+    Args:
+        model: In evaluation mode: running statistics are taken, as its forward pass takes them.
     """
     for module in model.modules():
         if isinstance(module, NORMED):
