@@ -11,7 +11,7 @@ import torch
 from mmpretrain.models.backbones.repvgg import RepVGGBlock
 
 from integration.fashion.scenes import ANNOTATIONS_FILE, scene_folder
-from repapq_plugin.hosts.openmmlab.pipeline import Workbench, open_config
+from repapq_plugin.hosts.openmmlab.workbench import Workbench, open_config
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "integration" / "assets"

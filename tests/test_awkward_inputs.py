@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from repapq_plugin import CalibrationResult, RepAPQConfig, quantize_model
 from repapq_plugin.errors import CalibrationError
-from repapq_plugin.layers import QuantizedLayer
-from tests.calibration.networks import TwoBranchBlock, settle
+from repapq_plugin.quantizers.layers import QuantizedLayer
+from tests.support.networks import TwoBranchBlock, settle
 
 
 @dataclass

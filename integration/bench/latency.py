@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from integration.bench.reference import environment, write_result
 from repapq_plugin import RepAPQConfig, quantize_model
-from repapq_plugin.calibration.quantize import merge_for_inference
 from repapq_plugin.evaluation.latency import measure_latency
 from repapq_plugin.evaluation.runtimes import OpenVINONetwork
 from repapq_plugin.export import check_int8, export_onnx, export_openvino
 from repapq_plugin.export.openvino import layer_kernels
+from repapq_plugin.job import merge_for_inference
 
 
 def make_network(name: str, size: int) -> tuple[nn.Module, list[Tensor]]:

@@ -34,8 +34,8 @@ from integration.bench.mimicnorm_networks import METHODS, NETWORKS, build
 from integration.bench.reference import RESULTS, environment, write_result
 from integration.fashion import load_items
 from repapq_plugin import RepAPQConfig, quantize_model
-from repapq_plugin.calibration.quantize import merge_for_inference
 from repapq_plugin.evaluation.latency import measure_latency
+from repapq_plugin.job import merge_for_inference
 from repapq_plugin.mimicnorm import LastBatchNorm, WeightMean, convert
 
 RATES = {"batch norm": 0.1, "MimicNorm": 0.4, "no norm": 0.02}

@@ -43,17 +43,17 @@ from integration.bench.reference import (
     write_result,
 )
 from repapq_plugin import RepAPQConfig
-from repapq_plugin.calibration.quantize import merge_for_inference
-from repapq_plugin.calibration.trace import trace_network
 from repapq_plugin.evaluation.latency import measure_latency
 from repapq_plugin.evaluation.runtimes import OpenVINONetwork
 from repapq_plugin.export.openvino import layer_kernels
-from repapq_plugin.hosts.nncf_torch import quantize_with_record
-from repapq_plugin.hosts.nncf_torch.calibrate import carry_few_bits, set_bits
-from repapq_plugin.hosts.nncf_torch.placement import find_placement
+from repapq_plugin.hosts.nncf import quantize_with_record
+from repapq_plugin.hosts.nncf.calibrate import carry_few_bits, set_bits
+from repapq_plugin.hosts.nncf.placement import find_placement
 from repapq_plugin.hosts.openmmlab import TensorPath
 from repapq_plugin.hosts.openmmlab.network import prepare
-from repapq_plugin.hosts.openmmlab.pipeline import Workbench, open_config
+from repapq_plugin.hosts.openmmlab.workbench import Workbench, open_config
+from repapq_plugin.job import merge_for_inference
+from repapq_plugin.quantizers.trace import trace_network
 
 SCENES = {"yolov6-n": "coco/bbox_mAP", "rtmdet-ins": "coco/bbox_mAP", "repvgg-fcn": "mIoU"}
 """Networks of scenes, and which of their toolbox's metrics counts."""

@@ -37,11 +37,11 @@ from integration.bench.reference import (
     write_result,
 )
 from repapq_plugin import RepAPQConfig, quantize_model
-from repapq_plugin.calibration.quantize import merge_for_inference
 from repapq_plugin.evaluation.latency import measure_latency
-from repapq_plugin.hosts import torch_ao, torchao_pt2e
+from repapq_plugin.hosts import pt2e, torch_ao
 from repapq_plugin.hosts.openmmlab.network import TensorPath, flatten, prepare
-from repapq_plugin.hosts.openmmlab.pipeline import Workbench, open_config
+from repapq_plugin.hosts.openmmlab.workbench import Workbench, open_config
+from repapq_plugin.job import merge_for_inference
 
 DETECTOR = ROOT / "mm_configs" / "fashion" / "repapq_yolov6-n_w8a8_fashion.py"
 COMPARED = (
@@ -77,7 +77,7 @@ def forms(model: nn.Module, images: list[Tensor], engine: str) -> dict[str, nn.M
     example = (images[0],)
     prepared = torch_ao.prepare_learned(model, example, images, backend=engine)
     batch = torch.export.Dim("batch", min=1, max=4096)
-    learned = torchao_pt2e.prepare_learned(model, example, dynamic_shapes=({0: batch},))
+    learned = pt2e.prepare_learned(model, example, dynamic_shapes=({0: batch},))
     return {
         "calibrated": model,
         "torch.ao prepared": prepared,
@@ -225,7 +225,7 @@ def latency(name: str, size: int, threads: int, rounds: int, seed: int) -> None:
     merged, *_ = merge_for_inference(network, lambda m: m(image))
     ranges = RepAPQConfig.from_preset("w8a8", first_last_bits=None, seed=seed).plain()
     result = quantize_model(network, batches, ranges)
-    converted = convert_pt2e(torchao_pt2e.prepare_learned(result, (image,)))
+    converted = convert_pt2e(pt2e.prepare_learned(result, (image,)))
     torch.set_num_threads(threads)
     inductor.freezing = True
     runs: dict[str, Callable[[], Any]] = {}

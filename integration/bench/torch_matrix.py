@@ -41,7 +41,7 @@ SUITES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "ONNX": ("import onnx, onnxruntime", ("tests/export/test_qdq_onnx.py", "tests/export/test_deploy.py")),
     "torch.ao": ("import repapq_plugin.hosts.torch_ao", ("integration/torch_ao",)),
-    "torchao pt2e": ("import repapq_plugin.hosts.torchao_pt2e", ("integration/torchao_pt2e",)),
+    "torchao pt2e": ("import repapq_plugin.hosts.pt2e", ("integration/pt2e",)),
 }
 """Per suite: what must be importable, and its paths."""
 

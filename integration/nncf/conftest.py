@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from repapq_plugin import RepAPQConfig
-from repapq_plugin.calibration.result import CalibrationResult
-from repapq_plugin.hosts.nncf_torch import quantize_with_record
-from tests.calibration.networks import Chain, Pyramid, settle
+from repapq_plugin.hosts.nncf import quantize_with_record
+from repapq_plugin.result import CalibrationResult
+from tests.support.networks import Chain, Pyramid, settle
 
 
 @pytest.fixture(scope="session", autouse=True)

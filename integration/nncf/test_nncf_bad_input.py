@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from repapq_plugin import RepAPQConfig
 from repapq_plugin.errors import CalibrationError, ConfigError, HostError
-from repapq_plugin.hosts.nncf_torch import quantize
+from repapq_plugin.hosts.nncf import quantize
 
 FAST = RepAPQConfig(steps=1)
 

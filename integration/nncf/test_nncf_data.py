@@ -8,7 +8,7 @@ import nncf
 import torch
 from torch import Tensor, nn
 
-from repapq_plugin.hosts.nncf_torch.data import calibration_items, described, joined
+from repapq_plugin.hosts.nncf.data import calibration_items, described, joined
 
 
 class Mean(nn.Module):

@@ -13,14 +13,14 @@ from mmengine.runner import Runner
 from nncf.torch.function_hook import get_hook_storage
 
 from integration.openmmlab.scenes import CLASSIFIER, DETECTOR, FEW_ITEMS, FEW_SCENES, random_checkpoint
-from repapq_plugin.calibration.quantize import merge_for_inference
 from repapq_plugin.errors import ConfigError, ExportError, HostError
-from repapq_plugin.hosts.nncf_torch.engine import NNCFNetwork
+from repapq_plugin.hosts.nncf.hosted import NNCFNetwork
 from repapq_plugin.hosts.openmmlab import RepAPQTestLoop, TensorPath
-from repapq_plugin.hosts.openmmlab.engines import find_engine
 from repapq_plugin.hosts.openmmlab.network import prepare
-from repapq_plugin.hosts.openmmlab.pipeline import Workbench, open_config
+from repapq_plugin.hosts.openmmlab.other_hosts import find_engine
 from repapq_plugin.hosts.openmmlab.settings import Settings
+from repapq_plugin.hosts.openmmlab.workbench import Workbench, open_config
+from repapq_plugin.job import merge_for_inference
 
 
 @pytest.fixture(scope="module")

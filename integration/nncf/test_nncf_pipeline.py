@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from integration.nncf.conftest import Case
 from repapq_plugin import MAEObserver, RepAPQConfig
-from repapq_plugin.calibration.quantize import merge_for_inference
 from repapq_plugin.errors import CalibrationError, HostError
-from repapq_plugin.hosts.nncf_torch import RepAPQAlgorithm, mae_range_estimator
-from repapq_plugin.hosts.nncf_torch.range_estimator import MAERange, WholeTensor, collectors, register
+from repapq_plugin.hosts.nncf import RepAPQAlgorithm, mae_range_estimator
+from repapq_plugin.hosts.nncf.range_estimator import MAERange, WholeTensor, collectors, register
+from repapq_plugin.job import merge_for_inference
 
 
 @pytest.fixture(scope="module")

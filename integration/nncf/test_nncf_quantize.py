@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from integration.nncf.conftest import Case
 from repapq_plugin import RepAPQConfig
-from repapq_plugin.calibration.quantize import merge_for_inference
-from repapq_plugin.calibration.trace import flatten_tensors
 from repapq_plugin.export.openvino import layer_kernels
-from repapq_plugin.hosts.nncf_torch import RangeClamp, quantize
-from tests.calibration.networks import Chain, settle
+from repapq_plugin.hosts.nncf import RangeClamp, quantize
+from repapq_plugin.job import merge_for_inference
+from repapq_plugin.quantizers.trace import flatten_tensors
+from tests.support.networks import Chain, settle
 
 OURS = ("nncf.*", "repapq_plugin.*")
 

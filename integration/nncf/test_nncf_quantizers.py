@@ -10,7 +10,7 @@ from nncf.common.quantization.structs import QuantizationScheme
 from nncf.torch.quantization.layers import AsymmetricQuantizer, BaseQuantizer, PTQuantizerSpec, SymmetricQuantizer
 
 from repapq_plugin.core.quant_primitives import fake_quantize
-from repapq_plugin.hosts.nncf_torch.quantizers import (
+from repapq_plugin.hosts.nncf.quantizers import (
     RangeClamp,
     carry,
     channel_axis,

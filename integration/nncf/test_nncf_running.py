@@ -18,13 +18,13 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from integration.openmmlab.scenes import CONFIGS, DETECTOR, random_model
-from repapq_plugin.calibration.partition import find_stages, find_units
-from repapq_plugin.calibration.replay import answering
-from repapq_plugin.calibration.trace import flatten_tensors, trace_network
-from repapq_plugin.hosts.nncf_torch.running import counting_skipped, run_alone, watch_calls
+from repapq_plugin.hosts.nncf.running import counting_skipped, run_alone, watch_calls
 from repapq_plugin.hosts.openmmlab import TensorPath
-from repapq_plugin.reparam.fuse import merge_branches
-from tests.calibration.networks import Chain, Pyramid, settle
+from repapq_plugin.method.partition import find_stages, find_units
+from repapq_plugin.method.replay import answering
+from repapq_plugin.quantizers.trace import flatten_tensors, trace_network
+from repapq_plugin.reparam.merge import merge_branches
+from tests.support.networks import Chain, Pyramid, settle
 
 
 def _timm(name: str) -> nn.Module:

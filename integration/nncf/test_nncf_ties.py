@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from repapq_plugin.calibration.learners import TIE_MARGIN, leave_ties
-from repapq_plugin.hosts.nncf_torch.learners import WeightLearner
-from repapq_plugin.layers import ChannelAffine
+from repapq_plugin.hosts.nncf.learners import WeightLearner
+from repapq_plugin.method.learners import TIE_MARGIN, leave_ties
+from repapq_plugin.quantizers.layers import ChannelAffine
 
 
 def layer(bias: float) -> Any:

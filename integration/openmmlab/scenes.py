@@ -8,7 +8,7 @@ import torch
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from repapq_plugin.hosts.openmmlab.pipeline import open_config
+from repapq_plugin.hosts.openmmlab.workbench import open_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "mm_configs" / "fashion"

@@ -16,8 +16,8 @@ from integration.openmmlab.scenes import CLASSIFIER, DETECTOR, FEW_SCENES, rando
 from repapq_plugin import CalibrationResult, RepAPQConfig
 from repapq_plugin.hosts.openmmlab.checkpoint import load_weights
 from repapq_plugin.hosts.openmmlab.network import run_batch
-from repapq_plugin.hosts.openmmlab.pipeline import Workbench, open_config
 from repapq_plugin.hosts.openmmlab.work import RESULT_FILE, calibrate
+from repapq_plugin.hosts.openmmlab.workbench import Workbench, open_config
 
 
 def test_the_averaged_weights_of_an_ema_checkpoint_are_taken(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from mmengine.registry import init_default_scope
 from integration.openmmlab.scenes import CLASSIFIER, FEW_ITEMS
 from repapq_plugin.errors import HostError
 from repapq_plugin.hosts.openmmlab.data import calibration_batches, choose_dataloader
-from repapq_plugin.hosts.openmmlab.pipeline import open_config
+from repapq_plugin.hosts.openmmlab.workbench import open_config
 
 
 def _config() -> Any:

@@ -16,7 +16,7 @@ from torch.ao.nn import quantized as nnq
 from integration.openmmlab.scenes import CLASSIFIER, DETECTOR, FEW_ITEMS, FEW_SCENES
 from repapq_plugin.errors import ConfigError, HostError
 from repapq_plugin.hosts.openmmlab.network import flatten, prepare
-from repapq_plugin.hosts.openmmlab.pipeline import open_config
+from repapq_plugin.hosts.openmmlab.workbench import open_config
 
 QUICK = {"preset": "w8a8", "steps": 0, "activation_observer": "min_max", "equalize": False}
 

@@ -12,12 +12,12 @@ from mmengine.registry import MODELS, init_default_scope
 
 from integration.openmmlab.scenes import ROOT
 from repapq_plugin.hosts.openmmlab.network import flatten, run_batch
-from repapq_plugin.hosts.openmmlab.pipeline import open_config
 from repapq_plugin.hosts.openmmlab.settings import settings_of
 from repapq_plugin.hosts.openmmlab.work import calibrate
-from repapq_plugin.layers import QuantizedLayer
+from repapq_plugin.hosts.openmmlab.workbench import open_config
+from repapq_plugin.quantizers.layers import QuantizedLayer
 from repapq_plugin.reparam.branches import is_registered
-from repapq_plugin.reparam.fuse import MergedBlock
+from repapq_plugin.reparam.merge import MergedBlock
 
 FOLDERS = ("mmdet", "mmpretrain", "mmseg", "mmyolo")
 READY = sorted(path for folder in FOLDERS for path in (ROOT / "mm_configs" / folder).glob("repapq_*.py"))

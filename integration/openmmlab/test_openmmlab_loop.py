@@ -14,9 +14,9 @@ import repapq_plugin.hosts.openmmlab as host
 from integration.openmmlab.scenes import CONFIGS, DETECTOR, FEW_SCENES
 from repapq_plugin import MAEObserver
 from repapq_plugin.errors import ConfigError, HostError
-from repapq_plugin.hosts.openmmlab.pipeline import open_config
-from repapq_plugin.layers import QuantizedLayer
-from repapq_plugin.reparam.fuse import MergedBlock
+from repapq_plugin.hosts.openmmlab.workbench import open_config
+from repapq_plugin.quantizers.layers import QuantizedLayer
+from repapq_plugin.reparam.merge import MergedBlock
 
 
 def _config(checkpoint: Path, folder: Path, **test_cfg: Any) -> Config:

@@ -19,7 +19,7 @@ from integration.openmmlab.scenes import ROOT
 from repapq_plugin.errors import HostError
 from repapq_plugin.hosts.openmmlab.mimicnorm import run_images
 from repapq_plugin.hosts.openmmlab.network import run_batch
-from repapq_plugin.hosts.openmmlab.pipeline import Workbench, open_config
+from repapq_plugin.hosts.openmmlab.workbench import Workbench, open_config
 from repapq_plugin.mimicnorm import LastBatchNorm, MimicNorm2d, WeightMean
 from repapq_plugin.mimicnorm.convert import replace_batch_norms
 

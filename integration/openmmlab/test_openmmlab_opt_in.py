@@ -19,9 +19,9 @@ from mmengine.utils import get_installed_path
 import repapq_plugin.hosts.openmmlab as host
 from integration.openmmlab.scenes import CLASSIFIER, DETECTOR, FEW_ITEMS, FEW_SCENES, ROOT
 from integration.openmmlab.test_openmmlab_tools import run_tool
-from repapq_plugin.hosts.openmmlab.pipeline import open_config
 from repapq_plugin.hosts.openmmlab.scopes import register_scopes
 from repapq_plugin.hosts.openmmlab.settings import settings_of
+from repapq_plugin.hosts.openmmlab.workbench import open_config
 
 SCOPED = "repapq_plugin::_base_/repapq_w4a4.py"
 PRESETS = {"w8a8": (8, 8), "w6a6": (6, 6), "w4a4": (4, 4), "mixed": (4, 8)}

@@ -15,10 +15,10 @@ from torch.ao.quantization import disable_observer as stop_observing
 from repapq_plugin import CalibrationResult, RepAPQConfig, quantize_model
 from repapq_plugin.errors import CalibrationError, ConfigError, HostError
 from repapq_plugin.export.deploy import without_quantizers
-from repapq_plugin.fake_quantize import LearnableFakeQuantize
 from repapq_plugin.hosts import torch_ao
-from repapq_plugin.layers import QuantizedLayer
-from tests.calibration.networks import Chain, TwoBranchBlock, batches, settle
+from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
+from repapq_plugin.quantizers.layers import QuantizedLayer
+from tests.support.networks import Chain, TwoBranchBlock, batches, settle
 
 QUICK = {"activation_observer": "min_max", "weight_observer": "min_max", "equalize": False}
 

@@ -12,8 +12,8 @@ from torch.ao.nn import quantized as nnq
 
 from repapq_plugin import CalibrationResult, RepAPQConfig
 from repapq_plugin.errors import ConfigError, ExportError
-from repapq_plugin.hosts.torch_ao.engine import quantize_network
-from tests.calibration.networks import Chain, batches, settle
+from repapq_plugin.hosts.torch_ao.hosted import quantize_network
+from tests.support.networks import Chain, batches, settle
 
 CONFIG = RepAPQConfig(steps=0, activation_observer="min_max", weight_observer="min_max", equalize=False)
 

@@ -18,12 +18,12 @@ from torch.fx import GraphModule, symbolic_trace
 from repapq_plugin import CalibrationResult, RepAPQConfig, export_onnx, quantize_model
 from repapq_plugin.errors import CalibrationError, ConfigError, HostError
 from repapq_plugin.export.deploy import without_quantizers
-from repapq_plugin.fake_quantize import LearnableFakeQuantize
 from repapq_plugin.hosts import torch_ao
 from repapq_plugin.hosts.torch_ao import engines
 from repapq_plugin.hosts.torch_ao.fx import ENGINE
-from repapq_plugin.layers import QuantizedLayer
-from tests.calibration.networks import Chain, Pyramid, batches, settle
+from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
+from repapq_plugin.quantizers.layers import QuantizedLayer
+from tests.support.networks import Chain, Pyramid, batches, settle
 
 INTEGER_LAYERS = (nnq.Conv2d, nnq.ConvTranspose2d, nnq.Linear)
 TIES = 1

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantize, QConfig, QConfigMapping, observer
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
-from repapq_plugin.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
 from repapq_plugin.hosts import torch_ao
 from repapq_plugin.observers import MinMaxObserver, PerChannelMinMaxObserver
+from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
 
 TYPES = [torch.quint8, torch.qint8]
 GRIDS: dict[torch.dtype, list[dict[str, Any]]] = {

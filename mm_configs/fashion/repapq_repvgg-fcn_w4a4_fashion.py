@@ -1,3 +1,3 @@
-_base_ = ['./repvgg-fcn_fashion.py', '../_base_/repapq_w4a4.py']
+_base_ = ["./repvgg-fcn_fashion.py", "../_base_/repapq_w4a4.py"]
 
-load_from = '{{ fileDirname }}/../../integration/assets/repvgg-fcn_fashion.pth'
+load_from = "{{ fileDirname }}/../../integration/assets/repvgg-fcn_fashion.pth"

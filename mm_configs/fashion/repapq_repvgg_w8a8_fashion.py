@@ -1,3 +1,3 @@
-_base_ = ['./repvgg_fashion.py', '../_base_/repapq_w8a8.py']
+_base_ = ["./repvgg_fashion.py", "../_base_/repapq_w8a8.py"]
 
-load_from = '{{ fileDirname }}/../../integration/assets/repvgg_fashion.pth'
+load_from = "{{ fileDirname }}/../../integration/assets/repvgg_fashion.pth"

@@ -1,3 +1,3 @@
-_base_ = ['./yolov6-n_fashion.py', '../_base_/repapq_w4a4.py']
+_base_ = ["./yolov6-n_fashion.py", "../_base_/repapq_w4a4.py"]
 
-load_from = '{{ fileDirname }}/../../integration/assets/yolov6-n_fashion.pth'
+load_from = "{{ fileDirname }}/../../integration/assets/yolov6-n_fashion.pth"

@@ -1,3 +1,3 @@
-_base_ = ['./yolov6-n_fashion.py', '../_base_/repapq_w8a8.py']
+_base_ = ["./yolov6-n_fashion.py", "../_base_/repapq_w8a8.py"]
 
-load_from = '{{ fileDirname }}/../../integration/assets/yolov6-n_fashion.pth'
+load_from = "{{ fileDirname }}/../../integration/assets/yolov6-n_fashion.pth"

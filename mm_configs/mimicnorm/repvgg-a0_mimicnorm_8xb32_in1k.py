@@ -1,9 +1,9 @@
 """RepVGG-A0 for ImageNet, trained without batch norm but for one behind its last layer."""
 
-_base_ = 'mmpretrain::repvgg/repvgg-A0_8xb32_in1k.py'
+_base_ = "mmpretrain::repvgg/repvgg-A0_8xb32_in1k.py"
 
-custom_imports = dict(imports=['repapq_plugin.hosts.openmmlab'], allow_failed_imports=False)
+custom_imports = dict(imports=["repapq_plugin.hosts.openmmlab"], allow_failed_imports=False)
 
-model = dict(backbone=dict(norm_cfg=dict(type='MimicNorm')))
+model = dict(backbone=dict(norm_cfg=dict(type="MimicNorm")))
 
-custom_hooks = [dict(type='MimicNormHook')]
+custom_hooks = [dict(type="MimicNormHook")]

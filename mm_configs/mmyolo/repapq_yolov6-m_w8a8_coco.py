@@ -1,1 +1,1 @@
-_base_ = ['mmyolo::yolov6/yolov6_m_syncbn_fast_8xb32-300e_coco.py', '../_base_/repapq_w8a8.py']
+_base_ = ["mmyolo::yolov6/yolov6_m_syncbn_fast_8xb32-300e_coco.py", "../_base_/repapq_w8a8.py"]

@@ -1,4 +1,4 @@
-"""Run a model as at inference, and read the tensors of whatever it returns."""
+"""Running a model: as at inference, and with random numbers that leave no trace outside."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """Run ``model`` on a batch the usual way: a tensor, ``(inputs, ...)``, or a dict of keywords."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(batch[0])
+    return model(batch)
 
 
 @contextmanager
@@ -27,12 +36,33 @@ def inference(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def tensors_of(output: Any) -> list[Tensor]:
-    """Collect the tensors of nested sequences, mappings and objects with ``items()``, in order."""
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, Mapping) or callable(getattr(output, "items", None)):
-        return [tensor for _, value in output.items() for tensor in tensors_of(value)]
-    if isinstance(output, list | tuple):
-        return [tensor for value in output for tensor in tensors_of(value)]
-    return []
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter of a model require gradients; what each required comes back afterwards."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch on every device; afterwards each generator goes on as if nothing had been drawn."""
+    accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
+    kind = accelerator.type if accelerator is not None else "cuda"
+    module = getattr(torch, kind, None)
+    devices = list(range(module.device_count())) if module is not None and module.is_available() else []
+    with torch.random.fork_rng(devices=devices, device_type=kind):
+        torch.manual_seed(seed)
+        yield
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the host's or a device's memory is full."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from repapq_plugin.errors import ExportError
-from repapq_plugin.fake_quantize import LearnableFakeQuantize
-from repapq_plugin.layers import QuantizedLayer, apply_layer, output_channels_axis
+from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
+from repapq_plugin.quantizers.layers import QuantizedLayer, apply_layer, output_channels_axis
 
 CONTAINERS = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
 """Integer types of the carried grid and the smallest and largest code of each."""

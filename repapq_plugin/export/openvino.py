@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from repapq_plugin.core.files import unwritable
 from repapq_plugin.errors import ExportError
-from repapq_plugin.export.files import unwritable
 from repapq_plugin.export.qdq_onnx import export_onnx, quantized_module, relative_difference, tensors_in
 
 COMPUTE_LAYERS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")

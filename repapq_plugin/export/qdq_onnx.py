@@ -16,9 +16,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from repapq_plugin.core.files import write_atomically
 from repapq_plugin.errors import ExportError
 from repapq_plugin.export.deploy import DeployedLayer, deployable, without_quantizers
-from repapq_plugin.export.files import write_atomically
 from repapq_plugin.reparam.norms import is_norm
 
 LOGGER = logging.getLogger(__name__)

@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from repapq_plugin.core.running import inference, tensors_of
+from repapq_plugin.core.running import inference
 from repapq_plugin.core.tensor_notes import TensorNotes
+from repapq_plugin.core.tensors import tensors_of
 from repapq_plugin.errors import ConfigError
 from repapq_plugin.mimicnorm.layers import MimicNorm2d
 

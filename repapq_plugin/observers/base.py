@@ -46,7 +46,7 @@ def refuse_pt2e(kind: type, dtype: torch.dtype) -> None:
     if dtype in (torch.uint8, torch.int8):
         raise HostError(
             f"{kind.__name__} got dtype={dtype}, which is how torchao's pt2e says it; there name "
-            f"repapq_plugin.hosts.torchao_pt2e.{kind.__name__}. torch.ao says torch.quint8 and torch.qint8."
+            f"repapq_plugin.hosts.pt2e.{kind.__name__}. torch.ao says torch.quint8 and torch.qint8."
         )
 
 

@@ -5,10 +5,10 @@ Importing it teaches the families of `families` (by name only; no host is import
 
 from repapq_plugin.reparam import families as _families
 from repapq_plugin.reparam.branches import Branch, BranchSpec, branches_of, register_branches
+from repapq_plugin.reparam.by_algebra.unknown import find_unknown_multibranch
 from repapq_plugin.reparam.fold import fold_batchnorm, fold_conv_norm_pairs
-from repapq_plugin.reparam.fuse import MergedBlock, MergeRecord, fuse_branches, merge_branches
+from repapq_plugin.reparam.merge import MergedBlock, MergeRecord, fuse_branches, merge_branches
 from repapq_plugin.reparam.qarepvgg import QARepVGGBlock
-from repapq_plugin.reparam.unknown import find_unknown_multibranch
 
 __all__ = [
     "Branch",

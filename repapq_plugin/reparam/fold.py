@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from repapq_plugin.core.running import inference, tensors_of
+from repapq_plugin.core.running import inference
 from repapq_plugin.core.tensor_notes import TensorNotes
+from repapq_plugin.core.tensors import tensors_of
 from repapq_plugin.errors import MergeError
 from repapq_plugin.reparam.norms import is_norm, norm_affine, tail_of
 

@@ -11,7 +11,7 @@ import torch
 from repapq_plugin.errors import ConfigError, ExportError
 from repapq_plugin.evaluation import OnnxRuntimeNetwork, OpenVINONetwork
 from repapq_plugin.export import export_onnx
-from tests.export.networks import Chain, SharedHead, example, make, outputs_of, quantized, set_ranges
+from tests.support.export_networks import Chain, SharedHead, example, make, outputs_of, quantized, set_ranges
 
 RUNTIMES = [OnnxRuntimeNetwork, OpenVINONetwork]
 

@@ -9,9 +9,9 @@ from torch import nn
 from repapq_plugin.core.quant_primitives import quantize
 from repapq_plugin.errors import ExportError
 from repapq_plugin.export.deploy import DeployedLayer, deployable, without_quantizers
-from repapq_plugin.fake_quantize import LearnableFakeQuantize
-from repapq_plugin.layers import ChannelAffine, QuantizedLayer
-from tests.export.networks import NETWORKS, Chain, Transposed, make, outputs_of, quantized, set_ranges
+from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
+from repapq_plugin.quantizers.layers import ChannelAffine, QuantizedLayer
+from tests.support.export_networks import NETWORKS, Chain, Transposed, make, outputs_of, quantized, set_ranges
 
 BITS = [(8, 8), (6, 6), (4, 4), (3, 5), (2, 2)]
 

@@ -13,7 +13,8 @@ from repapq_plugin.errors import ExportError
 from repapq_plugin.evaluation.runtimes import OpenVINONetwork
 from repapq_plugin.export import check_int8, export_onnx, export_openvino, int8_layers
 from repapq_plugin.export.openvino import layer_kernels
-from tests.export.networks import (
+from tests.export.test_qdq_onnx import largest_file
+from tests.support.export_networks import (
     NETWORKS,
     Chain,
     Classifier,
@@ -24,7 +25,6 @@ from tests.export.networks import (
     quantized,
     set_ranges,
 )
-from tests.export.test_qdq_onnx import largest_file
 
 # 7 bits of weights where activations have 8: exact on every processor (see saturation below).
 BITS = [(7, 8), (6, 6), (4, 4), (3, 5)]

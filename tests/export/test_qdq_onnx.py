@@ -21,7 +21,7 @@ from repapq_plugin.errors import ExportError
 from repapq_plugin.evaluation.runtimes import OnnxRuntimeNetwork
 from repapq_plugin.export import deployable, export_onnx
 from repapq_plugin.export.deploy import DeployedLayer
-from tests.export.networks import NETWORKS, Chain, Classifier, SharedHead, Tokens, example, make, outputs_of
+from tests.support.export_networks import NETWORKS, Chain, Classifier, SharedHead, Tokens, example, make, outputs_of
 
 BITS = [(8, 8), (6, 6), (4, 4), (3, 5)]
 
@@ -83,7 +83,7 @@ def test_initializers_are_the_models_integers_and_nothing_float_is_left(kind: ty
 
 def test_weights_take_a_quarter_of_the_float_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    from tests.export.networks import quantized, set_ranges
+    from tests.support.export_networks import quantized, set_ranges
 
     x = torch.randn(1, 64, 8, 8)
     model = nn.Sequential(*(quantized(nn.Conv2d(64, 64, 3, padding=1), 8, 8) for _ in range(4)))
@@ -94,7 +94,7 @@ def test_weights_take_a_quarter_of_the_float_file(tmp_path: Path) -> None:
 
 
 def test_layers_that_read_one_tensor_share_a_pair_but_only_on_one_grid(tmp_path: Path) -> None:
-    from tests.export.networks import SharedInput
+    from tests.support.export_networks import SharedInput
 
     model, x = make(SharedInput, 4, 4)
     assert export_onnx(model, x, tmp_path / "shared.onnx").q_dq_pairs == 3

@@ -15,7 +15,7 @@ from mmyolo.models.layers.yolo_bricks import RepVGGBlock as MMYoloRepVGGBlock
 from torch import nn
 
 from repapq_plugin.reparam import MergedBlock, branches_of, fuse_branches, merge_branches
-from tests.reparam.reparam_blocks import FAMILIES, random_input, relative_error, set_norms, with_hard_norms
+from tests.support.reparam_blocks import FAMILIES, random_input, relative_error, set_norms, with_hard_norms
 
 RANDOM_BLOCKS = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

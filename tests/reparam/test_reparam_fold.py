@@ -18,7 +18,7 @@ from torchvision.ops import Conv2dNormActivation, FrozenBatchNorm2d
 from repapq_plugin.errors import MergeError
 from repapq_plugin.reparam import fold_batchnorm, fold_conv_norm_pairs
 from repapq_plugin.reparam.fold import fold_named_pairs
-from tests.reparam.reparam_blocks import random_input, relative_error, set_norms
+from tests.support.reparam_blocks import random_input, relative_error, set_norms
 
 NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)
 

@@ -16,9 +16,9 @@ from timm.models.repvit import RepVggDw, RepVit
 from timm.models.shvit import Conv2dNorm, Residual, SHViT
 from torch import nn
 
-from repapq_plugin.core.running import tensors_of
+from repapq_plugin.core.tensors import tensors_of
 from repapq_plugin.reparam import MergedBlock, find_unknown_multibranch, merge_branches
-from tests.reparam.numerics import random_input, relative_error, set_norms
+from tests.support.numerics import random_input, relative_error, set_norms
 
 # Each with the number of convolutions that its branches become.
 BLOCKS: dict[str, tuple[nn.Module, int]] = {

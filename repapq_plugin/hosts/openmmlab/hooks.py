@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from repapq_plugin.hosts.openmmlab.checkpoint import load_state
-from repapq_plugin.reparam.fuse import merge_branches
+from repapq_plugin.reparam.merge import merge_branches
 
 DEPLOY_HOOK = "SwitchToDeployHook"
 """mmyolo's hook, by name: this package imports no toolbox."""

@@ -11,13 +11,11 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import Runner, TestLoop
 from torch import nn
 
-from repapq_plugin.calibration.quantize import Progress
-from repapq_plugin.calibration.result import CalibrationResult
 from repapq_plugin.errors import HostError
 from repapq_plugin.hosts.openmmlab.data import calibration_batches
-from repapq_plugin.hosts.openmmlab.engines import OWN, find_engine
 from repapq_plugin.hosts.openmmlab.hooks import CheckpointFitHook, drop_hooks_on_weights
 from repapq_plugin.hosts.openmmlab.network import serve_with
+from repapq_plugin.hosts.openmmlab.other_hosts import OWN, find_engine
 from repapq_plugin.hosts.openmmlab.record import Record
 from repapq_plugin.hosts.openmmlab.settings import FORMATS, Settings
 from repapq_plugin.hosts.openmmlab.work import (
@@ -31,6 +29,8 @@ from repapq_plugin.hosts.openmmlab.work import (
     open_network,
     writable_folder,
 )
+from repapq_plugin.job import Progress
+from repapq_plugin.result import CalibrationResult
 
 
 class RepAPQTestLoop(TestLoop):  # type: ignore[misc]

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from repapq_plugin import __version__
-from repapq_plugin.calibration.result import CalibrationResult
-from repapq_plugin.export.files import write_atomically
+from repapq_plugin.core.files import write_atomically
 from repapq_plugin.hosts.openmmlab.settings import Settings
 from repapq_plugin.hosts.openmmlab.work import Exported
+from repapq_plugin.result import CalibrationResult
 
 RECORD_FILE = "result.json"
 """Name of the record in a work folder."""

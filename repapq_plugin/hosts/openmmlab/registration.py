@@ -6,7 +6,6 @@ from typing import Any
 
 from mmengine.registry import HOOKS, LOOPS, MODELS, RUNNERS
 
-from repapq_plugin.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
 from repapq_plugin.hosts.openmmlab.hooks import QPRFusionHook
 from repapq_plugin.hosts.openmmlab.loops import RepAPQTestLoop
 from repapq_plugin.hosts.openmmlab.mimicnorm import MimicNormHook
@@ -14,6 +13,7 @@ from repapq_plugin.hosts.openmmlab.runner import RepAPQRunner
 from repapq_plugin.hosts.openmmlab.scopes import register_scopes
 from repapq_plugin.mimicnorm import MimicNorm2d
 from repapq_plugin.observers import OBSERVERS
+from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
 
 
 def register() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.errors import ConfigError
-from repapq_plugin.hosts.openmmlab.engines import OWN, find_engine
+from repapq_plugin.hosts.openmmlab.other_hosts import OWN, find_engine
 
 BACKENDS = ("simulated", "onnxruntime", "openvino")
 """Where a quantized network can run: in torch, its integers simulated, or on an integer runtime."""

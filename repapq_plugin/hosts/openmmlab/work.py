@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repapq_plugin.calibration.quantize import Progress, quantize_model
-from repapq_plugin.calibration.result import CalibrationResult
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.errors import HostError
 from repapq_plugin.evaluation.latency import measure_latency
 from repapq_plugin.evaluation.runtimes import OnnxRuntimeNetwork, OpenVINONetwork
 from repapq_plugin.export.openvino import OpenVINOSummary, export_openvino, layer_kernels
 from repapq_plugin.export.qdq_onnx import OnnxSummary, export_onnx
-from repapq_plugin.hosts.openmmlab.engines import Engine, QuantizedNetwork
 from repapq_plugin.hosts.openmmlab.network import TensorPath, prepare, run_batch, serving_points
+from repapq_plugin.hosts.openmmlab.other_hosts import Engine, QuantizedNetwork
+from repapq_plugin.job import Progress, quantize_model
+from repapq_plugin.result import CalibrationResult
 
 RESULT_FILE = "repapq.safetensors"
 """Name of the saved result in a work folder."""

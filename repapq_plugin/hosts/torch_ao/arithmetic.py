@@ -17,12 +17,12 @@ from torch.fx import GraphModule
 
 from repapq_plugin.core.quant_primitives import quantize
 from repapq_plugin.evaluation.processor import has_vnni
-from repapq_plugin.fake_quantize import LearnableFakeQuantize
 from repapq_plugin.hosts.torch_ao.engines import INTEGER_BIAS, checked_engine, exact_engine
 from repapq_plugin.hosts.torch_ao.fx import ENGINE
 from repapq_plugin.hosts.torch_ao.grid import RECTIFIED, carry_grid, layer_of, quantizer_at, weight_quantizer_of
 from repapq_plugin.hosts.torch_ao.outputs import STORED_BOUNDS
-from repapq_plugin.layers import QUANTIZABLE, apply_layer, output_channels_axis
+from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
+from repapq_plugin.quantizers.layers import QUANTIZABLE, apply_layer, output_channels_axis
 
 ONEDNN_GROUPS = 100
 """Convolutions of up to so many groups go from ``x86`` to onednn where the processor has VNNI (torch's source; tests

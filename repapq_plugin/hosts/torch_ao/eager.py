@@ -12,12 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.ao.quantization import DeQuantStub, QuantStub, QuantWrapper, convert, fuse_modules, prepare
 
-from repapq_plugin.calibration.quantize import call_model
-from repapq_plugin.calibration.trace import hooked
 from repapq_plugin.errors import CalibrationError, HostError
 from repapq_plugin.export.deploy import without_quantizers
 from repapq_plugin.export.qdq_onnx import quantized_module
-from repapq_plugin.fake_quantize import LearnableFakeQuantize
 from repapq_plugin.hosts.torch_ao.engines import (
     CLAMPS_CONTIGUOUS,
     INTEGER_BIAS,
@@ -30,7 +27,10 @@ from repapq_plugin.hosts.torch_ao.grid import absorb_norms, grid_range, lay_bias
 from repapq_plugin.hosts.torch_ao.outputs import find_ranges, output_quantizer
 from repapq_plugin.hosts.torch_ao.qconfig import new_qconfig
 from repapq_plugin.hosts.torch_ao.ready import Ready
-from repapq_plugin.layers import QuantizedLayer
+from repapq_plugin.job import call_model
+from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
+from repapq_plugin.quantizers.layers import QuantizedLayer
+from repapq_plugin.quantizers.trace import hooked
 
 Forward = Callable[[nn.Module, Any], Any]
 

@@ -12,7 +12,7 @@ from torch import nn
 from repapq_plugin.core.quant_primitives import activation_bounds, weight_bounds
 from repapq_plugin.errors import ConfigError
 from repapq_plugin.evaluation.processor import has_vnni
-from repapq_plugin.layers import QuantizedLayer
+from repapq_plugin.quantizers.layers import QuantizedLayer
 
 logger = logging.getLogger(__name__)
 

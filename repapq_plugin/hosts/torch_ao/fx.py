@@ -12,7 +12,6 @@ from torch.ao.quantization import QConfigMapping
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from torch.fx import Graph, GraphModule, Node, Tracer
 
-from repapq_plugin.calibration.quantize import call_model
 from repapq_plugin.errors import HostError
 from repapq_plugin.export.deploy import without_quantizers
 from repapq_plugin.export.qdq_onnx import quantized_module
@@ -30,7 +29,8 @@ from repapq_plugin.hosts.torch_ao.grid import carry_grid, lay_biases_on_grid, qu
 from repapq_plugin.hosts.torch_ao.outputs import STORED_BOUNDS, find_ranges, output_quantizer
 from repapq_plugin.hosts.torch_ao.qconfig import new_qconfig
 from repapq_plugin.hosts.torch_ao.ready import Ready
-from repapq_plugin.layers import QuantizedLayer
+from repapq_plugin.job import call_model
+from repapq_plugin.quantizers.layers import QuantizedLayer
 
 ENGINE = "repapq_engine"
 """Under which a prepared graph's ``meta`` says what it was prepared for."""

@@ -25,11 +25,11 @@ from torch.ao.quantization.fx._lower_to_native_backend import (
 from torch.fx import Graph, GraphModule, Node
 
 from repapq_plugin.export.deploy import CONTAINERS
-from repapq_plugin.fake_quantize import LearnableFakeQuantize
 from repapq_plugin.hosts.torch_ao.engines import CLAMPS_CONTIGUOUS, INTEGER_BIAS, checked_engine, exact_engine
 from repapq_plugin.hosts.torch_ao.qconfig import new_qconfig
 from repapq_plugin.hosts.torch_ao.ready import Ready
 from repapq_plugin.observers import RangeObserver
+from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
 
 MOVING: tuple[Callable[[Node, dict[str, nn.Module]], tuple[bool, ...]], ...] = (
     is_copy_node,

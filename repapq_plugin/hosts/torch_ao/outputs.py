@@ -8,11 +8,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from repapq_plugin.calibration.trace import hooked
 from repapq_plugin.core.quant_primitives import activation_bounds
 from repapq_plugin.errors import CalibrationError
-from repapq_plugin.fake_quantize import LearnableFakeQuantize
 from repapq_plugin.observers import MinMaxObserver
+from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
+from repapq_plugin.quantizers.trace import hooked
 
 STORED_BOUNDS = activation_bounds(8)
 """Grid of what is quantized for torch.ao's sake alone."""

@@ -18,9 +18,9 @@ from torch.nn import functional
 
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.quant_primitives import activation_bounds, weight_bounds
-from repapq_plugin.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
 from repapq_plugin.hosts.torch_ao.engines import checked_engine
 from repapq_plugin.observers import OBSERVERS
+from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
 
 NO_KERNEL: tuple[Any, ...] = (
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),

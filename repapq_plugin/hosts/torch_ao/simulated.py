@@ -9,7 +9,6 @@ from torch import nn
 from torch.fx import GraphModule
 
 from repapq_plugin.errors import HostError
-from repapq_plugin.fake_quantize import LearnableFakeQuantize
 from repapq_plugin.hosts.torch_ao.grid import (
     RECTIFIED,
     absorb_norms,
@@ -18,7 +17,8 @@ from repapq_plugin.hosts.torch_ao.grid import (
     resting,
     weight_quantizer_of,
 )
-from repapq_plugin.layers import QUANTIZABLE, QuantizedLayer
+from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
+from repapq_plugin.quantizers.layers import QUANTIZABLE, QuantizedLayer
 
 
 def quantized_network(prepared: GraphModule) -> GraphModule:

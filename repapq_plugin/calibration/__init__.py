@@ -1,1 +1,0 @@
-"""Across-block calibration: units, stages, replay, reconstruction, result."""

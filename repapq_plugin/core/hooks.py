@@ -1,0 +1,42 @@
+"""Forward hooks of modules that always come off again, also when putting one of them on fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from types import TracebackType
+from typing import cast
+
+import torch
+from torch import nn
+
+
+class Hooks:
+    """Puts hooks on modules inside a ``with`` block and takes all of them off at its end.
+
+    ``with Hooks() as hooks: hooks.after(module, see); run()``
+    """
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+
+    def before(self, module: nn.Module, hook: Callable[..., object]) -> None:
+        """Call ``hook(module, args)`` before each forward of ``module``; what it returns replaces ``args``."""
+        self._stack.callback(module.register_forward_pre_hook(hook).remove)
+
+    def after(self, module: nn.Module, hook: Callable[..., object], *, with_kwargs: bool = False) -> None:
+        """Call ``hook(module, args, output)`` after each forward, or ``hook(module, args, kwargs, output)``."""
+        self._stack.callback(module.register_forward_hook(hook, with_kwargs=with_kwargs).remove)
+
+    def __enter__(self) -> Hooks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+
+def unseen() -> AbstractContextManager[None]:
+    """Keep what a hook computes from whoever watches a network's functions (`torch.overrides` modes)."""
+    return cast("AbstractContextManager[None]", torch._C.DisableTorchFunction())

@@ -1,0 +1,55 @@
+"""The tensors inside whatever a network is given or returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import cast
+
+from torch import Tensor
+
+
+def members_of(value: object) -> list[object] | None:
+    """Return what a container holds, in order: sequence, mapping, dataclass, object with ``items()``; else None."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, list | tuple):
+        return list(value)
+    if isinstance(value, type):
+        return None
+    if is_dataclass(value):
+        return [getattr(value, field.name) for field in fields(value)]
+    items = getattr(value, "items", None)
+    if callable(items):  # mmengine's data elements
+        return [member for _, member in cast("Iterator[tuple[object, object]]", items())]
+    return None
+
+
+def tensors_of(value: object, *also: type) -> list[Tensor]:
+    """Return the tensors of nested containers in order (see `members_of`).
+
+    Args:
+        value: A tensor, a container, or anything else (which holds none).
+        *also: Further classes that count as tensors: what stands for one in a trace.
+    """
+    if isinstance(value, (Tensor, *also)):
+        return [cast(Tensor, value)]
+    return [tensor for member in members_of(value) or () for tensor in tensors_of(member, *also)]
+
+
+def floating_tensors(value: object) -> list[Tensor]:
+    """Return the floating-point ones of `tensors_of`."""
+    return [tensor for tensor in tensors_of(value) if tensor.is_floating_point()]
+
+
+def with_tensors(template: object, tensors: Iterator[Tensor]) -> object:
+    """Return nested sequences and mappings like ``template``, its tensors replaced in the order of `tensors_of`."""
+    if isinstance(template, Tensor):
+        return next(tensors)
+    if isinstance(template, Mapping):
+        return {key: with_tensors(member, tensors) for key, member in template.items()}
+    if isinstance(template, list | tuple):
+        members = [with_tensors(member, tensors) for member in template]
+        named = hasattr(template, "_fields")  # a NamedTuple takes its members one by one
+        return type(template)(*members) if named else type(template)(members)
+    return template

@@ -1,0 +1,103 @@
+"""`RepAPQAlgorithm`: the calibration as one step of an NNCF pipeline that somebody composes himself."""
+
+from __future__ import annotations
+
+import copy
+
+import nncf
+import torch
+from nncf.common.graph.graph import NNCFGraph
+from nncf.common.tensor_statistics.statistic_point import StatisticPointsContainer
+from nncf.common.utils.backend import BackendType
+from nncf.quantization.algorithms.algorithm import Algorithm
+from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
+from nncf.torch.function_hook.wrapper import ATR_HOOK_STORAGE
+from torch import nn
+
+from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.errors import HostError
+from repapq_plugin.hosts.nncf.calibrate import calibrate
+from repapq_plugin.hosts.nncf.data import calibration_items, forward, joined
+from repapq_plugin.job import counted
+from repapq_plugin.quantizers.trace import trace_network
+from repapq_plugin.result import UnitResult
+
+
+class RepAPQAlgorithm(Algorithm):  # type: ignore[misc]
+    """Calibrates across blocks what the steps before it have quantized.
+
+    ``create_ptq_pipeline(...).pipeline_steps.append([RepAPQAlgorithm(model, dataset)])``, or a `Pipeline` of one's own
+    that quantizes before. Branches are not merged here: give the pipeline and this what ``merge_branches`` returns.
+
+    Args:
+        teacher: The float network that the pipeline is run on; not changed. The model that arrives here will not do:
+            the steps before have corrected its biases.
+        dataset: Calibration samples; NNCF hands none to an algorithm.
+        config: Bits, ranges and calibration; default: W8A8.
+        subset_size: How many items of the dataset are used at most.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        dataset: nncf.Dataset,
+        config: RepAPQConfig | None = None,
+        *,
+        subset_size: int = 300,
+    ) -> None:
+        self.config = config or RepAPQConfig()
+        self.items = calibration_items(dataset, subset_size)
+        self.teacher = teacher
+        self.units: tuple[UnitResult, ...] = ()
+
+    @property
+    def available_backends(self) -> list[BackendType]:
+        """PyTorch only."""
+        return [BackendType.TORCH]
+
+    def get_statistic_points(self, model: GraphModelWrapper, graph: NNCFGraph) -> StatisticPointsContainer:
+        """Ask for nothing: the calibration runs the model itself."""
+        return StatisticPointsContainer()
+
+    def apply(
+        self,
+        model: GraphModelWrapper,
+        graph: NNCFGraph,
+        statistic_points: StatisticPointsContainer | None = None,
+        dataset: nncf.Dataset | None = None,
+    ) -> GraphModelWrapper:
+        """Calibrate the wrapped model in place; ``units`` then says what became of each unit.
+
+        Raises:
+            HostError: The teacher has other modules than the model.
+            ConfigError: See `calibrate`, as for the next.
+            CalibrationError: See there.
+        """
+        student = model.model
+        teacher = copy.deepcopy(self.teacher).eval()
+        missing = sorted(_paths(student) - _paths(teacher))
+        if missing:
+            raise HostError(
+                f"The teacher has no module {missing[0]!r}, which the model has; give the float network that the "
+                "pipeline was run on."
+            )
+        for parameter in teacher.parameters():
+            parameter.requires_grad_(False)
+        torch_seed = torch.random.get_rng_state()
+        training = student.training
+        try:
+            torch.manual_seed(self.config.seed)
+            student.eval()
+            batches = joined(teacher, self.items)
+            trace = trace_network(teacher, lambda: forward(teacher, batches[0]))
+            done = calibrate(student, teacher, trace, batches, self.config, lambda p, total: counted(p, total, None))
+        finally:
+            student.train(training)
+            torch.random.set_rng_state(torch_seed)
+        self.units = done.units
+        model.reset_graph()
+        return model
+
+
+def _paths(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_modules() if not name.startswith(ATR_HOOK_STORAGE)}

@@ -1,0 +1,236 @@
+"""`Workbench`: a config, its float network with weights, and the toolbox's metric, ready for use."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.hooks import Hook
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.errors import ConfigError, HostError
+from repapq_plugin.hosts.openmmlab.checkpoint import load_weights
+from repapq_plugin.hosts.openmmlab.data import calibration_batches
+from repapq_plugin.hosts.openmmlab.hooks import drop_hooks_on_weights
+from repapq_plugin.hosts.openmmlab.mimicnorm import MimicNormHook
+from repapq_plugin.hosts.openmmlab.network import run_batch, serve_with
+from repapq_plugin.hosts.openmmlab.other_hosts import OWN
+from repapq_plugin.hosts.openmmlab.settings import Settings, settings_of
+from repapq_plugin.hosts.openmmlab.work import calibrate, example_images, writable_folder
+from repapq_plugin.job import Progress, merge_for_inference
+from repapq_plugin.result import CalibrationResult
+
+Report = Callable[[int, int], None]
+"""``report(done, total)``, in batches."""
+
+TOOLBOX_LOG = "toolbox"
+"""Folder inside the work folder that the toolbox's own logs go to."""
+
+
+def open_config(path: str | Path, options: Sequence[str] = ()) -> Config:
+    """Read a config file of any toolbox.
+
+    Args:
+        path: The file.
+        options: ``KEY=VALUE`` overrides, as the toolboxes' ``--cfg-options`` takes them.
+
+    Raises:
+        HostError: It does not exist or cannot be read.
+        ConfigError: An option has no ``=``.
+    """
+    if not Path(path).is_file():
+        raise HostError(f"The config {path} does not exist.")
+    for option in options:
+        if "=" not in option:
+            raise ConfigError(f"--cfg-options {option!r} is not allowed; write KEY=VALUE.")
+    try:
+        cfg = Config.fromfile(str(path))
+        if options:
+            parser = argparse.ArgumentParser()
+            parser.add_argument("--options", nargs="+", action=DictAction)
+            cfg.merge_from_dict(parser.parse_args(["--options", *options]).options)
+    except Exception as error:  # A config is a program: anything can go wrong in it.
+        raise HostError(f"The config {path} cannot be read: {type(error).__name__}: {error}") from error
+    return cfg
+
+
+class Workbench:
+    """Loads, calibrates and scores one toolbox model.
+
+    Args:
+        cfg: The config, as `open_config` reads it.
+        checkpoint: Float checkpoint; ``None`` takes the config's ``load_from``.
+        folder: Work folder; made if missing.
+        seed: Seed of everything drawn at random; ``None`` takes the config's.
+        need_weights: Load the checkpoint; a saved or exported network brings its own weights.
+        need_scores: Open the test data; an export does without.
+        overrides: See `settings_of`.
+
+    Raises:
+        HostError: The config has no test set, the model cannot be built, the checkpoint is missing
+            or does not fit, or the folder cannot be written.
+        ConfigError: What the config says about RepAPQ is not allowed.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        checkpoint: str | None,
+        folder: str | Path,
+        *,
+        seed: int | None = None,
+        need_weights: bool = True,
+        need_scores: bool = True,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> None:
+        overrides = dict(overrides or {})
+        if seed is not None:
+            overrides["quantizer"] = {**overrides.get("quantizer", {}), "seed": seed}
+        self.settings: Settings = settings_of(cfg, **overrides)
+        if self.settings.engine != OWN:
+            raise HostError(
+                f"quantizer.type={self.settings.engine!r} quantizes in RepAPQTestLoop: run the toolbox's test tool on "
+                f"{cfg.filename}, or leave the type out."
+            )
+        for key in ("test_dataloader", "test_evaluator"):
+            if need_scores and not cfg.get(key):
+                raise HostError(
+                    f"{cfg.filename} has no {key}, so there is nothing to score on; "
+                    "give the config a test_dataloader and a test_evaluator."
+                )
+        self.checkpoint = checkpoint or cfg.get("load_from")
+        if self.checkpoint is None and need_weights:
+            raise HostError(f"{cfg.filename} names no checkpoint (load_from); give one after the config.")
+        self.folder = writable_folder(folder)
+        self.runner = _build_runner(cfg, self.folder / TOOLBOX_LOG, self.settings.quantizer.seed, need_scores)
+        self.cfg = self.runner.cfg
+        for hook in self.runner.hooks:
+            if isinstance(hook, MimicNormHook):  # its last norm is in the checkpoint
+                hook.before_run(self.runner)
+        if need_weights:
+            load_weights(self.runner.model, str(self.checkpoint))
+        self.model: nn.Module = self.runner.model.eval()
+        self._batches: list[Any] | None = None
+        self._example: Tensor | None = None
+
+    @property
+    def batches(self) -> list[Any]:
+        """The calibration batches, loaded once.
+
+        Raises:
+            HostError: There is none.
+        """
+        if self._batches is None:
+            settings = self.settings
+            self._batches = calibration_batches(
+                self.cfg, settings.dataloader, settings.num_samples, settings.quantizer.seed
+            )
+        return self._batches
+
+    @property
+    def example(self) -> Tensor:
+        """One prepared image, float ``(1, C, H, W)``: of the calibration data, or the test data without any."""
+        if self._example is None:
+            settings = self.settings
+            try:
+                batches = self._batches or calibration_batches(
+                    self.cfg, settings.dataloader, 1, settings.quantizer.seed
+                )
+            except HostError:
+                if not self.cfg.get("test_dataloader"):
+                    raise
+                batches = [next(iter(self.runner.test_dataloader))]
+            self._example = example_images(self.model, batches)
+        return self._example
+
+    def calibrate(
+        self, config: RepAPQConfig | None = None, progress: Callable[[Progress], None] | None = None
+    ) -> CalibrationResult:
+        """Quantize a copy of the float model."""
+        return calibrate(self.model, self.batches, config or self.settings.quantizer, progress)
+
+    def merged(self) -> nn.Module:
+        """Return a float copy with branches merged and norms folded: what the integer network competes with."""
+        with torch.no_grad():
+            network, _, _, _ = merge_for_inference(self.model, lambda model: run_batch(model, self.batches[0]))
+        return network
+
+    def score(
+        self, model: nn.Module, network: nn.Module | None = None, report: Report | None = None
+    ) -> dict[str, float]:
+        """Test a model with the toolbox's own loop, data and metric.
+
+        Args:
+            model: The float model or a quantized copy of it.
+            network: A runtime that computes the model's network part; ``None`` lets the model do it.
+            report: Called after each batch.
+
+        Returns:
+            All metrics of the toolbox, by its own names.
+        """
+        self.runner.model = model
+        with _reporting(self.runner, report):
+            if network is None:
+                metrics: dict[str, float] = self.runner.test()
+            else:
+                with serve_with(model, network, self.example):
+                    metrics = self.runner.test()
+        return metrics
+
+
+def _build_runner(cfg: Config, folder: Path, seed: int, with_test_loop: bool) -> Runner:
+    cfg = copy.deepcopy(cfg)
+    fp16 = bool((cfg.get("test_cfg") or {}).get("fp16", False))
+    for key in ("test_cfg", "repapq", "runner_type"):
+        cfg.pop(key, None)
+    cfg.test_cfg = {"type": "TestLoop", "fp16": fp16}
+    cfg.work_dir = str(folder)
+    cfg.load_from, cfg.resume = None, False
+    cfg.launcher = "none"
+    cfg.log_level = "WARNING"
+    # One experiment per process and moment: mmengine's loggers and visualizers are global by their names, and one of
+    # an earlier runner would write into that one's folder.
+    cfg.experiment_name = f"repapq_{time.time_ns()}"
+    if cfg.get("visualizer"):
+        cfg.visualizer.name = cfg.experiment_name
+    cfg.randomness = {**(cfg.get("randomness") or {}), "seed": seed}
+    try:
+        runner: Runner = RUNNERS.build(cfg)
+        if with_test_loop:
+            # Builds it: test data that is missing shall be noticed before the calibration, not after.
+            _ = runner.test_loop
+    except Exception as error:  # Whatever a toolbox raises for what it cannot build.
+        raise HostError(f"{cfg.filename} cannot be built: {type(error).__name__}: {error}") from error
+    drop_hooks_on_weights(runner)
+    return runner
+
+
+class _ReportHook(Hook):  # type: ignore[misc]
+    def __init__(self, report: Report) -> None:
+        self.report = report
+
+    def after_test_iter(self, runner: Runner, batch_idx: int, **_: Any) -> None:
+        self.report(batch_idx + 1, len(runner.test_dataloader))
+
+
+@contextmanager
+def _reporting(runner: Runner, report: Report | None) -> Iterator[None]:
+    if report is None:
+        yield
+        return
+    hook = _ReportHook(report)
+    runner.register_hook(hook)
+    try:
+        yield
+    finally:
+        runner.hooks.remove(hook)

@@ -1,0 +1,281 @@
+"""Across-block calibration of a whole network: stages in order, each on its quantized prefix."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.errors import RepAPQError
+from repapq_plugin.method.cache import ActivationCache
+from repapq_plugin.method.learners import Learner
+from repapq_plugin.method.optimise import Outcome, Subject, reconstruct
+from repapq_plugin.method.partition import Stage, Unit, is_inside
+from repapq_plugin.method.replay import answering, inputs_of, recording
+from repapq_plugin.method.schedules import NetworkSubject, StageSubject, UnitSubject
+from repapq_plugin.quantizers.trace import Trace
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """What calibration did to one unit, measured on held-out batches.
+
+    Args:
+        name: Module path.
+        stage: Module path of what it was supervised with, or ``network``.
+        loss_before: Its relative loss with starting ranges only.
+        loss_after: Its relative loss with what was kept.
+        kept: Whether learning improved on the starting point, and its result stays.
+        seconds: Time spent, shared evenly among units that were learned together.
+        note: Why something was not kept.
+    """
+
+    name: str
+    stage: str
+    loss_before: float
+    loss_after: float
+    kept: bool
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The two networks and how to run them.
+
+    Args:
+        student: The quantized network.
+        teacher: The float network, merged alike, with the same module paths.
+        learners: What learns in the student, by the module path where it does.
+        trace: What a forward pass showed.
+        batches: Calibration batches.
+        forward_fn: ``forward_fn(model, batch)`` runs either.
+        call_alone: ``call_alone(name, inputs)`` runs the student's module ``name`` on what it is
+            called with, call after call, as the student does; default: calls it.
+    """
+
+    student: nn.Module
+    teacher: nn.Module
+    learners: Mapping[str, Learner]
+    trace: Trace
+    batches: Sequence[Any]
+    forward_fn: Callable[[nn.Module, Any], Any]
+    call_alone: Callable[[str, Sequence[Tensor]], list[Tensor]] | None = None
+
+    def calls(self, name: str) -> int:
+        """How often one forward pass calls the module ``name``."""
+        return self.trace.modules[name].calls
+
+    def run_alone(self, name: str, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Run one module of the student on its inputs, call after call."""
+        if self.call_alone is not None:
+            return self.call_alone(name, inputs)
+        module = self.student.get_submodule(name)
+        return [module(x) for x in inputs]
+
+
+class AcrossBlockCalibrator:
+    """Calibrates ``networks.student`` in place.
+
+    Args:
+        networks: See `Networks`; the input quantizers have their starting ranges.
+        stages: All stages in call order.
+        config: Schedule, steps, losses.
+        cache: Where activations are kept.
+        advance: Called after each optimisation step.
+    """
+
+    def __init__(
+        self,
+        networks: Networks,
+        stages: Sequence[Stage],
+        config: RepAPQConfig,
+        cache: ActivationCache,
+        advance: Callable[[], None],
+    ) -> None:
+        self.networks, self.stages, self.config, self.cache, self.advance = networks, stages, config, cache, advance
+        self.modules = {
+            "student": dict(networks.student.named_modules()),
+            "teacher": dict(networks.teacher.named_modules()),
+        }
+        self.models = {"student": networks.student, "teacher": networks.teacher}
+        self.left_float: dict[str, str] = {}
+
+    def run(self) -> list[UnitResult]:
+        """Calibrate everything; return one result per unit, in call order."""
+        if self.config.schedule == "network":
+            return self._calibrate_network(self.config.steps)
+        results = self._calibrate_stages()
+        if self.config.network_steps:
+            settled = {result.name: result for result in self._calibrate_network(self.config.network_steps)}
+            results = [_continued(result, settled.get(result.name)) for result in results]
+        return results
+
+    def _calibrate_stages(self) -> list[UnitResult]:
+        results: list[UnitResult] = []
+        finished: list[Stage] = []
+        for stage in self.stages:
+            try:
+                results += self._calibrate_stage(stage, finished)
+                finished.append(stage)
+            except RepAPQError:
+                raise
+            except Exception as error:  # whatever the network's own code raises when replayed
+                results += self._leave_float(stage, error)
+        return results
+
+    def _calibrate_network(self, steps: int) -> list[UnitResult]:
+        networks = self.networks
+        units = [u for stage in self.stages for u in stage.units if not set(u.layers) & set(self.left_float)]
+        subject = NetworkSubject(
+            units,
+            self._learners_outside(self.left_float),
+            networks.student,
+            networks.teacher,
+            lambda model, batch: networks.forward_fn(model, networks.batches[batch]),
+            self.cache,
+        )
+        self.cache.drop_everything()
+        return self._results("network", units, self._reconstruct(subject, steps))
+
+    def _calibrate_stage(self, stage: Stage, finished: Sequence[Stage]) -> list[UnitResult]:
+        self._run_teacher(stage, finished)
+        self._fetch_inputs("student", stage, finished)
+        by_unit = self.config.schedule == "unit" and stage.units[0].name != stage.name
+        results = self._unit_by_unit(stage) if by_unit else self._at_once(stage)
+        self._store_stage_outputs(stage)
+        return results
+
+    @torch.no_grad()
+    def _fetch_inputs(self, role: str, stage: Stage, finished: Sequence[Stage]) -> None:
+        """Cache what the stage is called with, behind finished stages that answer from the cache."""
+        module, calls = self.modules[role][stage.name], self.networks.calls(stage.name)
+        for index, batch in enumerate(self.networks.batches):
+            stored = {done.name: self.cache.get(f"{role}:{done.name}", index) for done in finished}
+            with answering(self.modules[role], stored):
+                inputs = inputs_of(module, calls, lambda b=batch: self.networks.forward_fn(self.models[role], b))  # type: ignore[misc]
+            self.cache.put(f"{role}-in:{stage.name}", index, inputs)
+
+    @torch.no_grad()
+    def _run_teacher(self, stage: Stage, finished: Sequence[Stage]) -> None:
+        """Cache the float outputs of the stage and of each of its units: one pass of the float stage."""
+        self._fetch_inputs("teacher", stage, finished)
+        modules = self.modules["teacher"]
+        for index in range(len(self.networks.batches)):
+            inputs = self.cache.get(f"teacher-in:{stage.name}", index)
+            with recording(modules, [unit.name for unit in stage.units]) as units:
+                outputs = [modules[stage.name](x) for x in inputs]
+            self.cache.put(f"teacher:{stage.name}", index, outputs)
+            for name, unit_outputs in units.items():
+                if name != stage.name:
+                    self.cache.put(f"teacher:{name}", index, unit_outputs)
+        self.cache.drop_all(f"teacher-in:{stage.name}")
+
+    def _at_once(self, stage: Stage) -> list[UnitResult]:
+        learners, run_alone = self._learners_in(stage.name), partial(self.networks.run_alone, stage.name)
+        subject = StageSubject(stage, learners, self.modules["student"], run_alone, self.cache)
+        return self._results(stage.name, stage.units, self._reconstruct(subject, self.config.steps))
+
+    def _unit_by_unit(self, stage: Stage) -> list[UnitResult]:
+        results: list[UnitResult] = []
+        self._set_quantizing(stage.name, False)
+        for position, unit in enumerate(stage.units):
+            self._set_quantizing(unit.name, True)
+            subject = UnitSubject(
+                unit,
+                self.networks.calls(unit.name),
+                [done.name for done in stage.units[:position]],
+                bool(self.config.stage_weight),
+                stage,
+                self._learners_in(unit.name),
+                self.modules["student"],
+                partial(self.networks.run_alone, stage.name),
+                self.cache,
+            )
+            results += self._results(stage.name, [unit], self._reconstruct(subject, self.config.steps))
+            with torch.no_grad():
+                for index in range(len(self.networks.batches)):
+                    self.cache.put(f"student:{unit.name}", index, subject.unit_outputs(index))
+        self._set_quantizing(stage.name, True)
+        return results
+
+    @torch.no_grad()
+    def _store_stage_outputs(self, stage: Stage) -> None:
+        """Cache the quantized stage's outputs for those behind it; forget what only its own units needed."""
+        for index in range(len(self.networks.batches)):
+            inputs: list[Tensor] = self.cache.get(f"student-in:{stage.name}", index)
+            self.cache.put(f"student:{stage.name}", index, self.networks.run_alone(stage.name, inputs))
+        self.cache.drop_all(f"student-in:{stage.name}")
+        for unit in stage.units:
+            if unit.name != stage.name:
+                self.cache.drop_all(f"student:{unit.name}")
+                self.cache.drop_all(f"teacher:{unit.name}")
+
+    def _reconstruct(self, subject: Subject, steps: int) -> Outcome:
+        config = self.config.replace(steps=steps)
+        return reconstruct(subject, len(self.networks.batches), config, self.advance)
+
+    def _learners_in(self, name: str) -> dict[str, Learner]:
+        return {path: learner for path, learner in self.networks.learners.items() if is_inside(path, name)}
+
+    def _learners_outside(self, names: Collection[str]) -> dict[str, Learner]:
+        return {path: learner for path, learner in self.networks.learners.items() if path not in names}
+
+    def _set_quantizing(self, name: str, enabled: bool) -> None:
+        for learner in self._learners_in(name).values():
+            learner.set_quantizing(enabled)
+
+    def _leave_float(self, stage: Stage, error: Exception) -> list[UnitResult]:
+        reason = f"could not be run alone ({type(error).__name__}: {error})"
+        logger.warning("Stage %r %s; its %d units stay float.", stage.name, reason, len(stage.units))
+        for unit in stage.units:
+            for name in unit.layers:
+                self.left_float[name] = reason
+        self._set_quantizing(stage.name, False)
+        for prefix in ("student-in", "teacher-in", "student", "teacher"):
+            self.cache.drop_all(f"{prefix}:{stage.name}")
+        nothing = dict.fromkeys((unit.name for unit in stage.units), float("nan"))
+        return self._results(stage.name, stage.units, Outcome(nothing, nothing, False, 0.0, reason))
+
+    def _results(self, stage: str, units: Sequence[Unit], outcome: Outcome) -> list[UnitResult]:
+        return [
+            UnitResult(
+                name=unit.name,
+                stage=stage,
+                loss_before=outcome.unit_losses_before[unit.name],
+                loss_after=outcome.unit_losses_after[unit.name],
+                kept=outcome.kept,
+                seconds=outcome.seconds / len(units),
+                note=outcome.note,
+            )
+            for unit in units
+        ]
+
+
+def total_steps(stages: Sequence[Stage], config: RepAPQConfig) -> int:
+    """Return how many optimisation steps a calibration takes, for a progress bar."""
+    if config.schedule == "network":
+        return config.steps
+    parts = len(stages) if config.schedule == "stage" else sum(len(stage.units) for stage in stages)
+    return config.steps * parts + config.network_steps
+
+
+def _continued(first: UnitResult, then: UnitResult | None) -> UnitResult:
+    """Join what a unit went through in its stage and then with the whole network."""
+    if then is None:
+        return first
+    return replace(
+        first,
+        loss_after=then.loss_after,
+        kept=first.kept or then.kept,
+        seconds=first.seconds + then.seconds,
+        note="; ".join(note for note in (first.note, then.note and f"network: {then.note}") if note),
+    )

@@ -1,0 +1,153 @@
+"""The optimisation of one subject (a unit, a stage, the network) against the float network, with its guard."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.method.across_block_loss import across_block_loss
+from repapq_plugin.method.learners import (
+    Learner,
+    leave_ties,
+    output_magnitudes,
+    parameter_groups,
+    restore,
+    snapshot,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a pass over one batch gave: each unit's outputs by call, and those at the end of the stage."""
+
+    units: Mapping[str, Sequence[Tensor]]
+    stage: Sequence[Tensor]
+
+
+class Subject(Protocol):
+    """What is optimised together."""
+
+    name: str
+    learners: Mapping[str, Learner]
+
+    def student(self, batch: int) -> Outputs:
+        """Run the quantized network's part on cached inputs of ``batch``."""
+
+    def teacher(self, batch: int) -> Outputs:
+        """Return the float network's outputs for ``batch``."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an optimisation did, measured on held-out batches.
+
+    Args:
+        unit_losses_before: Relative loss of each unit at its starting point.
+        unit_losses_after: The same with what was kept.
+        kept: Whether the result was better than its starting point and therefore stays.
+        seconds: Time spent.
+        note: Why a result was not kept, or what else is worth saying.
+    """
+
+    unit_losses_before: dict[str, float]
+    unit_losses_after: dict[str, float]
+    kept: bool
+    seconds: float
+    note: str = ""
+
+
+def split_batches(count: int, guard_fraction: float) -> tuple[list[int], list[int]]:
+    """Return indices of training and of held-out batches.
+
+    A single batch, or no guard, leaves nothing to hold out: the result is judged on what it learned from.
+    """
+    held_out = max(1, round(count * guard_fraction)) if guard_fraction and count > 1 else 0
+    training = list(range(count - held_out))
+    return training, list(range(count - held_out, count)) or training
+
+
+def reconstruct(subject: Subject, batches: int, config: RepAPQConfig, advance: Callable[[], None]) -> Outcome:
+    """Minimise the across-block loss of ``subject`` and keep the result if held-out batches agree.
+
+    Args:
+        subject: What is optimised.
+        batches: Number of cached batches.
+        config: Steps, learning rates, loss, guard.
+        advance: Called after each step.
+    """
+    started = time.perf_counter()
+    training, held_out = split_batches(batches, config.guard_fraction)
+    before, parts_before = evaluate(subject, held_out, config)
+    start = snapshot(subject.learners)
+    note = _optimise(subject, training, config, advance)
+    leave_ties(subject.learners)
+    after, parts_after = evaluate(subject, held_out, config)
+    kept = math.isfinite(after) and after < before
+    if not kept:
+        restore(subject.learners, start)
+        note = note or f"held-out loss went from {before:.4g} to {after:.4g}: the starting point stays"
+        logger.info("%s: %s", subject.name, note)
+        parts_after = parts_before
+    return Outcome(parts_before, parts_after, kept, time.perf_counter() - started, note)
+
+
+def _optimise(subject: Subject, training: list[int], config: RepAPQConfig, advance: Callable[[], None]) -> str:
+    magnitudes = output_magnitudes(subject.learners, lambda: subject.student(training[0]))
+    groups = parameter_groups(subject.learners, magnitudes, config.learning_rates)
+    learned: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
+    for parameter in learned:
+        parameter.requires_grad_(True)
+    # One kernel per group: a network has many small ones, and their Python loop costs a tenth of a step.
+    optimizer = torch.optim.Adam(groups, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.steps)
+    generator = torch.Generator().manual_seed(config.seed)
+    order: list[int] = []
+    for learner in subject.learners.values():
+        learner.set_dropping(True)
+    try:
+        for step in range(config.steps):
+            order = order or [training[i] for i in torch.randperm(len(training), generator=generator).tolist()]
+            batch = order.pop()
+            with torch.enable_grad():
+                loss, _ = _loss(subject, batch, config)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+            if not math.isfinite(float(loss.detach())):
+                return f"the loss became {float(loss.detach())} at step {step}: the starting point stays"
+            optimizer.step()
+            schedule.step()
+            advance()
+    finally:
+        for learner in subject.learners.values():
+            learner.set_dropping(False)
+        for parameter in learned:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+    return ""
+
+
+def _loss(subject: Subject, batch: int, config: RepAPQConfig) -> tuple[Tensor, dict[str, float]]:
+    target, output = subject.teacher(batch), subject.student(batch)
+    return across_block_loss(output.units, target.units, output.stage, target.stage, config.loss, config.stage_weight)
+
+
+@torch.no_grad()
+def evaluate(subject: Subject, batches: Sequence[int], config: RepAPQConfig) -> tuple[float, dict[str, float]]:
+    """Return the mean loss over ``batches`` and each unit's mean part of it."""
+    total, parts = 0.0, dict.fromkeys(subject.teacher(batches[0]).units, 0.0)
+    for batch in batches:
+        loss, by_unit = _loss(subject, batch, config)
+        total += float(loss) / len(batches)
+        for name, part in by_unit.items():
+            parts[name] += part / len(batches)
+    return total, parts

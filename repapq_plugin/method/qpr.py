@@ -1,0 +1,113 @@
+"""QPR, Quantization Protecting Reparameterization: affine layer behind a merged convolution, exact fold.
+
+Source: arXiv:2402.16121 (abstract); parametrisation and fold are our choice.
+
+Before calibration the affine layer is the identity. During calibration gamma and beta learn faster
+than the weights and stretch the convolution's output. `fold_affine` then removes the layer without
+changing an integer: ``scale <- |gamma| * scale``, the sign of gamma into the integers (which is why
+their grid is symmetric), ``bias <- gamma * bias + beta``.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from repapq_plugin.core.quant_primitives import dequantize, quantize
+from repapq_plugin.errors import MergeError
+from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
+from repapq_plugin.quantizers.layers import ChannelAffine, QuantizedLayer, output_channels_axis
+
+logger = logging.getLogger(__name__)
+
+
+def attach_affine(layer: QuantizedLayer) -> None:
+    """Put an identity affine layer behind ``layer``; nothing changes until it learns.
+
+    Raises:
+        MergeError: The layer is a grouped transposed convolution, whose weight has no axis of output
+            channels to fold into.
+    """
+    if isinstance(layer.layer, nn.ConvTranspose2d) and layer.layer.groups > 1:
+        raise MergeError(
+            f"A transposed convolution of {layer.layer.groups} groups cannot take an affine layer in; "
+            "keep it without one, or float."
+        )
+    layer.affine = ChannelAffine(
+        layer.out_channels, channels_last=isinstance(layer.layer, nn.Linear), like=layer.weight
+    )
+
+
+def integer_weight(layer: QuantizedLayer) -> Tensor:
+    """Return the integer codes of the weight, int32, of the weight's shape: those that are simulated."""
+    quantizer = layer.weight_fake_quant
+    scale, zero_point = quantizer.calculate_qparams()
+    axis = quantizer.ch_axis if quantizer.per_channel else None
+    # Taken from what the kernel returns: it multiplies by the inverse scale, which may round the other way.
+    simulated = quantizer.quantize_dequantize(layer.weight.detach())
+    return quantize(simulated, scale, zero_point, quantizer.quant_min, quantizer.quant_max, axis)
+
+
+@torch.no_grad()
+def fold_affine(layer: QuantizedLayer) -> None:
+    """Fold the affine layer into weight scale and bias, and leave the weights on their grid.
+
+    Per-channel weights on a symmetric grid: the integers stay (their sign may flip), so the fold is
+    exact. Per-tensor weights have one scale for all channels and cannot absorb a gamma each, and a
+    flipped code may fall off an asymmetric grid: there gamma goes into the real weights, which are
+    quantized anew, and a warning says so.
+    """
+    affine, layer.affine = layer.affine, None
+    _fold_gamma(layer, None if affine is None else affine.gamma.detach())
+    if affine is not None:
+        bias = layer.bias if layer.bias is not None else torch.zeros_like(affine.beta)
+        folded = affine.gamma.detach() * bias + affine.beta.detach()
+        cast(nn.Conv2d, layer.layer).bias = nn.Parameter(folded, requires_grad=layer.weight.requires_grad)
+
+
+def _fold_gamma(layer: QuantizedLayer, gamma: Tensor | None) -> None:
+    quantizer = layer.weight_fake_quant
+    axis = quantizer.ch_axis if quantizer.per_channel else None
+    codes = integer_weight(layer)
+    scale, zero_point = quantizer.calculate_qparams()
+    if gamma is not None and not torch.equal(gamma, torch.ones_like(gamma)):
+        output_axis = output_channels_axis(layer.layer)
+        shape = [1] * codes.dim()
+        shape[output_axis] = -1
+        flipped = _flipped(codes, gamma.reshape(shape), zero_point, quantizer) if axis == output_axis else None
+        if flipped is None:
+            _requantize(layer, gamma.reshape(shape))
+            return
+        # Where gamma is 0 all codes are, and any scale will do.
+        codes, scale = flipped, torch.where(gamma == 0, scale, scale * gamma.abs())
+    quantizer.set_qparams(scale, zero_point)
+    # The stored scale is the exponential of its logarithm; what is multiplied must be that very number.
+    layer.weight.copy_(dequantize(codes, quantizer.scale, zero_point, axis))
+
+
+def _flipped(codes: Tensor, gamma: Tensor, zero_point: Tensor, quantizer: LearnableFakeQuantize) -> Tensor | None:
+    """Return codes with the sign of ``gamma``, or ``None`` where one would fall off the grid."""
+    zero = zero_point.reshape(gamma.shape).to(codes.dtype)
+    flipped = zero + (codes - zero) * torch.sign(gamma).to(codes.dtype)
+    inside = (flipped >= quantizer.quant_min) & (flipped <= quantizer.quant_max)
+    return flipped if bool(inside.all()) else None
+
+
+def _requantize(layer: QuantizedLayer, gamma: Tensor) -> None:
+    quantizer = layer.weight_fake_quant
+    logger.warning(
+        "The weight grid (%s, %d to %d) cannot take the affine layer in exactly: %d channels are scaled and "
+        "quantized again.",
+        quantizer.qscheme,
+        quantizer.quant_min,
+        quantizer.quant_max,
+        gamma.numel(),
+    )
+    scaled = quantizer.quantize_dequantize(layer.weight) * gamma
+    quantizer.activation_post_process.reset_min_max_vals()
+    quantizer.activation_post_process(scaled)
+    quantizer.initialise_from_observer()
+    layer.weight.copy_(quantizer.quantize_dequantize(scaled))

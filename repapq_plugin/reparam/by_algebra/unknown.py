@@ -1,0 +1,165 @@
+"""Notice blocks that add parallel linear branches, although nobody taught their class.
+
+The sums are seen while the model runs: which tensors are a linear function of which module input,
+and how many convolutions or norms stand side by side in it. An activation ends linearity, so an
+ordinary residual block is not taken for one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from repapq_plugin.core.running import inference
+from repapq_plugin.core.tensor_notes import TensorNotes
+from repapq_plugin.core.tensors import tensors_of
+from repapq_plugin.reparam.branches import is_registered
+from repapq_plugin.reparam.merged import MergedBlock
+from repapq_plugin.reparam.norms import has_activation, is_norm
+
+_SUMS = {"add", "add_", "__add__", "__iadd__", "__radd__", "sub", "sub_", "__sub__", "__isub__"}
+_SCALINGS = {"mul", "mul_", "__mul__", "__imul__", "__rmul__", "div", "__truediv__"}
+_COPIES = {"clone", "contiguous", "dropout", "to"}
+
+# Serial number of a tensor value -> the layers that read that value at the start of a branch.
+Terms = dict[int, frozenset[nn.Module]]
+
+
+@dataclass
+class _Frame:
+    """One running call of a composite module: its input, and the first value made inside it."""
+
+    name: str
+    source: int | None
+    first: int
+    sums: list[torch.Size] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Value:
+    """What is known about a tensor as it is now; a change in place makes it another value."""
+
+    serial: int
+    terms: Terms
+
+
+class _LinearTerms(TorchFunctionMode):
+    """Follows sums of branches through plain tensor arithmetic; layers report through hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frames: list[_Frame] = []
+        self.found: set[str] = set()
+        self._values: TensorNotes[_Value] = TensorNotes()
+        self._serials = itertools.count()
+
+    def value_of(self, tensor: Tensor) -> _Value:
+        return self._values.get(tensor) or self.remember(tensor, {})
+
+    def remember(self, tensor: Tensor, terms: Terms) -> _Value:
+        value = _Value(next(self._serials), terms)
+        self._values.put(tensor, value)
+        return value
+
+    def terms(self, tensor: Tensor) -> Terms:
+        """Return which values ``tensor`` is a linear function of; always one of itself."""
+        value = self.value_of(tensor)
+        return {**value.terms, value.serial: frozenset()}
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        terms = self._after(name, args)
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and name != "__get__":
+            self.remember(result, terms)
+            if name in _SUMS:
+                self._note_sum(result, terms)
+        return result
+
+    def _after(self, name: str, args: tuple[Any, ...]) -> Terms:
+        """Terms of the result of a function, read before it may overwrite its arguments."""
+        operands = [value for value in args[:2] if isinstance(value, Tensor)]
+        if name in _SCALINGS:
+            operands = [value for value in operands if not isinstance(value, nn.Parameter)]
+            return self.terms(operands[0]) if len(operands) == 1 else {}
+        if name in _SUMS and len(operands) == 2:
+            left, right = self.terms(operands[0]), self.terms(operands[1])
+            return {serial: left[serial] | right[serial] for serial in left.keys() & right.keys()}
+        return self.terms(operands[0]) if name in _SUMS | _COPIES and operands else {}
+
+    def _note_sum(self, result: Tensor, terms: Terms) -> None:
+        sources = [serial for serial, starts in terms.items() if len(starts) >= 2]
+        for frame in reversed(self.frames):
+            if any(serial == frame.source or serial >= frame.first for serial in sources):
+                frame.sums.append(result.shape)
+                return
+
+    def layer_ran(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A layer starts a branch from what it reads, and goes on with those that lead there."""
+        if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
+            return
+        terms: Terms = {}
+        if not has_activation(layer):
+            own = frozenset({layer})
+            # Branches that were added before are one from here on.
+            terms = {serial: starts if len(starts) == 1 else own for serial, starts in self.terms(args[0]).items()}
+        self.remember(output, terms)
+
+    def enter(self, name: str, args: tuple[Any, ...]) -> None:
+        given = args[0] if args else None
+        source = self.value_of(given).serial if isinstance(given, Tensor) else None
+        self.frames.append(_Frame(name, source, first=next(self._serials)))
+
+    def leave(self, output: Any) -> None:
+        frame = self.frames.pop()
+        if any(tensor.shape in frame.sums for tensor in tensors_of(output)):
+            self.found.add(frame.name)
+
+
+def find_unknown_multibranch(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[str]:
+    """Find modules that look like reparameterizable blocks of a class that was not taught.
+
+    Such a module adds the outputs of two or more convolutions or norms (each perhaps with its norm)
+    that all read one tensor, its own first input or one that it made, and gives an output of the
+    sum's shape.
+
+    Args:
+        model: Any model, after `merge_branches`; run as at inference, its modes come back.
+        run: Runs the model it is given on sample data.
+
+    Returns:
+        Module paths, in the order of ``model.named_modules()``. Classes that were taught are left
+        out: for those `merge_branches` has said why they stay.
+    """
+    known = {inner for block in model.modules() if _is_known(block) for inner in block.modules()}
+    watch = _LinearTerms()
+    names = [(name, module) for name, module in model.named_modules() if module not in known]
+    with ExitStack() as stack:
+        for name, module in names:
+            if isinstance(module, nn.modules.conv._ConvNd) or is_norm(module):
+                stack.callback(module.register_forward_hook(watch.layer_ran).remove)
+            elif any(True for _ in module.children()):
+                before = module.register_forward_pre_hook(lambda _, args, name=name: watch.enter(name, args))
+                behind = module.register_forward_hook(lambda _, args, output: watch.leave(output))
+                stack.callback(before.remove)
+                stack.callback(behind.remove)
+        with inference(model), watch:
+            run(model)
+    return [name for name, _ in names if name in watch.found]
+
+
+def _is_known(module: nn.Module) -> bool:
+    return isinstance(module, MergedBlock) or is_registered(module)

@@ -1,0 +1,229 @@
+"""Merge the branches of reparameterized blocks into one convolution each, and check it.
+
+Fused in float64 with each norm's own eps, returned in the block's own dtype (our choice; the
+families themselves fuse in float32).
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import logging
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+from repapq_plugin.core.running import inference
+from repapq_plugin.errors import MergeError
+from repapq_plugin.reparam.branches import Branch, BranchSpec, branches_of, is_registered, qualified_name
+from repapq_plugin.reparam.by_algebra.merge import merge_by_algebra
+from repapq_plugin.reparam.families import TAKE_IDENTITY
+from repapq_plugin.reparam.linear_map import (
+    LinearMap,
+    branch_map,
+    flattened,
+    in_parallel,
+    input_channels,
+    scaled,
+    to_conv,
+)
+from repapq_plugin.reparam.merged import MergedBlock, MergeRecord
+
+__all__ = ["MergeRecord", "MergedBlock", "fuse_branches", "merge_branches"]
+
+logger = logging.getLogger(__name__)
+
+# What two float64 computations of the same block may differ by, relative to its largest output.
+_EXACT = 1e-9
+
+
+def _parameters(spec: BranchSpec) -> list[Tensor]:
+    """Floating-point tensors of all branches, the convolutions' weights first."""
+    modules = [module for branch in spec.branches for layer in branch.layers for module in layer.modules()]
+    modules.sort(key=lambda module: not isinstance(module, nn.Conv2d))
+    tensors: list[Tensor] = [p for module in modules for p in module.parameters(recurse=False)]
+    tensors += [tensor for module in modules for tensor in module.buffers(recurse=False)]
+    return [tensor for tensor in tensors if tensor.is_floating_point()]
+
+
+def _branch(branch: Branch, channels: int, like: Tensor, where: str) -> LinearMap:
+    result = branch_map(flattened(branch.layers), channels, like, where)
+    scale = torch.as_tensor(branch.scale, dtype=torch.float64, device=like.device).detach().flatten()
+    if scale.numel() not in (1, result.out_channels):
+        raise MergeError(f"{where}: Branch.scale has {scale.numel()} elements; give one, or {result.out_channels}.")
+    return scaled(result, scale)
+
+
+@torch.no_grad()
+def fuse_branches(spec: BranchSpec, *, where: str = "block") -> nn.Conv2d:
+    """Merge the branches of one block into one convolution with bias.
+
+    Taps are merged on the union of their positions (3x3 + 1x1 + identity, dilated + 1x1, 1x3 + 3x1,
+    average pooling), groups to their largest common divisor.
+
+    Args:
+        spec: The block's branches; left as they are.
+        where: Path of the block, for the error text.
+
+    Returns:
+        A convolution on the branches' device and in their dtype, trainable if any of them was.
+
+    Raises:
+        MergeError: A branch is not a convolution at inference, the branches' outputs cannot be added,
+            or the result is not finite.
+    """
+    parameters = _parameters(spec)
+    widths = [input_channels(flattened(branch.layers)) for branch in spec.branches]
+    channels = next((width for width in widths if width is not None), None)
+    if channels is None or not parameters:
+        raise MergeError(f"{where}: no branch holds a convolution or a norm, so there is nothing to merge.")
+    dtype, like = parameters[0].dtype, parameters[0].new_zeros((), dtype=torch.float64)
+    maps = [_branch(branch, channels, like, where) for branch in spec.branches]
+    conv = to_conv(in_parallel(maps, where), dtype)
+    conv.requires_grad_(any(parameter.requires_grad for parameter in parameters))
+    if not all(bool(parameter.isfinite().all()) for parameter in conv.parameters()):
+        raise MergeError(f"{where}: the merged weights are not finite in {dtype}; check the checkpoint.")
+    return conv
+
+
+def _probe(conv: nn.Conv2d) -> Tensor:
+    """Random input that is small, and yet larger than the kernel; the same one every time."""
+    reach = zip(conv.kernel_size, conv.dilation, conv.stride, strict=True)
+    size = [dilation * (kernel - 1) + 2 * stride + 1 for kernel, dilation, stride in reach]
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(2, conv.in_channels, *size, generator=generator, dtype=torch.float64)
+    return probe.to(conv.weight)
+
+
+def _relative(actual: Tensor, wanted: Tensor) -> float:
+    if actual.shape != wanted.shape:
+        return float("inf")
+    peak = wanted.abs().max().double()
+    error = (actual.double() - wanted.double()).abs().max()
+    relative = float(error / peak) if float(peak) > 0 else float(error)
+    return relative if relative == relative else float("inf")
+
+
+def _sum_of_branches(spec: BranchSpec, x: Tensor) -> Tensor:
+    total = torch.zeros((), dtype=x.dtype, device=x.device)
+    for branch in spec.branches:
+        y = x
+        for layer in branch.layers:
+            y = layer(y)
+        scale = torch.as_tensor(branch.scale, dtype=x.dtype, device=x.device).flatten()
+        total = total + scale.reshape(1, -1, 1, 1) * y
+    return total
+
+
+def _difference(block: nn.Module, spec: BranchSpec, conv: nn.Conv2d) -> float:
+    """Compare a block with its merged form on random input, relative to the largest output.
+
+    The sums of the branches are compared besides, as an activation may hide everything.
+    """
+    x = _probe(conv)
+    merged = MergedBlock(conv, spec.after)
+    with inference(block):
+        error = _relative(conv(x), _sum_of_branches(spec, x.clone()))
+        return max(error, _relative(merged(x.clone()), block(x.clone())))
+
+
+def _exact_difference(block: nn.Module, where: str) -> float:
+    """`_difference` of a float64 copy of the block, where nothing but a wrong merge can differ."""
+    block = copy.deepcopy(block).double()
+    spec = branches_of(block)
+    if spec is None:
+        raise MergeError(f"{where}: a copy of the block no longer tells its branches.")
+    return _difference(block, spec, fuse_branches(spec, where=where))
+
+
+def _verified(block: nn.Module, spec: BranchSpec, conv: nn.Conv2d, where: str) -> float:
+    """Return the relative error of merging; raise `MergeError` if it does not come from rounding."""
+    try:
+        error = _difference(block, spec, conv)
+        if error <= min(1000 * torch.finfo(conv.weight.dtype).eps, 0.05):
+            return error
+        # Branches that nearly cancel, or differ much in magnitude, round badly by themselves.
+        exact = _exact_difference(block, where)
+    except MergeError:
+        raise
+    except Exception as failure:
+        raise MergeError(
+            f"{where}: the block cannot be run alone on one input, so merging it cannot be checked "
+            f"({type(failure).__name__}: {failure})."
+        ) from failure
+    if not exact <= _EXACT:
+        raise MergeError(
+            f"{where}: merged and branched block differ by {exact:.1e} of the largest output; the "
+            f"function registered for {qualified_name(type(block))} does not describe its forward."
+        )
+    return error
+
+
+def _merge(block: nn.Module, spec: BranchSpec, name: str, verify: bool) -> tuple[MergedBlock | None, MergeRecord]:
+    where = name or "model"
+    block_class, count = qualified_name(type(block)), len(spec.branches)
+    try:
+        conv = fuse_branches(spec, where=where)
+        error = _verified(block, spec, conv, where) if verify else None
+    except MergeError as failure:
+        logger.warning("%s stays as it is: %s", where, failure)
+        return None, MergeRecord(name, block_class, count, None, None, False, str(failure))
+    merged = MergedBlock(conv, spec.after)
+    merged.training = block.training
+    size = (conv.kernel_size[0], conv.kernel_size[1])
+    return merged, MergeRecord(name, block_class, count, size, error, True)
+
+
+def merge_branches(
+    model: nn.Module, *, inplace: bool = False, verify: bool = True, skip: Collection[str] = ()
+) -> tuple[nn.Module, list[MergeRecord]]:
+    """Replace the branches of every multi-branch block by one convolution.
+
+    A block whose class was taught becomes a `MergedBlock`; of what is left, `merge_by_algebra` merges
+    whatever adds linear branches and equals a convolution. A block that cannot be merged, or whose
+    merged form gives another result, stays as it is, with a reason in its record and a warning. A
+    block that appears under several names is merged once and stays shared.
+
+    Args:
+        model: Any module; may itself be a block.
+        inplace: Change ``model`` instead of a copy of it.
+        verify: Run each block on random input, branched and merged, and compare.
+        skip: Names, or glob patterns of names, of blocks to leave alone.
+
+    Returns:
+        The model (a new module if ``model`` itself was a block) and one record per block, in the
+        order of ``model.named_modules()``. Blocks of unknown classes have one only if they add linear
+        branches.
+    """
+    model = model if inplace else copy.deepcopy(model)
+    replacements: dict[nn.Module, MergedBlock] = {}
+    records: list[MergeRecord] = []
+    inside: set[nn.Module] = set()
+    for name, block in model.named_modules():
+        if block in inside or not is_registered(block):
+            continue
+        try:
+            skipped = any(fnmatch.fnmatchcase(name, pattern) for pattern in skip)
+            spec = None if skipped else branches_of(block)
+        except MergeError as failure:
+            logger.warning("%s stays as it is: %s", name or "model", failure)
+            records.append(MergeRecord(name, qualified_name(type(block)), 0, None, None, False, str(failure)))
+            continue
+        if skipped or spec is not None:
+            inside.update(block.modules())
+        if spec is None:
+            continue
+        merged, record = _merge(block, spec, name, verify)
+        records.append(record)
+        if merged is not None:
+            replacements[block] = merged
+    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    for parent in list(model.modules()):
+        for child_name, child in list(parent._modules.items()):
+            if child in replacements:
+                setattr(parent, child_name, replacements[child])
+    model = replacements.get(model, model)
+    taught = {inner for block in model.modules() if is_registered(block) for inner in block.modules()}
+    model, others = merge_by_algebra(model, known=taught, with_identity=TAKE_IDENTITY, verify=verify, skip=skip)
+    return model, sorted([*records, *others], key=lambda record: order[record.name])

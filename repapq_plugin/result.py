@@ -1,0 +1,196 @@
+"""What a calibration gives back, and how it is saved and loaded without pickles."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.errors import MergeError, ResultError
+from repapq_plugin.method.across_block import UnitResult
+from repapq_plugin.quantizers.plan import LayerPlan, QuantizationPlan, insert_quantizers
+from repapq_plugin.reparam.fold import fold_named_pairs
+from repapq_plugin.reparam.merge import MergeRecord, merge_branches
+
+FORMAT = "repapq-result-1"
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """A quantized network and the record of how it came about.
+
+    Args:
+        model: Runs in place of the float model; simulates integers exactly as exported.
+        config: The configuration used.
+        plan: What was folded, and how each layer is quantized.
+        units: One entry per unit, in call order; empty where nothing was learned.
+        merges: One entry per multi-branch block that was met.
+        seconds: Time of the whole calibration.
+        notes: Warnings worth keeping with the result.
+    """
+
+    model: nn.Module
+    config: RepAPQConfig
+    plan: QuantizationPlan
+    units: tuple[UnitResult, ...] = ()
+    merges: tuple[MergeRecord, ...] = ()
+    seconds: float = 0.0
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """``(weight_bits, activation_bits)`` of each quantized layer, by module path."""
+        return {name: (plan.weight_bits, plan.activation_bits) for name, plan in self.plan.layers.items()}
+
+    @property
+    def float_layers(self) -> dict[str, str]:
+        """Why each layer that stayed float did so, by module path."""
+        return dict(self.plan.float_layers)
+
+    def summary(self) -> dict[str, Any]:
+        """Return everything but the tensors, ready for JSON (NaN becomes ``None``)."""
+        return {
+            "scheme": self.config.scheme,
+            "config": self.config.to_dict(),
+            "plan": dataclasses.asdict(self.plan),
+            "units": [_finite(dataclasses.asdict(unit)) for unit in self.units],
+            "merges": [_finite(dataclasses.asdict(record)) for record in self.merges],
+            "seconds": self.seconds,
+            "notes": list(self.notes),
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything to one safetensors file; an older file stays until the new one is whole.
+
+        Raises:
+            ResultError: The file cannot be written; nothing half-written is left.
+        """
+        target = Path(path)
+        header = {"format": FORMAT, "result": json.dumps(self.summary())}
+        tensors = {key: value.detach().cpu().contiguous() for key, value in _own_state(self.model).items()}
+        temporary: Path | None = None
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+            os.close(handle)
+            temporary = Path(name)
+            save_file(tensors, temporary, metadata=header)
+            temporary.replace(target)
+        except (OSError, SafetensorError) as error:
+            raise ResultError(f"Cannot write {target}: {error}. Free some space or choose another folder.") from error
+        finally:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+        return target
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module) -> CalibrationResult:
+        """Rebuild a saved result on the float, branched ``model`` it was made from (a copy of it).
+
+        Raises:
+            ResultError: The file is missing or no such result, or belongs to another model.
+        """
+        tensors, saved = _read(Path(path))
+        try:
+            config = RepAPQConfig.from_dict(saved["config"])
+            plan = _plan(saved["plan"])
+            merges = tuple(_record(record) for record in saved["merges"])
+            quantized = rebuild(model, plan, merges, config)
+        except (KeyError, TypeError, AttributeError, MergeError) as error:
+            raise ResultError(_misfit(path, str(error))) from error
+        expected = set(_own_state(quantized))
+        missing, unexpected = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
+        if missing or unexpected:
+            counted = f"{len(missing)} missing keys {missing[:5]}, {len(unexpected)} unexpected keys {unexpected[:5]}"
+            raise ResultError(_misfit(path, counted))
+        try:
+            quantized.load_state_dict(tensors, strict=False)
+        except RuntimeError as error:
+            raise ResultError(_misfit(path, str(error))) from error
+        return cls(
+            model=quantized.eval(),
+            config=config,
+            plan=plan,
+            units=tuple(UnitResult(**_nan(unit)) for unit in saved["units"]),
+            merges=merges,
+            seconds=saved["seconds"],
+            notes=tuple(saved["notes"]),
+        )
+
+
+def rebuild(model: nn.Module, plan: QuantizationPlan, merges: Sequence[MergeRecord], config: RepAPQConfig) -> nn.Module:
+    """Return a copy of ``model``, merged, folded and with quantizers as ``plan`` and ``merges`` say."""
+    skip = [record.name for record in merges if not record.merged]
+    merged, _ = merge_branches(copy.deepcopy(model).eval(), inplace=True, verify=False, skip=skip)
+    fold_named_pairs(merged, plan.folded)
+    for layer in insert_quantizers(merged, plan.layers, config).values():
+        for quantizer in (layer.weight_fake_quant, layer.input_fake_quant):
+            quantizer.enable_observer(False)
+    return merged
+
+
+def _misfit(path: str | Path, why: str) -> str:
+    return f"{path} does not fit this model: {why}. Load it into the model it was made from."
+
+
+def _own_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict without what observers remember, and shared tensors once."""
+    skipped = ("activation_post_process.",)
+    state: dict[str, Tensor] = {}
+    seen: dict[tuple[int, torch.Size], str] = {}
+    for key, value in model.state_dict().items():
+        if any(part in key for part in skipped):
+            continue
+        place = (value.data_ptr(), value.shape)
+        if value.numel() and place in seen:
+            continue
+        seen[place] = key
+        state[key] = value
+    return state
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ResultError(f"Cannot read {path}: {error}.") from error
+    if header.get("format") != FORMAT:
+        raise ResultError(f"{path} is not a result of this plugin: format {header.get('format')!r}, not {FORMAT!r}.")
+    return tensors, json.loads(header["result"])
+
+
+def _plan(saved: dict[str, Any]) -> QuantizationPlan:
+    return QuantizationPlan(
+        folded=tuple((layer, norm) for layer, norm in saved["folded"]),
+        layers={name: LayerPlan(**values) for name, values in saved["layers"].items()},
+        float_layers=dict(saved["float_layers"]),
+    )
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def _record(saved: dict[str, Any]) -> MergeRecord:
+    size = saved["kernel_size"]
+    return MergeRecord(**{**_nan(saved), "kernel_size": tuple(size) if size else None})
+
+
+def _nan(values: dict[str, Any]) -> dict[str, Any]:
+    floats = ("loss_before", "loss_after", "max_rel_error")
+    return {k: float("nan") if v is None and k in floats else v for k, v in values.items()}

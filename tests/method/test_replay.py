@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+from repapq_plugin.method.replay import answering, inputs_of, outputs_of, recording
+from repapq_plugin.quantizers.trace import flatten_tensors
+from tests.support.networks import Pyramid, settle
+
+
+@pytest.fixture
+def model() -> Pyramid:
+    return settle(Pyramid())
+
+
+def test_a_network_whose_modules_answer_from_the_cache_gives_the_same_outputs(model):
+    x = torch.randn(2, 3, 16, 16)
+    names = ["down1", "down2", "up", "tower"]
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        with recording(modules, names) as outputs:
+            wanted = flatten_tensors(model(x))
+        stored = {name: [tensor.clone() for tensor in tensors] for name, tensors in outputs.items()}
+        assert len(stored["tower"]) == 2
+        with answering(modules, stored):
+            replayed = flatten_tensors(model(torch.zeros_like(x)))
+        assert all(torch.equal(a, b) for a, b in zip(replayed, wanted, strict=True))
+        again = flatten_tensors(model(x))
+    assert all(torch.equal(a, b) for a, b in zip(again, wanted, strict=True))
+
+
+def test_modules_run_again_after_an_error(model):
+    modules = dict(model.named_modules())
+    with pytest.raises(RuntimeError, match="stop"), answering(modules, {"up": [torch.zeros(1)]}):
+        raise RuntimeError("stop")
+    assert "forward" not in vars(model.up)
+
+
+def test_a_forward_of_the_module_s_own_comes_back(model):
+    own = model.up.forward
+    model.up.forward = own
+    with answering(dict(model.named_modules()), {"up": [torch.zeros(1)]}):
+        pass
+    assert vars(model.up)["forward"] is own
+
+
+def test_inputs_and_outputs_of_a_shared_module_are_all_found_and_nothing_behind_it_runs(model):
+    ran = []
+    model.classes.register_forward_hook(lambda *_: ran.append(1))
+    x = torch.randn(2, 3, 16, 16)
+    inputs = inputs_of(model.tower, 2, lambda: model(x))
+    outputs = outputs_of(model.tower, 2, lambda: model(x))
+    assert [tuple(t.shape[-2:]) for t in inputs] == [(8, 8), (4, 4)]
+    assert not ran
+    for given, got in zip(inputs, outputs, strict=True):
+        torch.testing.assert_close(model.tower(given), got)

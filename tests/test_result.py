@@ -1,0 +1,93 @@
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from repapq_plugin import CalibrationResult, RepAPQConfig, quantize_model
+from repapq_plugin.errors import ResultError
+from repapq_plugin.quantizers.trace import flatten_tensors
+from tests.support.networks import Chain, Pyramid, batches, settle
+
+
+@pytest.fixture(scope="module")
+def pair():
+    torch.manual_seed(0)
+    model = settle(Pyramid())
+    return model, quantize_model(model, batches(), RepAPQConfig.from_preset("w4a4", steps=5))
+
+
+def test_a_saved_result_comes_back_equal(pair, tmp_path):
+    model, result = pair
+    loaded = CalibrationResult.load(result.save(tmp_path / "a" / "result.safetensors"), model)
+    x = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        for a, b in zip(flatten_tensors(loaded.model(x)), flatten_tensors(result.model(x)), strict=True):
+            assert torch.equal(a, b)
+    assert loaded.summary() == result.summary()
+    assert loaded.config == result.config
+    assert loaded.units == result.units
+    assert loaded.merges == result.merges
+    layers = dict(loaded.model.named_modules())
+    assert layers["classes"].input_fake_quant is layers["boxes"].input_fake_quant
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["result.safetensors"]
+
+
+def test_the_summary_is_plain_json(pair):
+    _, result = pair
+    assert json.loads(json.dumps(result.summary(), allow_nan=False))["scheme"] == result.config.scheme
+
+
+def test_another_model_is_refused(pair, tmp_path):
+    _, result = pair
+    path = result.save(tmp_path / "result.safetensors")
+    with pytest.raises(ResultError, match="does not fit this model"):
+        CalibrationResult.load(path, settle(Chain()))
+
+
+def test_a_missing_a_cut_and_a_foreign_file_are_refused(pair, tmp_path):
+    model, result = pair
+    with pytest.raises(ResultError, match="nowhere"):
+        CalibrationResult.load(tmp_path / "nowhere.safetensors", model)
+    path = result.save(tmp_path / "result.safetensors")
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ResultError, match="Cannot read"):
+        CalibrationResult.load(path, model)
+    save_file({"x": torch.ones(1)}, path)
+    with pytest.raises(ResultError, match="not a result of this plugin"):
+        CalibrationResult.load(path, model)
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(pair, tmp_path):
+    _, result = pair
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ResultError, match="Cannot write"):
+        result.save(tmp_path / "file" / "result.safetensors")
+
+
+def test_a_full_disk_leaves_the_older_file_and_nothing_else(tmp_path):
+    script = """
+        import resource, signal, sys, torch
+        from pathlib import Path
+        from tests.support.networks import Chain, batches, settle
+        from repapq_plugin import RepAPQConfig, quantize_model
+        from repapq_plugin.errors import ResultError
+        result = quantize_model(settle(Chain()), batches(1), RepAPQConfig.from_preset("w8a8", steps=0))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        try:
+            result.save(Path(sys.argv[1]))
+        except ResultError as error:
+            print("refused:", error)
+    """
+    target = tmp_path / "result.safetensors"
+    target.write_text("older")
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(target)], capture_output=True, text=True, check=False
+    )
+    assert "refused: Cannot write" in done.stdout, done.stderr
+    assert target.read_text() == "older"
+    assert [path.name for path in tmp_path.iterdir()] == ["result.safetensors"]
