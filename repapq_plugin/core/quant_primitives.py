@@ -12,6 +12,9 @@ from torch import Tensor
 EPS = float(torch.finfo(torch.float32).eps)
 """Smallest scale that is used: a range of zero width (a dead channel) must not divide by zero."""
 
+CONTAINERS = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
+"""Integer types that carry a grid of 2 to 8 bits, and the smallest and largest code of each."""
+
 
 def activation_bounds(num_bits: int) -> tuple[int, int]:
     """Return ``(quant_min, quant_max)`` of an unsigned grid: 0 to ``2**b - 1``."""
@@ -60,6 +63,22 @@ def choose_qparams(
     scale = ((high - low) / (quant_max - quant_min)).clamp(min=EPS)
     zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
     return scale, zero_point.to(torch.int64)
+
+
+def grid_bounds(scale: Tensor | float, zero_point: Tensor | int, quant_min: int, quant_max: int) -> tuple[float, float]:
+    """Return the real values of a grid's first and last integer, computed in Python floats.
+
+    A tensor clamped to them and rounded on a wider grid of the same scale and zero point has the very
+    codes of this grid; so 8-bit integers carry grids of fewer bits.
+
+    Args:
+        scale: Step of the grid, one float.
+        zero_point: The integer of the real 0, one integer.
+        quant_min: Smallest integer of the grid.
+        quant_max: Largest integer of the grid.
+    """
+    step, zero = float(scale), int(zero_point)
+    return (quant_min - zero) * step, (quant_max - zero) * step
 
 
 def quantize(

@@ -8,30 +8,39 @@ point. The codes are those of the b-bit grid exactly, and every runtime has kern
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
+from repapq_plugin.core.modules import replace_modules
+from repapq_plugin.core.quant_primitives import CONTAINERS, grid_bounds
 from repapq_plugin.errors import ExportError
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
 from repapq_plugin.quantizers.layers import QuantizedLayer, apply_layer, output_channels_axis
 
-CONTAINERS = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
-"""Integer types of the carried grid and the smallest and largest code of each."""
+__all__ = ["CONTAINERS", "DeployedLayer", "deployable", "without_quantizers"]
+
+
+class _OnnxGraph(Protocol):
+    """What torch's tracing exporter hands to ``symbolic``: the graph under construction."""
+
+    def op(self, operator: str, *inputs: torch.Value, **attributes: int) -> torch.Value:
+        """Append a node and return its output; an attribute's name ends in its type (``axis_i``)."""
 
 
 class QuantizeDequantize(torch.autograd.Function):
     """``DequantizeLinear(QuantizeLinear(x))`` per tensor, as one pair of ONNX nodes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Round ``x`` (float, any shape) to the container's grid; ``zero_point`` is uint8 or int8, scalar."""
         low, high = CONTAINERS[zero_point.dtype]
         return torch.fake_quantize_per_tensor_affine(x, scale, zero_point.to(torch.int32), low, high)
 
     @staticmethod
-    def symbolic(g: Any, x: Any, scale: Any, zero_point: Any) -> Any:
+    def symbolic(g: _OnnxGraph, x: torch.Value, scale: torch.Value, zero_point: torch.Value) -> torch.Value:
         """Emit the pair."""
         codes = g.op("QuantizeLinear", x, scale, zero_point)
         return g.op("DequantizeLinear", codes, scale, zero_point).setType(x.type())
@@ -41,7 +50,7 @@ class DequantizeWeight(torch.autograd.Function):
     """``DequantizeLinear`` of integer weights, so that a file holds no float copy of them."""
 
     @staticmethod
-    def forward(ctx: Any, codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    def forward(ctx: FunctionCtx, codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
         """Return float weights: ``codes`` int8; ``scale`` float, scalar or along ``axis``."""
         shape = [1] * codes.dim()
         if scale.dim():
@@ -49,7 +58,9 @@ class DequantizeWeight(torch.autograd.Function):
         return codes.to(scale.dtype) * scale.reshape(shape)
 
     @staticmethod
-    def symbolic(g: Any, codes: Any, scale: Any, zero_point: Any, axis: int) -> Any:
+    def symbolic(
+        g: _OnnxGraph, codes: torch.Value, scale: torch.Value, zero_point: torch.Value, axis: int
+    ) -> torch.Value:
         """Emit the node."""
         weight = g.op("DequantizeLinear", codes, scale, zero_point, axis_i=axis)
         return weight.setType(codes.type().with_dtype(torch.float32))
@@ -135,8 +146,7 @@ class DeployedLayer(nn.Module):
         self.register_buffer("input_scale", scale.clone())
         self.register_buffer("input_zero_point", zero_point.to(container))
         if (quantizer.quant_min, quantizer.quant_max) != (low, high):
-            step, zero = float(scale), int(zero_point)
-            self.clamp_range = ((quantizer.quant_min - zero) * step, (quantizer.quant_max - zero) * step)
+            self.clamp_range = grid_bounds(scale, zero_point, quantizer.quant_min, quantizer.quant_max)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Run the layer on the quantized input with dequantized integer weights."""
@@ -178,25 +188,10 @@ def _refuse_unfinished(quantized: QuantizedLayer, where: str) -> None:
             )
 
 
-def _replace_layers(model: nn.Module, deployed: bool) -> nn.Module:
-    """Return a copy in evaluation mode whose quantized layers are deployed, or plain float again."""
-    model = copy.deepcopy(model).eval()
-    done: dict[nn.Module, nn.Module] = {}
-
-    def replacement(layer: QuantizedLayer, where: str) -> nn.Module:
-        if layer not in done:
-            quantizes = layer.input_fake_quant.quantizing or layer.weight_fake_quant.quantizing
-            done[layer] = DeployedLayer(layer, where).eval() if deployed and quantizes else layer.layer
-        return done[layer]
-
-    if isinstance(model, QuantizedLayer):
-        return replacement(model, "model")
-    parents = {name: m for name, m in model.named_modules() if not isinstance(m, QuantizedLayer)}
-    for path, parent in parents.items():
-        for name, child in parent._modules.items():
-            if isinstance(child, QuantizedLayer):
-                parent._modules[name] = replacement(child, f"{path}.{name}" if path else name)
-    return model
+def _export_form(quantized: QuantizedLayer, where: str) -> nn.Module:
+    if quantized.input_fake_quant.quantizing or quantized.weight_fake_quant.quantizing:
+        return DeployedLayer(quantized, where).eval()
+    return quantized.layer
 
 
 def deployable(model: nn.Module) -> nn.Module:
@@ -209,9 +204,12 @@ def deployable(model: nn.Module) -> nn.Module:
         ExportError: A layer's affine is not folded, a quantizer still observes, or a grid does not
             fit 8-bit integers; the message names the layer.
     """
-    return _replace_layers(model, deployed=True)
+    model = copy.deepcopy(model).eval()
+    layers = {m: name or "model" for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
+    return replace_modules(model, {layer: _export_form(layer, where) for layer, where in layers.items()})
 
 
 def without_quantizers(model: nn.Module) -> nn.Module:
     """Return a deep copy in evaluation mode in which every `QuantizedLayer` is its float layer again."""
-    return _replace_layers(model, deployed=False)
+    model = copy.deepcopy(model).eval()
+    return replace_modules(model, {m: m.layer for m in model.modules() if isinstance(m, QuantizedLayer)})
