@@ -7,14 +7,20 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from repapq_plugin.core.files import unwritable
+from repapq_plugin.core.tensors import tensors_of
 from repapq_plugin.errors import ExportError
-from repapq_plugin.export.qdq_onnx import export_onnx, quantized_module, relative_difference, tensors_in
+from repapq_plugin.export.onnx_verify import relative_difference
+from repapq_plugin.export.qdq_onnx import export_onnx, quantized_module
+
+if TYPE_CHECKING:
+    import openvino
 
 COMPUTE_LAYERS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
 """OpenVINO's names of the layers that have weights, in its executed graph."""
@@ -47,8 +53,8 @@ class OpenVINOSummary:
 
 
 def export_openvino(
-    model_or_result_or_onnx_path: Any,
-    example: Tensor | tuple[Any, ...],
+    model_or_result_or_onnx_path: object,
+    example: Tensor | tuple[object, ...],
     path: str | os.PathLike[str],
     *,
     dynamic_batch: bool = True,
@@ -100,16 +106,21 @@ def export_openvino(
     )
 
 
-def require_openvino() -> Any:
-    """Return the ``openvino`` module, or fail with the remedy."""
+def require_openvino() -> ModuleType:
+    """Return the ``openvino`` module.
+
+    Raises:
+        ExportError: It is not installed; the message says what to install.
+    """
     try:
         import openvino
     except ImportError as error:
         raise ExportError("This needs the openvino package: pip install 'repapq-plugin[export]'") from error
-    return openvino
+    module: ModuleType = openvino
+    return module
 
 
-def _convert(ov: Any, onnx_path: Path, xml_path: Path) -> Any:
+def _convert(ov: ModuleType, onnx_path: Path, xml_path: Path) -> openvino.CompiledModel:
     """Write the IR and return what compiles from the written files, which proves that they are whole."""
     core = ov.Core()
     try:
@@ -120,25 +131,25 @@ def _convert(ov: Any, onnx_path: Path, xml_path: Path) -> Any:
         raise ExportError(f"OpenVINO cannot convert {onnx_path.name}, or write {xml_path.name}: {error}") from error
 
 
-def _difference(compiled: Any, source: Any, example: Tensor | tuple[Any, ...]) -> float:
+def _difference(compiled: openvino.CompiledModel, source: object, example: Tensor | tuple[object, ...]) -> float:
     """Compare the compiled model with the torch one on the example."""
     model = quantized_module(source)
     args = example if isinstance(example, tuple) else (example,)
     training = model.training
     try:
         with torch.no_grad():
-            outputs = list(tensors_in(model.eval()(*args)))
+            outputs = tensors_of(model.eval()(*args))
     finally:
         model.train(training)
-    results = compiled([x.detach().cpu().numpy() for x in tensors_in(args)])
+    results = compiled([x.detach().cpu().numpy() for x in tensors_of(args)])
     return relative_difference([results[i] for i in range(len(outputs))], outputs)
 
 
-def layer_kernels(compiled_model: Any) -> dict[str, str]:
+def layer_kernels(compiled_model: openvino.CompiledModel) -> dict[str, str]:
     """Return the kernel of every convolution and matrix product in the executed graph, by name.
 
     Args:
-        compiled_model: An ``openvino.CompiledModel`` on a CPU.
+        compiled_model: A compiled model on a CPU.
     """
     kernels = {}
     for node in compiled_model.get_runtime_model().get_ordered_ops():
@@ -148,16 +159,16 @@ def layer_kernels(compiled_model: Any) -> dict[str, str]:
     return kernels
 
 
-def int8_layers(compiled_model: Any) -> dict[str, str]:
+def int8_layers(compiled_model: openvino.CompiledModel) -> dict[str, str]:
     """Return the entries of `layer_kernels` that compute in 8-bit integers."""
     return {name: kernel for name, kernel in layer_kernels(compiled_model).items() if kernel.endswith("I8")}
 
 
-def check_int8(compiled_model: Any, expected: int) -> dict[str, str]:
+def check_int8(compiled_model: openvino.CompiledModel, expected: int) -> dict[str, str]:
     """Return `int8_layers`, after making sure that there are as many as there should be.
 
     Args:
-        compiled_model: An ``openvino.CompiledModel`` on a CPU.
+        compiled_model: A compiled model on a CPU.
         expected: Number of layers with integer weights (`OnnxSummary.integer_layers`).
 
     Raises:

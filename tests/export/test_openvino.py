@@ -13,7 +13,7 @@ from repapq_plugin.errors import ExportError
 from repapq_plugin.evaluation.runtimes import OpenVINONetwork
 from repapq_plugin.export import check_int8, export_onnx, export_openvino, int8_layers
 from repapq_plugin.export.openvino import layer_kernels
-from tests.export.test_qdq_onnx import largest_file
+from tests.support.disk import largest_file
 from tests.support.export_networks import (
     NETWORKS,
     Chain,

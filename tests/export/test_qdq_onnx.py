@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import builtins
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import onnx
@@ -21,7 +18,20 @@ from repapq_plugin.errors import ExportError
 from repapq_plugin.evaluation.runtimes import OnnxRuntimeNetwork
 from repapq_plugin.export import deployable, export_onnx
 from repapq_plugin.export.deploy import DeployedLayer
-from tests.support.export_networks import NETWORKS, Chain, Classifier, SharedHead, Tokens, example, make, outputs_of
+from tests.support.disk import largest_file
+from tests.support.export_networks import (
+    NETWORKS,
+    Chain,
+    Classifier,
+    SharedHead,
+    SharedInput,
+    Tokens,
+    example,
+    make,
+    outputs_of,
+    quantized,
+    set_ranges,
+)
 
 BITS = [(8, 8), (6, 6), (4, 4), (3, 5)]
 
@@ -60,7 +70,7 @@ def test_onnxruntime_computes_the_same_and_its_integers_stay_within_rounding(
         assert error.max() < 2.0 ** (2 - min(w, a))
 
 
-def weight_initializers(graph: Any) -> list[Any]:
+def weight_initializers(graph: onnx.GraphProto) -> list[np.ndarray]:
     return [numpy_helper.to_array(t) for t in graph.initializer if t.data_type == onnx.TensorProto.INT8 and t.dims]
 
 
@@ -83,8 +93,6 @@ def test_initializers_are_the_models_integers_and_nothing_float_is_left(kind: ty
 
 def test_weights_take_a_quarter_of_the_float_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    from tests.support.export_networks import quantized, set_ranges
-
     x = torch.randn(1, 64, 8, 8)
     model = nn.Sequential(*(quantized(nn.Conv2d(64, 64, 3, padding=1), 8, 8) for _ in range(4)))
     set_ranges(model, x)
@@ -94,8 +102,6 @@ def test_weights_take_a_quarter_of_the_float_file(tmp_path: Path) -> None:
 
 
 def test_layers_that_read_one_tensor_share_a_pair_but_only_on_one_grid(tmp_path: Path) -> None:
-    from tests.support.export_networks import SharedInput
-
     model, x = make(SharedInput, 4, 4)
     assert export_onnx(model, x, tmp_path / "shared.onnx").q_dq_pairs == 3
     own = model.right.input_fake_quant.__class__(quant_min=0, quant_max=15)
@@ -193,7 +199,7 @@ def test_a_model_that_cannot_run_or_be_traced_is_an_export_error(tmp_path: Path)
 def test_missing_package_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
-    def without_onnx(name: str, *args: Any, **kwargs: Any) -> Any:
+    def without_onnx(name: str, *args: object, **kwargs: object) -> object:
         if name.split(".")[0] == "onnx":
             raise ImportError(name)
         return real(name, *args, **kwargs)
@@ -208,27 +214,27 @@ def test_a_damaged_graph_does_not_pass(tmp_path: Path, monkeypatch: pytest.Monke
     """Each check is seen to fail: other integers, an operator too many, a quantizer too many."""
     from repapq_plugin.export import qdq_onnx
 
-    tidy = qdq_onnx._tidy
+    tidy = qdq_onnx.tidy
 
-    def damaged(change: Any) -> Any:
-        def tidy_and_change(graph: Any) -> None:
+    def damaged(change: Callable[[onnx.GraphProto], None]) -> Callable[[onnx.GraphProto], None]:
+        def tidy_and_change(graph: onnx.GraphProto) -> None:
             tidy(graph)
             if any(node.op_type == "QuantizeLinear" for node in graph.node):
                 change(graph)
 
         return tidy_and_change
 
-    def other_integers(graph: Any) -> None:
+    def other_integers(graph: onnx.GraphProto) -> None:
         tensor = next(t for t in graph.initializer if t.name.endswith("first.weight_codes"))
         tensor.raw_data = bytes(len(tensor.raw_data))
 
-    def one_operator_more(graph: Any) -> None:
+    def one_operator_more(graph: onnx.GraphProto) -> None:
         relu = next(node for node in graph.node if node.op_type == "Relu")
         added = onnx.helper.make_node("Neg", [relu.input[0]], ["added"])
         graph.node.insert(list(graph.node).index(relu), added)
         relu.input[0] = "added"
 
-    def weight_without_dequantize(graph: Any) -> None:
+    def weight_without_dequantize(graph: onnx.GraphProto) -> None:
         conv = next(node for node in graph.node if node.op_type == "Conv")
         weight = np.zeros((8, 3, 3, 3), np.float32)
         graph.initializer.append(numpy_helper.from_array(weight, "float_weight"))
@@ -240,21 +246,10 @@ def test_a_damaged_graph_does_not_pass(tmp_path: Path, monkeypatch: pytest.Monke
         (one_operator_more, r"operators that the float graph lacks: \{'Neg': 1\}"),
         (weight_without_dequantize, r"2 layers with integer weights"),
     ):
-        monkeypatch.setattr(qdq_onnx, "_tidy", damaged(change))
+        monkeypatch.setattr(qdq_onnx, "tidy", damaged(change))
         with pytest.raises(ExportError, match=message):
             export_onnx(model, x, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Let the system refuse to write more than ``size`` bytes to a file, as a full disk would."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:

@@ -1,0 +1,123 @@
+"""From a deployed model to a traced ONNX graph, and what one run of the model says that the graph must hold."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from repapq_plugin.core.hooks import Hooks
+from repapq_plugin.core.tensors import tensors_of
+from repapq_plugin.errors import ExportError
+from repapq_plugin.export.deploy import DeployedLayer
+from repapq_plugin.export.onnx_names import GraphNames
+from repapq_plugin.reparam.norms import is_norm
+
+if TYPE_CHECKING:
+    import onnx
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What one forward of the deployed model did: the graph must do the same.
+
+    Args:
+        outputs: The tensors that it returned, in order.
+        layer_calls: Calls of layers with integer weights.
+        input_pairs: Different pairs of a tensor that was read and the grid on which it was read.
+        clamps: Those of them whose grid has fewer than 8 bits.
+        norms: Calls of normalization layers.
+        weights: Integer weights by path of their layer, int8.
+    """
+
+    outputs: list[Tensor]
+    layer_calls: int
+    input_pairs: int
+    clamps: int
+    norms: int
+    weights: dict[str, Tensor]
+
+
+Reading = tuple[int, int, float, int, "tuple[float, float] | None"]
+"""A tensor (its ``id`` and version) and the grid on which a layer reads it (scale, zero point, clamp range)."""
+
+
+@torch.no_grad()
+def run_once(deployed: nn.Module, args: tuple[object, ...]) -> Expected:
+    """Run the deployed model once and note what its layers read.
+
+    Raises:
+        ExportError: It cannot run on ``args``.
+    """
+    read: list[tuple[Tensor, Reading]] = []  # the tensors are kept, so that an id stays theirs
+    calls = norms = 0
+    layers = {name: m for name, m in deployed.named_modules() if isinstance(m, DeployedLayer)}
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal calls
+        layer = cast(DeployedLayer, layer)
+        calls += layer.quantizes_weight
+        if layer.quantizes_input:
+            x = inputs[0]
+            grid = (float(layer.input_scale), int(layer.input_zero_point), layer.clamp_range)
+            read.append((x, (id(x), x._version, *grid)))
+
+    def note_norm(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal norms
+        norms += 1
+
+    with Hooks() as hooks:
+        for layer in layers.values():
+            hooks.before(layer, note)
+        for module in deployed.modules():
+            if is_norm(module):
+                hooks.before(module, note_norm)
+        try:
+            outputs = deployed(*args)
+        except Exception as error:
+            raise ExportError(f"The model cannot run on the example: {type(error).__name__}: {error}") from error
+    readings = {reading for _, reading in read}
+    return Expected(
+        outputs=[x.detach() for x in tensors_of(outputs)],
+        layer_calls=calls,
+        input_pairs=len(readings),
+        clamps=sum(clamp_range is not None for *_, clamp_range in readings),
+        norms=norms,
+        weights={name: layer.weight_codes for name, layer in layers.items() if layer.quantizes_weight},
+    )
+
+
+def trace(module: nn.Module, args: tuple[object, ...], names: GraphNames, opset: int) -> onnx.ModelProto:
+    """Return the ONNX model of ``module``.
+
+    Raises:
+        ExportError: The exporter cannot follow the module's forward on ``args``.
+    """
+    import onnx
+
+    buffer = io.BytesIO()
+    try:
+        # The tracing exporter: it follows any Python that runs, where the newer one needs a program
+        # without data-dependent control flow. It warns about its age and about every traced shape.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                module,
+                args,
+                buffer,  # type: ignore[arg-type]
+                dynamo=False,
+                opset_version=opset,
+                input_names=names.inputs,
+                output_names=names.outputs,
+                dynamic_axes=names.dynamic_axes,
+            )
+        return onnx.load_from_string(buffer.getvalue())
+    except Exception as error:
+        raise ExportError(
+            f"The model cannot be traced to ONNX opset {opset}: {type(error).__name__}: {error}. Export the "
+            "part of the model that maps tensors to tensors."
+        ) from error
