@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from repapq_plugin.errors import ConfigError
 
@@ -33,7 +32,7 @@ class LatencyReport:
 
 
 def measure_latency(
-    runs: Mapping[str, Callable[[], Any]], *, rounds: int = 50, warmup: int = 5, repeats: int = 1
+    runs: Mapping[str, Callable[[], object]], *, rounds: int = 50, warmup: int = 5, repeats: int = 1
 ) -> LatencyReport:
     """Time candidates side by side: A B C, then B C A, ...
 

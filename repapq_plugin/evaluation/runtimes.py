@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from repapq_plugin.errors import ConfigError, ExportError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import onnx
 
 
 class RuntimeNetwork(nn.Module, ABC):
@@ -27,8 +32,8 @@ class RuntimeNetwork(nn.Module, ABC):
         return outputs[0] if len(outputs) == 1 else outputs
 
     @abstractmethod
-    def run_arrays(self, arrays: list[Any]) -> list[Any]:
-        """Run on numpy arrays and return numpy arrays that are the caller's own."""
+    def run_arrays(self, arrays: list[npt.NDArray[np.generic]]) -> list[npt.NDArray[np.generic]]:
+        """Run on arrays, in the order of the graph's inputs, and return arrays that are the caller's own."""
 
 
 class OnnxRuntimeNetwork(RuntimeNetwork):
@@ -87,9 +92,10 @@ class OnnxRuntimeNetwork(RuntimeNetwork):
             raise ExportError(f"onnxruntime cannot load {path}: {error}") from error
         self.input_names = [value.name for value in self.session.get_inputs()]
 
-    def run_arrays(self, arrays: list[Any]) -> list[Any]:
+    def run_arrays(self, arrays: list[npt.NDArray[np.generic]]) -> list[npt.NDArray[np.generic]]:
         """Run one batch."""
-        outputs: list[Any] = self.session.run(None, dict(zip(self.input_names, arrays, strict=True)))
+        feeds = dict(zip(self.input_names, arrays, strict=True))
+        outputs: list[npt.NDArray[np.generic]] = self.session.run(None, feeds)
         return outputs
 
 
@@ -125,7 +131,7 @@ class OpenVINONetwork(RuntimeNetwork):
         except ImportError as error:
             raise ExportError("This needs the openvino package: pip install 'repapq-plugin[export]'") from error
         path = _existing_file(path)
-        options: dict[str, Any] = {"PERFORMANCE_HINT": hint}
+        options: dict[str, str | int] = {"PERFORMANCE_HINT": hint}
         if precision is not None:
             options["INFERENCE_PRECISION_HINT"] = precision
         if threads is not None:
@@ -141,7 +147,7 @@ class OpenVINONetwork(RuntimeNetwork):
             raise ExportError(f"OpenVINO cannot load {path}: {error}") from error
         self.request = self.compiled.create_infer_request()
 
-    def run_arrays(self, arrays: list[Any]) -> list[Any]:
+    def run_arrays(self, arrays: list[npt.NDArray[np.generic]]) -> list[npt.NDArray[np.generic]]:
         """Run one batch."""
         # Copies: the request owns its output memory and writes the next batch over it.
         results = self.request.infer(arrays, share_inputs=True)
@@ -155,7 +161,7 @@ def _existing_file(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _separate_weights(graph: Any) -> None:
+def _separate_weights(graph: onnx.GraphProto) -> None:
     """Give every reader of an integer weight a copy of its own, in memory.
 
     Where it must not saturate, onnxruntime turns each integer layer's s8 weight into u8, and fails on

@@ -1,11 +1,10 @@
-"""What all observers share: the torch.ao surface, the registry, and the per-tensor histogram."""
+"""What all observers share: the torch.ao surface, and the registry in which a configuration finds them by name."""
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Protocol, TypedDict, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,17 +17,56 @@ SYMMETRIC_SCHEMES = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
 PER_TENSOR_SCHEMES = (torch.per_tensor_affine, torch.per_tensor_symmetric)
 PER_CHANNEL_SCHEMES = (torch.per_channel_affine, torch.per_channel_symmetric)
 
-MIN_EXPONENT = -126
-"""A histogram reaches at least to two to this power, so that one of zeros alone has a width."""
-
 OBSERVERS: dict[str, type[RangeObserver]] = {}
 """Observer classes by the name a configuration uses; per-channel ones as ``per_channel_<name>``."""
 
 _Class = TypeVar("_Class", bound="type[RangeObserver]")
+_Made = TypeVar("_Made")
+
+
+class _Named(Protocol):
+    __name__: str
+
+
+class RangeOptions(TypedDict, total=False):
+    """What `RangeObserver` takes, all by keyword."""
+
+    dtype: torch.dtype
+    qscheme: torch.qscheme | None
+    quant_min: int | None
+    quant_max: int | None
+    ch_axis: int
+    is_dynamic: bool
+    reduce_range: bool
+    eps: float | None
+    factory_kwargs: dict[str, object] | None
 
 
 def register_observer(name: str) -> Callable[[_Class], _Class]:
-    """Make an observer class available to configurations under ``name``."""
+    """Put an observer class into `OBSERVERS` under ``name``.
+
+    A new observer is one file with one class. Choose the base by what it must remember: `RangeObserver`
+    (smallest and largest value), `histogram.HistogramRangeObserver` (the distribution of everything seen)
+    or `range_search.SearchedRangeObserver` (that, and a search by an error measure of yours). `observe`
+    takes in a batch, `find_range` answers with ``(min_val, max_val)``; what the base does already need
+    not be written again. This one widens the range by a tenth::
+
+        @register_observer("roomy")
+        class RoomyObserver(MinMaxObserver):
+            def find_range(self):
+                return 1.1 * self.min_val, 1.1 * self.max_val
+
+    Then `LearnableFakeQuantize(observer=RoomyObserver)` and torch.ao's ``QConfig`` take the class as it is.
+    For a `RepAPQConfig` to take its name, import the file in ``observers/__init__.py`` and add the name to
+    ``ObserverName`` in ``config.py``. A class with a range per channel is registered as
+    ``per_channel_<name>``, and ``<name>`` is added to ``WeightObserverName``.
+
+    Args:
+        name: What a configuration calls it.
+
+    Returns:
+        A decorator that hands the class back unchanged; a class of the same name is replaced.
+    """
 
     def add(cls: _Class) -> _Class:
         OBSERVERS[name] = cls
@@ -50,10 +88,10 @@ def refuse_pt2e(kind: type, dtype: torch.dtype) -> None:
         )
 
 
-def named_factory(factory: Any, kind: type) -> Any:
-    """Give what ``with_args`` returns a name: pt2e reads it, and then gets as far as `refuse_pt2e`."""
-    factory.__name__ = kind.__name__
-    return factory
+def named_factory(factory: object, kind: type[_Made]) -> Callable[..., _Made]:
+    """Give what ``with_args`` of ``kind`` returned a name: pt2e reads it, and then gets as far as `refuse_pt2e`."""
+    cast(_Named, factory).__name__ = kind.__name__
+    return cast("Callable[..., _Made]", factory)
 
 
 class RangeObserver(ObserverBase):
@@ -92,7 +130,7 @@ class RangeObserver(ObserverBase):
         is_dynamic: bool = False,
         reduce_range: bool = False,
         eps: float | None = None,
-        factory_kwargs: dict[str, Any] | None = None,
+        factory_kwargs: dict[str, object] | None = None,
     ) -> None:
         refuse_pt2e(type(self), dtype)
         super().__init__(dtype=dtype, is_dynamic=is_dynamic)
@@ -119,7 +157,7 @@ class RangeObserver(ObserverBase):
         self.register_buffer("max_val", torch.tensor([]))
 
     @classmethod
-    def with_args(cls, **kwargs: Any) -> Any:
+    def with_args(cls, **kwargs: object) -> Callable[..., RangeObserver]:
         """Return a factory of this class with some arguments set, as torch.ao's observers do."""
         return named_factory(super().with_args(**kwargs), cls)
 
@@ -150,7 +188,7 @@ class RangeObserver(ObserverBase):
             self.observe(detached)
         return x
 
-    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
+    def calculate_qparams(self, **_: object) -> tuple[Tensor, Tensor]:
         """Return ``scale`` (float32) and ``zero_point`` (int64); scale 1 before any observation."""
         if self.min_val.numel() == 0:
             unset = torch.ones(1, device=self.min_val.device)
@@ -171,7 +209,7 @@ class RangeObserver(ObserverBase):
             self.min_val = torch.minimum(self.min_val, low)
             self.max_val = torch.maximum(self.max_val, high)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, object], prefix: str, *args: object) -> None:
         """Buffers take the shapes of what is loaded: a fresh observer does not know them yet."""
         for name, buffer in list(self._buffers.items()):
             loaded = state_dict.get(prefix + name)
@@ -182,124 +220,3 @@ class RangeObserver(ObserverBase):
     def extra_repr(self) -> str:
         """Say the grid and the range found so far."""
         return f"[{self.quant_min}, {self.quant_max}], min_val={self.min_val}, max_val={self.max_val}"
-
-
-class HistogramRangeObserver(RangeObserver):
-    """Keeps a histogram of everything seen, in memory that does not grow with the number of batches.
-
-    The histogram covers ``[-R, R)`` where ``R``, a power of two, doubles when a larger value arrives;
-    two neighbouring bins then become one, so counts stay exact, and the same in whatever order the
-    batches come. Each bin also sums its values: its mean stands for it, and a bin of exact zeros
-    (behind a ReLU) keeps an exact representative.
-
-    Args:
-        bins: Number of bins over ``[-R, R]``, a multiple of 4.
-        **kwargs: See `RangeObserver`.
-    """
-
-    counts: Tensor
-    sums: Tensor
-    radius: Tensor
-
-    def __init__(self, bins: int = 8192, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if bins < 64 or bins % 4:
-            raise ConfigError(f"bins={bins} is not allowed; choose a multiple of 4, at least 64.")
-        self.bins = bins
-        self.register_buffer("counts", torch.zeros(bins, dtype=torch.float64))
-        self.register_buffer("sums", torch.zeros(bins, dtype=torch.float64))
-        self.register_buffer("radius", torch.zeros((), dtype=torch.float64))
-
-    def observe(self, x: Tensor) -> None:
-        """Add the values of ``x`` to the histogram."""
-        low, high = torch.aminmax(x)
-        self._widen(low.float(), high.float())
-        reach = float(torch.maximum(-low, high))
-        if float(self.radius) == 0:
-            self.radius.fill_(2.0 ** max(math.frexp(reach)[1], MIN_EXPONENT))
-        while reach >= float(self.radius):
-            self._double()
-        flat = x.reshape(-1).double()
-        index = torch.floor(flat / self.radius * (self.bins / 2)).long() + self.bins // 2
-        self.counts += torch.bincount(index, minlength=self.bins).to(self.counts)
-        self.sums += torch.bincount(index, weights=flat, minlength=self.bins).to(self.sums)
-
-    def _double(self) -> None:
-        quarter = self.bins // 4
-        for buffer in (self.counts, self.sums):
-            halved = buffer.reshape(-1, 2).sum(1)
-            buffer.zero_()
-            buffer[quarter : quarter + halved.numel()] = halved
-        self.radius *= 2
-
-    def reset_min_max_vals(self) -> None:
-        """Forget everything observed."""
-        super().reset_min_max_vals()
-        for buffer in (self.counts, self.sums, self.radius):
-            buffer.zero_()
-
-    def points(self) -> tuple[Tensor, Tensor]:
-        """Return representatives and counts of the filled bins, float64, ``(filled,)`` each."""
-        filled = self.counts > 0
-        counts = self.counts[filled]
-        return self.sums[filled] / counts, counts
-
-
-class SearchedRangeObserver(HistogramRangeObserver):
-    """Searches the range whose quantization error is smallest on the histogram.
-
-    Upper and lower bound move in turn, first over fractions of the observed bounds, then twice over
-    fractions of twice the value found: so the search stays fine behind an outlier of any size. What was
-    found is always tried again, and the full min-max range first of all, so the result is never worse
-    than it under its own measure.
-
-    Args:
-        candidates: Number of evenly spaced fractions tried for a bound in one pass; half as many more
-            are spaced by a ratio, down to a ten-thousandth.
-        **kwargs: See `HistogramRangeObserver`.
-    """
-
-    power: float
-    """1 for the mean absolute, 2 for the mean squared error."""
-
-    def __init__(self, candidates: int = 100, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.candidates = candidates
-
-    def range_error(self, low: Tensor, high: Tensor) -> Tensor:
-        """Return the mean of ``|x - x_hat| ** power`` for each of ``n`` ranges, float64 ``(n,)``."""
-        values, counts = self.points()
-        # In float32, as the answer will be: a zero point that rounds the other way is another grid.
-        scale, zero_point = choose_qparams(
-            low.float(), high.float(), self.quant_min, self.quant_max, symmetric=self.symmetric
-        )
-        scale, zero = scale.double()[:, None], zero_point.double()[:, None]
-        codes = torch.clamp(torch.round(values / scale) + zero, self.quant_min, self.quant_max)
-        error = ((codes - zero) * scale - values).abs() ** self.power
-        return (error * counts).sum(1) / counts.sum()
-
-    def find_range(self) -> tuple[Tensor, Tensor]:
-        """Return the searched range, float32 scalars."""
-        low, high = self.min_val.double().clamp(max=0), self.max_val.double().clamp(min=0)
-        if self.symmetric:
-            low, high = -torch.maximum(-low, high), torch.maximum(-low, high)
-        full_low, full_high = low, high
-        for spread in (1.0, 2.0, 2.0):
-            highs = self._tried(high, full_high, spread)
-            if self.symmetric:
-                high = highs[self.range_error(-highs, highs).argmin()]
-                low = -high
-                continue
-            high = highs[self.range_error(low.expand_as(highs), highs).argmin()]
-            lows = self._tried(low, full_low, spread)
-            low = lows[self.range_error(lows, high.expand_as(lows)).argmin()]
-        return low.float(), high.float()
-
-    def _tried(self, bound: Tensor, full: Tensor, spread: float) -> Tensor:
-        """Return ``bound`` itself and fractions of ``spread`` times it, none beyond ``full``."""
-        if full == 0:
-            return bound[None]
-        even = torch.linspace(1.0, 1.0 / self.candidates, self.candidates)
-        fractions = torch.cat([even, torch.logspace(0, -4, self.candidates // 2)]).to(bound)
-        magnitudes = (bound.abs() * spread * fractions).clamp(max=full.abs())
-        return torch.cat([bound[None], magnitudes * torch.sign(full)])

@@ -1,22 +1,35 @@
-"""Ranges of least mean squared error."""
+"""Ranges of least mean squared error (MSE): ``E (x - x_hat)**2``.
+
+The usual measure, and the one for weights. Large values weigh most in it, and in a merged kernel they are what
+carries the signal: the identity's tap. Activations with outliers are what ``mae.py`` is for.
+
+Two searches, for two kinds of tensors. Activations come batch by batch, so theirs is done on a histogram of
+everything seen. A weight comes whole, so each of its channels is searched on the values themselves.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from repapq_plugin.core.quant_primitives import choose_qparams, fake_quantize
-from repapq_plugin.observers.base import SearchedRangeObserver, register_observer
+from repapq_plugin.observers.base import RangeOptions, register_observer
 from repapq_plugin.observers.min_max import PerChannelMinMaxObserver
+from repapq_plugin.observers.range_search import SearchedRangeObserver
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @register_observer("mse")
 class MSEObserver(SearchedRangeObserver):
     """Per tensor: the range that minimises ``E (x - x_hat)**2`` over everything seen."""
 
-    power = 2.0
+    def measure(self, deviation: Tensor) -> Tensor:
+        """Return ``(x_hat - x)**2``, float64, of ``deviation``'s shape."""
+        return deviation.square()
 
 
 @register_observer("per_channel_mse")
@@ -28,7 +41,7 @@ class PerChannelMSEObserver(PerChannelMinMaxObserver):
         **kwargs: See `RangeObserver`.
     """
 
-    def __init__(self, candidates: int = 80, **kwargs: Any) -> None:
+    def __init__(self, candidates: int = 80, **kwargs: Unpack[RangeOptions]) -> None:
         super().__init__(**kwargs)
         self.candidates = candidates
         self.register_buffer("best", torch.tensor([]))

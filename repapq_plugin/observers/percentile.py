@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from repapq_plugin.errors import ConfigError
-from repapq_plugin.observers.base import HistogramRangeObserver, register_observer
+from repapq_plugin.observers.base import register_observer
+from repapq_plugin.observers.histogram import HistogramOptions, HistogramRangeObserver
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @register_observer("percentile")
@@ -19,9 +23,12 @@ class PercentileObserver(HistogramRangeObserver):
         percentile: Share of values at or below the upper bound, in percent, 50 to 100; the lower
             bound is its mirror image.
         **kwargs: See `HistogramRangeObserver`.
+
+    Raises:
+        ConfigError: A value is not allowed.
     """
 
-    def __init__(self, percentile: float = 99.99, **kwargs: Any) -> None:
+    def __init__(self, percentile: float = 99.99, **kwargs: Unpack[HistogramOptions]) -> None:
         super().__init__(**kwargs)
         if not 50 <= percentile <= 100:
             raise ConfigError(f"percentile={percentile} is not allowed; choose a number from 50 to 100.")

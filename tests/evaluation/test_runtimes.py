@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_files_that_are_missing_or_broken_are_named(runtime: type[torch.nn.Modul
 
 
 @pytest.mark.parametrize("arithmetic", ["exact", "integer"])
-def test_onnxruntime_does_not_saturate(arithmetic: Any, tmp_path: Path) -> None:
+def test_onnxruntime_does_not_saturate(arithmetic: Literal["exact", "integer"], tmp_path: Path) -> None:
     """A linear layer with all codes at their largest, which overflows 16 bits on older processors."""
     layer = quantized(torch.nn.Linear(64, 8, bias=False), 8, 8)
     torch.nn.init.ones_(layer.layer.weight)

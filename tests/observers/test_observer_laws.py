@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from repapq_plugin.core.quant_primitives import EPS, activation_bounds, fake_qua
 from repapq_plugin.errors import CalibrationError, ConfigError
 from repapq_plugin.observers import (
     OBSERVERS,
+    HistogramRangeObserver,
     MAEObserver,
     MinMaxObserver,
     MSEObserver,
@@ -42,7 +42,7 @@ seeds = st.integers(0, 2**32 - 1)
 bit_widths = st.integers(2, 8)
 
 
-def made(cls: Factory, bits: int = 8, **kwargs: Any) -> RangeObserver:
+def made(cls: Factory, bits: int = 8, **kwargs: object) -> RangeObserver:
     """An observer as the calibration makes it: unsigned per tensor, narrow and signed per channel."""
     if cls in PER_CHANNEL:
         low, high = weight_bounds(bits)
@@ -166,7 +166,9 @@ def test_min_max_of_a_stream_is_that_of_all_at_once(cls: Factory, seed: int) -> 
 
 @histograms
 @given(seed=seeds, order=st.permutations(range(5)))
-def test_the_histogram_of_a_stream_is_that_of_all_at_once(cls: Any, seed: int, order: list[int]) -> None:
+def test_the_histogram_of_a_stream_is_that_of_all_at_once(
+    cls: type[HistogramRangeObserver], seed: int, order: list[int]
+) -> None:
     parts = batches(seed)
     streamed, whole = made(cls), made(cls)
     for index in order:
@@ -278,13 +280,13 @@ def test_no_gradient_is_held(cls: Factory) -> None:
         ({"qscheme": torch.per_channel_affine_float_qparams}, "qscheme=torch.per_channel_affine_float_qparams"),
     ],
 )
-def test_bad_arguments_are_named(cls: Factory, kwargs: dict[str, Any], words: str) -> None:
+def test_bad_arguments_are_named(cls: Factory, kwargs: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         cls(**kwargs)
 
 
 @every
-def test_the_scheme_must_be_one_for_the_class(cls: Any) -> None:
+def test_the_scheme_must_be_one_for_the_class(cls: type[RangeObserver]) -> None:
     wrong = torch.per_tensor_symmetric if cls.per_channel else torch.per_channel_symmetric
     with pytest.raises(ConfigError, match=f"{wrong} is not allowed for {cls.__name__}; choose torch.per_"):
         cls(qscheme=wrong)

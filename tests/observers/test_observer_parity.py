@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.ao.quantization import observer as ao
 
-from repapq_plugin.observers import MinMaxObserver, PerChannelMinMaxObserver
+from repapq_plugin.observers import MinMaxObserver, PerChannelMinMaxObserver, RangeOptions
 
 per_tensor_cases = [
     {"dtype": torch.quint8, "qscheme": torch.per_tensor_affine},
@@ -30,7 +28,7 @@ def stream(seed: int, *shape: int) -> list[torch.Tensor]:
     return [torch.randn(*shape, generator=generator) * spread[i] + centre[i] for i in range(3)]
 
 
-def assert_same_qparams(ours: Any, theirs: Any, batches: list[torch.Tensor]) -> None:
+def assert_same_qparams(ours: ao.ObserverBase, theirs: ao.ObserverBase, batches: list[torch.Tensor]) -> None:
     for batch in batches:
         ours(batch)
         theirs(batch)
@@ -42,7 +40,7 @@ def assert_same_qparams(ours: Any, theirs: Any, batches: list[torch.Tensor]) -> 
 
 @pytest.mark.parametrize("case", per_tensor_cases)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_per_tensor(case: dict[str, Any], seed: int) -> None:
+def test_per_tensor(case: RangeOptions, seed: int) -> None:
     assert_same_qparams(MinMaxObserver(**case), ao.MinMaxObserver(**case), stream(seed, 4, 9))
 
 

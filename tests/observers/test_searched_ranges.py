@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given
@@ -18,11 +16,13 @@ from repapq_plugin.observers import (
     PercentileObserver,
     PerChannelMinMaxObserver,
     PerChannelMSEObserver,
+    SearchedRangeObserver,
 )
 
 seeds = st.integers(0, 2**32 - 1)
 bit_widths = st.integers(2, 8)
-searched = pytest.mark.parametrize("cls", [MAEObserver, MSEObserver])
+POWERS = {MAEObserver: 1.0, MSEObserver: 2.0}
+searched = pytest.mark.parametrize("cls", list(POWERS))
 
 
 def heavy_tailed(seed: int, shape: tuple[int, ...] = (3000,)) -> Tensor:
@@ -40,8 +40,15 @@ def error(x: Tensor, power: float, qparams: tuple[Tensor, Tensor], bounds: tuple
 
 
 @searched
+@given(deviation=st.floats(-1e6, 1e6))
+def test_an_error_is_measured_by_its_power(cls: type[SearchedRangeObserver], deviation: float) -> None:
+    measured = cls().measure(torch.tensor([deviation], dtype=torch.float64))
+    assert measured.tolist() == [abs(deviation) ** POWERS[cls]]
+
+
+@searched
 @given(seed=seeds, bits=bit_widths)
-def test_on_its_histogram_never_worse_than_min_max(cls: Any, seed: int, bits: int) -> None:
+def test_on_its_histogram_never_worse_than_min_max(cls: type[SearchedRangeObserver], seed: int, bits: int) -> None:
     low, high = activation_bounds(bits)
     observer = cls(quant_min=low, quant_max=high)
     observer(heavy_tailed(seed))
@@ -55,7 +62,7 @@ def test_on_its_histogram_never_worse_than_min_max(cls: Any, seed: int, bits: in
 @pytest.mark.parametrize("symmetric", [False, True])
 @given(seed=seeds, bits=bit_widths)
 def test_on_the_data_never_worse_than_min_max_by_more_than_bins(
-    cls: Any, symmetric: bool, seed: int, bits: int
+    cls: type[SearchedRangeObserver], symmetric: bool, seed: int, bits: int
 ) -> None:
     bounds = weight_bounds(bits) if symmetric else activation_bounds(bits)
     scheme = torch.per_tensor_symmetric if symmetric else torch.per_tensor_affine
@@ -67,27 +74,29 @@ def test_on_the_data_never_worse_than_min_max_by_more_than_bins(
         reference(part)
     # The error of a value and that of its bin's representative differ by their distance at most.
     bin_width = 2 * float(observer.radius) / observer.bins
-    found = error(x, cls.power, observer.calculate_qparams(), bounds)
-    assert found <= error(x, cls.power, reference.calculate_qparams(), bounds) + 2 * bin_width
+    found = error(x, POWERS[cls], observer.calculate_qparams(), bounds)
+    assert found <= error(x, POWERS[cls], reference.calculate_qparams(), bounds) + 2 * bin_width
 
 
 @searched
 @given(seed=seeds, bits=st.integers(2, 5))
-def test_behind_a_relu_it_is_the_best_of_all_candidates(cls: Any, seed: int, bits: int) -> None:
+def test_behind_a_relu_it_is_the_best_of_all_candidates(cls: type[SearchedRangeObserver], seed: int, bits: int) -> None:
     bounds = activation_bounds(bits)
     observer = cls(quant_min=bounds[0], quant_max=bounds[1])
     x = torch.relu(heavy_tailed(seed))
     observer(x)
     candidates = torch.linspace(0.01, 1, 100) * x.max()
     ranges = [choose_qparams(torch.zeros(()), high, *bounds, symmetric=False) for high in candidates]
-    best = min(error(x, cls.power, qparams, bounds) for qparams in ranges)
+    best = min(error(x, POWERS[cls], qparams, bounds) for qparams in ranges)
     bin_width = 2 * float(observer.radius) / observer.bins
-    assert error(x, cls.power, observer.calculate_qparams(), bounds) <= best + 2 * bin_width
+    assert error(x, POWERS[cls], observer.calculate_qparams(), bounds) <= best + 2 * bin_width
 
 
 @searched
 @given(seed=seeds, bits=bit_widths, outlier=st.floats(20, 5000))
-def test_behind_an_outlier_of_any_size_the_search_stays_fine(cls: Any, seed: int, bits: int, outlier: float) -> None:
+def test_behind_an_outlier_of_any_size_the_search_stays_fine(
+    cls: type[SearchedRangeObserver], seed: int, bits: int, outlier: float
+) -> None:
     bounds = activation_bounds(bits)
     observer = cls(quant_min=bounds[0], quant_max=bounds[1])
     x = torch.relu(torch.randn(5000, generator=torch.Generator().manual_seed(seed)))
