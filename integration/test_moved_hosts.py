@@ -11,7 +11,7 @@ import warnings
 import nncf
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from repapq_plugin import RepAPQConfig
 from repapq_plugin._moved import MOVED
@@ -19,6 +19,15 @@ from repapq_plugin.hosts.nncf import quantize
 from repapq_plugin.hosts.nncf.quantizers import RangeClamp
 
 HOSTS = {old: new for old, new in MOVED.items() if new.startswith("repapq_plugin.hosts.")}
+
+
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu())
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +56,7 @@ def test_a_module_of_a_moved_package_follows_it() -> None:
 
 def test_a_config_that_nncf_saved_under_the_old_path_loads() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).eval()
+    model = TwoLayers().eval()
     images = [torch.randn(1, 3, 8, 8) for _ in range(8)]
     settings = RepAPQConfig.from_preset("w4a4", steps=2, first_last_bits=None)
     quantized = quantize(copy.deepcopy(model), nncf.Dataset(images), repapq=settings)
