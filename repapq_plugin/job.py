@@ -1,39 +1,42 @@
-"""`quantize_model`: the way in for any network."""
+"""The one job: merge, plan, condition, place, find ranges, learn, fold. Every host's calibration is this one.
+
+`quantize_model` is the way in for any network; hosts run the same `Job` on a backend of theirs.
+"""
 
 from __future__ import annotations
 
 import copy
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
+from repapq_plugin.backend import Backend, OwnBackend
 from repapq_plugin.conditioning.constant_channels import fold_constant_channels
 from repapq_plugin.conditioning.equalize import equalize_channels
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core.running import Batch, ForwardFn, call_model, seeded
 from repapq_plugin.errors import CalibrationError
-from repapq_plugin.method.across_block import AcrossBlockCalibrator, Networks, total_steps
+from repapq_plugin.method.across_block import AcrossBlockCalibrator, Networks, UnitResult, total_steps
 from repapq_plugin.method.cache import ActivationCache
-from repapq_plugin.method.learners import LayerLearner
-from repapq_plugin.method.partition import find_stages, find_units
-from repapq_plugin.method.qpr import attach_affine, fold_affine
+from repapq_plugin.method.partition import Stage, find_stages, find_units
+from repapq_plugin.method.schedules import Activation
 from repapq_plugin.method.starting_ranges import set_starting_ranges
-from repapq_plugin.quantizers.layers import QuantizedLayer
-from repapq_plugin.quantizers.plan import QuantizationPlan, insert_quantizers, plan_layers
-from repapq_plugin.quantizers.trace import trace_network
+from repapq_plugin.quantizers.plan import LayerPlan, QuantizationPlan, plan_layers
+from repapq_plugin.quantizers.trace import Trace, trace_network
 from repapq_plugin.reparam.by_algebra.unknown import find_unknown_multibranch
 from repapq_plugin.reparam.fold import fold_conv_norm_pairs
 from repapq_plugin.reparam.merge import MergeRecord, merge_branches
 from repapq_plugin.reparam.parametrized import bake_parametrizations
-from repapq_plugin.result import CalibrationResult, UnitResult
+from repapq_plugin.result import Calibrated, CalibrationResult
 
 logger = logging.getLogger(__name__)
 
-ForwardFn = Callable[[nn.Module, Any], Any]
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,11 @@ class Progress:
     total: int
 
 
-def counted(phase: str, total: int, report: Callable[[Progress], None] | None) -> Callable[[], None]:
+Report = Callable[[Progress], None]
+"""Told as the work goes on."""
+
+
+def counted(phase: str, total: int, report: Report | None) -> Callable[[], None]:
     """Return what turns its calls into `Progress` reports; the first is made at once."""
     done = -1
 
@@ -65,22 +72,198 @@ def counted(phase: str, total: int, report: Callable[[Progress], None] | None) -
     return advance
 
 
-def call_model(model: nn.Module, batch: Any) -> Any:
-    """Run ``model`` on a batch the usual way: a tensor, ``(inputs, ...)``, or a dict of keywords."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, tuple | list):
-        return model(batch[0])
-    return model(batch)
+class Merged(NamedTuple):
+    """A float network as it is deployed.
+
+    Args:
+        network: In evaluation mode, branches merged and norms folded.
+        folded: Pairs (layer, norm) of module paths whose norm went into the layer.
+        records: One entry per multi-branch block.
+        notes: Blocks that look as if they had branches, but are unknown.
+    """
+
+    network: nn.Module
+    folded: tuple[tuple[str, str], ...] = ()
+    records: tuple[MergeRecord, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@torch.no_grad()
+def merge_for_inference(model: nn.Module, run: Callable[[nn.Module], object]) -> Merged:
+    """Return a copy of ``model`` in evaluation mode with branches merged and norms folded.
+
+    Args:
+        model: Any float network; not changed.
+        run: Makes one forward pass of a network like ``model``.
+    """
+    merged = copy.deepcopy(model).eval()
+    bake_parametrizations(merged)
+    merged, records = merge_branches(merged, inplace=True)
+    folded = fold_conv_norm_pairs(merged, run, inplace=True)
+    notes = []
+    for name in find_unknown_multibranch(merged, run):
+        kind = type(merged.get_submodule(name)).__name__
+        notes.append(
+            f"{name} ({kind}) looks like a multi-branch block that is not known; it stays as plain "
+            f"convolutions. Teach it with repapq_plugin.register_branches."
+        )
+        logger.warning(notes[-1])
+    return Merged(merged, tuple(folded), tuple(records), tuple(notes))
+
+
+@dataclass
+class State:
+    """What a job knows; each phase adds to it.
+
+    Args:
+        merged: The float network that supervises, and how it was merged.
+        batches: Calibration batches.
+        done: Phases that are finished.
+        trace: What a forward pass showed (after ``plan``).
+        plans: Bits of each layer that is to be quantized, by module path (after ``plan``).
+        float_layers: Why layers stay float, by module path.
+        stages: What is supervised together, in call order (after ``place``).
+        units: What became of each unit (after ``learn``).
+    """
+
+    merged: Merged
+    batches: Sequence[Batch]
+    done: list[str] = field(default_factory=list)
+    trace: Trace = field(default_factory=lambda: Trace({}, {}))
+    plans: dict[str, LayerPlan] = field(default_factory=dict)
+    float_layers: dict[str, str] = field(default_factory=dict)
+    stages: list[Stage] = field(default_factory=list)
+    units: list[UnitResult] = field(default_factory=list)
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The merged float network."""
+        return self.merged.network
+
+
+class Job(Generic[R]):
+    """Quantizes and calibrates one network on one backend.
+
+    Args:
+        backend: Carries the quantizers, and says which phases it needs.
+        config: Bits, ranges and calibration.
+        forward: Runs a network on a batch.
+        report: Told as the work goes on.
+    """
+
+    def __init__(
+        self, backend: Backend[R], config: RepAPQConfig, forward: ForwardFn = call_model, report: Report | None = None
+    ) -> None:
+        self.backend, self.config, self.forward, self.report = backend, config, forward, report
+
+    def run(self, model: nn.Module, data: Iterable[Batch]) -> R:
+        """Do all phases of the backend, one after the other, on a copy of ``model``.
+
+        Raises:
+            RepAPQError: See `quantize_model`, and the backend's ``check``.
+        """
+        started = time.perf_counter()
+        batches = list(data)
+        if not batches:
+            raise CalibrationError("The calibration data holds no batch; give at least one.")
+        with seeded(self.config.seed):
+            self.backend.check(model, batches, self.config)
+            state = State(Merged(model), batches)
+            for phase in self.backend.phases:
+                getattr(self, phase)(state)
+                state.done.append(phase)
+        return self.backend.deliver(self._calibrated(state, time.perf_counter() - started), state.batches)
+
+    def merge(self, state: State) -> None:
+        """Merge branches and fold norms, on a copy."""
+        state.merged = merge_for_inference(state.teacher, lambda model: self.forward(model, state.batches[0]))
+
+    def plan(self, state: State) -> None:
+        """Decide what is quantized, and with how many bits."""
+        teacher = state.teacher
+        with torch.no_grad():
+            state.batches = self.backend.join(teacher, state.batches)
+        state.trace = trace_network(teacher, lambda: self.forward(teacher, state.batches[0]))
+        state.plans, state.float_layers = plan_layers(teacher, state.trace, self.config)
+
+    def condition(self, state: State) -> None:
+        """Bring channels into a form that suits integers; the float network goes on computing what it did."""
+
+        def run(batch: Batch) -> object:
+            return self.forward(state.teacher, batch)
+
+        with torch.no_grad():
+            if self.config.fold_constants:
+                fold_constant_channels(state.teacher, run, state.batches, state.plans)
+            if self.config.equalize:
+                equalize_channels(state.teacher, run, state.batches, state.plans)
+
+    def place(self, state: State) -> None:
+        """Let the backend make the network that carries quantizers, and find units and stages in it."""
+        teacher, config = state.teacher, self.config
+        self.backend.place(teacher, state.trace, state.plans, state.batches, self.forward, config)
+        for parameter in teacher.parameters():
+            parameter.requires_grad_(False)
+        units = find_units(teacher, state.trace, self.backend.sites.weights, config.units)
+        state.stages = find_stages(teacher, state.trace, units, config.stages)
+
+    def find_ranges(self, state: State) -> None:
+        """Give every quantizer its starting range."""
+        advance = counted("ranges", len(state.batches), self.report)
+        student = self.backend.student
+        set_starting_ranges(
+            self.backend.sites, lambda batch: self.forward(student, batch), state.batches, self.config, advance
+        )
+
+    def learn(self, state: State) -> None:
+        """Calibrate across blocks, with QPR's affine layers attached."""
+        backend, config = self.backend, self.config
+        if not config.steps:
+            return
+        if config.affine:
+            backend.attach_affine()
+        networks = Networks(
+            backend.student,
+            state.teacher,
+            backend.learners(),
+            state.trace,
+            state.batches,
+            self.forward,
+            backend.run_alone,
+        )
+        advance = counted("calibration", total_steps(state.stages, config), self.report)
+        names = [name for stage in state.stages for name in (stage.name, *(unit.name for unit in stage.units))]
+        with backend.learning(names), ActivationCache[Activation](config.cache_bytes) as cache:
+            calibrator = AcrossBlockCalibrator(networks, state.stages, config, cache, advance)
+            state.units = calibrator.run()
+        state.float_layers |= calibrator.left_float
+
+    def fold(self, state: State) -> None:
+        """Fold the affine layers, and leave the network as it is delivered."""
+        left = {name: reason for name, reason in state.float_layers.items() if name in self.backend.plans}
+        self.backend.fold(state.teacher, left)
+
+    def _calibrated(self, state: State, seconds: float) -> Calibrated:
+        plans = self.backend.plans
+        unplaced = {name: "left float by the host" for name in state.plans if name not in plans}
+        return Calibrated(
+            model=self.backend.student,
+            config=self.config,
+            plan=QuantizationPlan(state.merged.folded, plans, {**unplaced, **state.float_layers}),
+            units=tuple(state.units),
+            merges=state.merged.records,
+            seconds=seconds,
+            notes=state.merged.notes,
+        )
 
 
 def quantize_model(
     model: nn.Module,
-    data: Iterable[Any],
+    data: Iterable[Batch],
     config: RepAPQConfig | None = None,
     *,
     forward_fn: ForwardFn | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Report | None = None,
 ) -> CalibrationResult:
     """Merge, quantize and calibrate a copy of ``model``.
 
@@ -100,130 +283,4 @@ def quantize_model(
         CalibrationError: ``data`` is empty, activations are not finite, or nothing can be quantized.
         ConfigError: A pattern of ``config`` matches nothing.
     """
-    started = time.perf_counter()
-    config = config or RepAPQConfig()
-    forward = forward_fn or call_model
-    batches = list(data)
-    if not batches:
-        raise CalibrationError("The calibration data holds no batch; give at least one.")
-    torch_seed = torch.random.get_rng_state()
-    try:
-        torch.manual_seed(config.seed)
-        with torch.no_grad():
-            teacher, plan, merges, notes = merge_for_inference(model, lambda m: forward(m, batches[0]))
-        result = _quantize_merged(teacher, plan, batches, config, forward, progress)
-    finally:
-        torch.random.set_rng_state(torch_seed)
-    return replace(result, merges=merges, notes=notes, seconds=time.perf_counter() - started)
-
-
-def merge_for_inference(
-    model: nn.Module, run: Callable[[nn.Module], Any]
-) -> tuple[nn.Module, QuantizationPlan, tuple[MergeRecord, ...], tuple[str, ...]]:
-    """Return a copy of ``model`` in evaluation mode with branches merged and norms folded.
-
-    Args:
-        model: Any float network; not changed.
-        run: Makes one forward pass of a network like ``model``.
-
-    Returns:
-        The merged copy, a plan that so far says what was merged and folded, a record per
-        multi-branch block, and notes (blocks that look as if they had branches, but are unknown).
-    """
-    merged = copy.deepcopy(model).eval()
-    bake_parametrizations(merged)
-    merged, records = merge_branches(merged, inplace=True)
-    folded = fold_conv_norm_pairs(merged, run, inplace=True)
-    notes = []
-    for name in find_unknown_multibranch(merged, run):
-        kind = type(merged.get_submodule(name)).__name__
-        notes.append(
-            f"{name} ({kind}) looks like a multi-branch block that is not known; it stays as plain "
-            f"convolutions. Teach it with repapq_plugin.register_branches."
-        )
-        logger.warning(notes[-1])
-    return merged, QuantizationPlan(folded=tuple(folded)), tuple(records), tuple(notes)
-
-
-@torch.no_grad()
-def prepare_channels(
-    model: nn.Module,
-    run: Callable[[Any], Any],
-    batches: Sequence[Any],
-    names: Collection[str],
-    config: RepAPQConfig,
-) -> None:
-    """Bring the channels of a merged float network into a form that suits integers, in place, as configured.
-
-    Args:
-        model: The network, in evaluation mode; it goes on computing what it did.
-        run: Makes a forward pass of it on a batch.
-        batches: Calibration batches.
-        names: Module paths of the layers that will be quantized.
-        config: Says what is done.
-    """
-    if config.fold_constants:
-        fold_constant_channels(model, run, batches, names)
-    if config.equalize:
-        equalize_channels(model, run, batches, names)
-
-
-def _quantize_merged(
-    teacher: nn.Module,
-    plan: QuantizationPlan,
-    batches: Sequence[Any],
-    config: RepAPQConfig,
-    forward: ForwardFn,
-    progress: Callable[[Progress], None] | None,
-) -> CalibrationResult:
-    for parameter in teacher.parameters():
-        parameter.requires_grad_(False)
-    trace = trace_network(teacher, lambda: forward(teacher, batches[0]))
-    layer_plans, reasons = plan_layers(teacher, trace, config)
-    prepare_channels(teacher, lambda batch: forward(teacher, batch), batches, layer_plans, config)
-    units = find_units(teacher, trace, layer_plans, config.units)
-    stages = find_stages(teacher, trace, units, config.stages)
-    student = copy.deepcopy(teacher)
-    layers = insert_quantizers(student, layer_plans, config)
-    counter = counted("ranges", len(batches), progress)
-    set_starting_ranges(layers, lambda batch: forward(student, batch), batches, config, counter)
-    unit_results: list[UnitResult] = []
-    left_float: dict[str, str] = {}
-    if config.steps:
-        if config.affine:
-            for layer in layers.values():
-                attach_affine(layer)
-        advance = counted("calibration", total_steps(stages, config), progress)
-        learners = {name: LayerLearner(layer) for name, layer in layers.items()}
-        networks = Networks(student, teacher, learners, trace, batches, forward)
-        with ActivationCache(config.cache_bytes) as cache:
-            calibrator = AcrossBlockCalibrator(networks, stages, config, cache, advance)
-            unit_results = calibrator.run()
-        left_float = calibrator.left_float
-    _finish(student, teacher, layers, left_float)
-    return CalibrationResult(
-        model=student,
-        config=config,
-        plan=replace(
-            plan,
-            layers={name: value for name, value in layer_plans.items() if name not in left_float},
-            float_layers={**reasons, **left_float},
-        ),
-        units=tuple(unit_results),
-    )
-
-
-def _finish(
-    student: nn.Module, teacher: nn.Module, layers: Mapping[str, QuantizedLayer], left_float: Mapping[str, str]
-) -> None:
-    """Fold every affine layer, lay weights on their grid, and give failed layers their float weights back."""
-    originals = {layers[name]: teacher.get_submodule(name) for name in left_float}
-    for parent in list(student.modules()):
-        for key, child in list(parent.named_children()):
-            if child in originals:
-                setattr(parent, key, originals[child])
-    for layer in {id(layer): layer for name, layer in layers.items() if name not in left_float}.values():
-        fold_affine(layer)
-        for quantizer in (layer.weight_fake_quant, layer.input_fake_quant):
-            quantizer.enable_observer(False)
-            quantizer.activation_post_process.reset_min_max_vals()
+    return Job(OwnBackend(), config or RepAPQConfig(), forward_fn or call_model, progress).run(model, data)

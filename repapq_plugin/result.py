@@ -6,8 +6,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core.files import atomically
 from repapq_plugin.errors import MergeError, ResultError
 from repapq_plugin.method.across_block import UnitResult
 from repapq_plugin.quantizers.plan import LayerPlan, QuantizationPlan, insert_quantizers
@@ -29,11 +28,11 @@ FORMAT = "repapq-result-1"
 
 
 @dataclass(frozen=True)
-class CalibrationResult:
+class Calibrated:
     """A quantized network and the record of how it came about.
 
     Args:
-        model: Runs in place of the float model; simulates integers exactly as exported.
+        model: Runs in place of the float model.
         config: The configuration used.
         plan: What was folded, and how each layer is quantized.
         units: One entry per unit, in call order; empty where nothing was learned.
@@ -60,7 +59,7 @@ class CalibrationResult:
         """Why each layer that stayed float did so, by module path."""
         return dict(self.plan.float_layers)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """Return everything but the tensors, ready for JSON (NaN becomes ``None``)."""
         return {
             "scheme": self.config.scheme,
@@ -72,6 +71,14 @@ class CalibrationResult:
             "notes": list(self.notes),
         }
 
+
+@dataclass(frozen=True)
+class CalibrationResult(Calibrated):
+    """A network with the plugin's own quantizers and the record of how it came about; can be saved and exported.
+
+    ``model`` simulates integers exactly as exported. Arguments: see `Calibrated`.
+    """
+
     def save(self, path: str | Path) -> Path:
         """Write everything to one safetensors file; an older file stays until the new one is whole.
 
@@ -81,19 +88,11 @@ class CalibrationResult:
         target = Path(path)
         header = {"format": FORMAT, "result": json.dumps(self.summary())}
         tensors = {key: value.detach().cpu().contiguous() for key, value in _own_state(self.model).items()}
-        temporary: Path | None = None
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-            os.close(handle)
-            temporary = Path(name)
-            save_file(tensors, temporary, metadata=header)
-            temporary.replace(target)
+            with atomically(target) as partial:
+                save_file(tensors, partial, metadata=header)
         except (OSError, SafetensorError) as error:
             raise ResultError(f"Cannot write {target}: {error}. Free some space or choose another folder.") from error
-        finally:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
         return target
 
     @classmethod
@@ -136,9 +135,7 @@ def rebuild(model: nn.Module, plan: QuantizationPlan, merges: Sequence[MergeReco
     skip = [record.name for record in merges if not record.merged]
     merged, _ = merge_branches(copy.deepcopy(model).eval(), inplace=True, verify=False, skip=skip)
     fold_named_pairs(merged, plan.folded)
-    for layer in insert_quantizers(merged, plan.layers, config).values():
-        for quantizer in (layer.weight_fake_quant, layer.input_fake_quant):
-            quantizer.enable_observer(False)
+    insert_quantizers(merged, plan.layers, config)
     return merged
 
 

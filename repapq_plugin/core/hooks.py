@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
-from typing import cast
 
 import torch
 from torch import nn
@@ -39,4 +38,4 @@ class Hooks:
 
 def unseen() -> AbstractContextManager[None]:
     """Keep what a hook computes from whoever watches a network's functions (`torch.overrides` modes)."""
-    return cast("AbstractContextManager[None]", torch._C.DisableTorchFunction())
+    return torch._C.DisableTorchFunction()

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+Batch = object
+"""One batch of calibration data; only what runs the network on it knows what it is."""
 
-def call_model(model: nn.Module, batch: Any) -> Any:
+ForwardFn = Callable[[nn.Module, Any], object]
+"""``forward_fn(model, batch)`` runs one batch up to the tensors that matter."""
+
+
+def call_model(model: nn.Module, batch: Batch) -> object:
     """Run ``model`` on a batch the usual way: a tensor, ``(inputs, ...)``, or a dict of keywords."""
     if isinstance(batch, Mapping):
         return model(**batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import cast
 
@@ -51,5 +51,6 @@ def with_tensors(template: object, tensors: Iterator[Tensor]) -> object:
     if isinstance(template, list | tuple):
         members = [with_tensors(member, tensors) for member in template]
         named = hasattr(template, "_fields")  # a NamedTuple takes its members one by one
-        return type(template)(*members) if named else type(template)(members)
+        make = cast("Callable[..., object]", type(template))
+        return make(*members) if named else make(members)
     return template

@@ -1,4 +1,9 @@
-"""Across-block calibration of a whole network: stages in order, each on its quantized prefix."""
+"""Across-block calibration: the loss, and a whole network's stages in order, each behind its quantized prefix.
+
+Source: arXiv:2402.16121 (abstract): the stage output supervises, because the gradient of MAE alone
+knows signs and no magnitudes, and because it ties neighbours' quantization parameters together. That
+every term is divided by the magnitude of its target, and that units are averaged, is our choice.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +11,56 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core.losses import LOSSES, magnitude
+from repapq_plugin.core.running import Batch, ForwardFn, is_out_of_memory
 from repapq_plugin.errors import RepAPQError
-from repapq_plugin.method.cache import ActivationCache
 from repapq_plugin.method.learners import Learner
-from repapq_plugin.method.optimise import Outcome, Subject, reconstruct
+from repapq_plugin.method.optimise import Outcome, Outputs, Subject, reconstruct
 from repapq_plugin.method.partition import Stage, Unit, is_inside
 from repapq_plugin.method.replay import answering, inputs_of, recording
-from repapq_plugin.method.schedules import NetworkSubject, StageSubject, UnitSubject
+from repapq_plugin.method.schedules import Activation, Cache, NetworkSubject, Role, StageRun, StageSubject, UnitSubject
 from repapq_plugin.quantizers.trace import Trace
 
 logger = logging.getLogger(__name__)
+
+
+def relative_loss(outputs: Sequence[Tensor], targets: Sequence[Tensor], loss: str) -> Tensor:
+    """Return the mean over tensors of ``loss(output, target) / loss(0, target)``, a scalar.
+
+    Args:
+        outputs: Tensors of any shapes: the calls of a unit, or the outputs of a network.
+        targets: The float network's tensors, of the same shapes.
+        loss: ``"mae"`` or ``"mse"``.
+    """
+    terms = [
+        LOSSES[loss](output, target) / magnitude(target, loss)
+        for output, target in zip(outputs, targets, strict=True)
+        if target.numel()
+    ]
+    return torch.stack(terms).mean() if terms else torch.zeros(())
+
+
+def across_block_loss(
+    outputs: Outputs, targets: Outputs, *, loss: str, stage_weight: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss that is minimised, and each unit's own part of it, scalars.
+
+    Args:
+        outputs: What the units being calibrated gave, call after call, and what the end of the stage did.
+        targets: What the float network gave there; no stage where it ends with its only unit.
+        loss: ``"mae"`` or ``"mse"``.
+        stage_weight: Weight of the stage term against the mean of the unit terms.
+    """
+    parts = {name: relative_loss(given, targets.units[name], loss) for name, given in outputs.units.items()}
+    total = torch.stack(list(parts.values())).mean()
+    if stage_weight and outputs.stage:
+        total = total + stage_weight * relative_loss(outputs.stage, targets.stage, loss)
+    return total, {name: part.detach() for name, part in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -58,28 +97,21 @@ class Networks:
         trace: What a forward pass showed.
         batches: Calibration batches.
         forward_fn: ``forward_fn(model, batch)`` runs either.
-        call_alone: ``call_alone(name, inputs)`` runs the student's module ``name`` on what it is
-            called with, call after call, as the student does; default: calls it.
+        run_alone: ``run_alone(name, inputs)`` runs the student's module ``name`` on what it is
+            called with, call after call, as the student does.
     """
 
     student: nn.Module
     teacher: nn.Module
     learners: Mapping[str, Learner]
     trace: Trace
-    batches: Sequence[Any]
-    forward_fn: Callable[[nn.Module, Any], Any]
-    call_alone: Callable[[str, Sequence[Tensor]], list[Tensor]] | None = None
+    batches: Sequence[Batch]
+    forward_fn: ForwardFn
+    run_alone: Callable[[str, Sequence[Tensor]], list[Tensor]]
 
     def calls(self, name: str) -> int:
         """How often one forward pass calls the module ``name``."""
         return self.trace.modules[name].calls
-
-    def run_alone(self, name: str, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Run one module of the student on its inputs, call after call."""
-        if self.call_alone is not None:
-            return self.call_alone(name, inputs)
-        module = self.student.get_submodule(name)
-        return [module(x) for x in inputs]
 
 
 class AcrossBlockCalibrator:
@@ -98,15 +130,12 @@ class AcrossBlockCalibrator:
         networks: Networks,
         stages: Sequence[Stage],
         config: RepAPQConfig,
-        cache: ActivationCache,
+        cache: Cache,
         advance: Callable[[], None],
     ) -> None:
         self.networks, self.stages, self.config, self.cache, self.advance = networks, stages, config, cache, advance
-        self.modules = {
-            "student": dict(networks.student.named_modules()),
-            "teacher": dict(networks.teacher.named_modules()),
-        }
-        self.models = {"student": networks.student, "teacher": networks.teacher}
+        self.student_modules = dict(networks.student.named_modules())
+        self.teacher_modules = dict(networks.teacher.named_modules())
         self.left_float: dict[str, str] = {}
 
     def run(self) -> list[UnitResult]:
@@ -129,6 +158,8 @@ class AcrossBlockCalibrator:
             except RepAPQError:
                 raise
             except Exception as error:  # whatever the network's own code raises when replayed
+                if is_out_of_memory(error):
+                    raise
                 results += self._leave_float(stage, error)
         return results
 
@@ -147,41 +178,51 @@ class AcrossBlockCalibrator:
         return self._results("network", units, self._reconstruct(subject, steps))
 
     def _calibrate_stage(self, stage: Stage, finished: Sequence[Stage]) -> list[UnitResult]:
-        self._run_teacher(stage, finished)
-        self._fetch_inputs("student", stage, finished)
+        networks = self.networks
+        self._fetch_inputs(networks.teacher, self.teacher_modules, stage, finished, Role.TEACHER_READS, Role.TEACHER)
+        self._run_teacher(stage)
+        self._fetch_inputs(networks.student, self.student_modules, stage, finished, Role.STUDENT_READS, Role.STUDENT)
         by_unit = self.config.schedule == "unit" and stage.units[0].name != stage.name
         results = self._unit_by_unit(stage) if by_unit else self._at_once(stage)
         self._store_stage_outputs(stage)
         return results
 
     @torch.no_grad()
-    def _fetch_inputs(self, role: str, stage: Stage, finished: Sequence[Stage]) -> None:
+    def _fetch_inputs(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        stage: Stage,
+        finished: Sequence[Stage],
+        reads: Role,
+        returns: Role,
+    ) -> None:
         """Cache what the stage is called with, behind finished stages that answer from the cache."""
-        module, calls = self.modules[role][stage.name], self.networks.calls(stage.name)
+        module, calls = modules[stage.name], self.networks.calls(stage.name)
         for index, batch in enumerate(self.networks.batches):
-            stored = {done.name: self.cache.get(f"{role}:{done.name}", index) for done in finished}
-            with answering(self.modules[role], stored):
-                inputs = inputs_of(module, calls, lambda b=batch: self.networks.forward_fn(self.models[role], b))  # type: ignore[misc]
-            self.cache.put(f"{role}-in:{stage.name}", index, inputs)
+            stored = {done.name: self.cache.get(Activation(returns, done.name), index) for done in finished}
+            with answering(modules, stored):
+                inputs = inputs_of(module, calls, partial(self.networks.forward_fn, model, batch))
+            self.cache.put(Activation(reads, stage.name), index, inputs)
 
     @torch.no_grad()
-    def _run_teacher(self, stage: Stage, finished: Sequence[Stage]) -> None:
+    def _run_teacher(self, stage: Stage) -> None:
         """Cache the float outputs of the stage and of each of its units: one pass of the float stage."""
-        self._fetch_inputs("teacher", stage, finished)
-        modules = self.modules["teacher"]
+        modules, reads = self.teacher_modules, Activation(Role.TEACHER_READS, stage.name)
         for index in range(len(self.networks.batches)):
-            inputs = self.cache.get(f"teacher-in:{stage.name}", index)
             with recording(modules, [unit.name for unit in stage.units]) as units:
-                outputs = [modules[stage.name](x) for x in inputs]
-            self.cache.put(f"teacher:{stage.name}", index, outputs)
+                outputs = [modules[stage.name](x) for x in self.cache.get(reads, index)]
+            self.cache.put(Activation(Role.TEACHER, stage.name), index, outputs)
             for name, unit_outputs in units.items():
                 if name != stage.name:
-                    self.cache.put(f"teacher:{name}", index, unit_outputs)
-        self.cache.drop_all(f"teacher-in:{stage.name}")
+                    self.cache.put(Activation(Role.TEACHER, name), index, unit_outputs)
+        self.cache.drop_all(reads)
+
+    def _run_of(self, stage: Stage) -> StageRun:
+        return StageRun(stage, self.student_modules, partial(self.networks.run_alone, stage.name), self.cache)
 
     def _at_once(self, stage: Stage) -> list[UnitResult]:
-        learners, run_alone = self._learners_in(stage.name), partial(self.networks.run_alone, stage.name)
-        subject = StageSubject(stage, learners, self.modules["student"], run_alone, self.cache)
+        subject = StageSubject(self._run_of(stage), self._learners_in(stage.name))
         return self._results(stage.name, stage.units, self._reconstruct(subject, self.config.steps))
 
     def _unit_by_unit(self, stage: Stage) -> list[UnitResult]:
@@ -190,38 +231,37 @@ class AcrossBlockCalibrator:
         for position, unit in enumerate(stage.units):
             self._set_quantizing(unit.name, True)
             subject = UnitSubject(
+                self._run_of(stage),
+                self._learners_in(unit.name),
                 unit,
                 self.networks.calls(unit.name),
                 [done.name for done in stage.units[:position]],
                 bool(self.config.stage_weight),
-                stage,
-                self._learners_in(unit.name),
-                self.modules["student"],
-                partial(self.networks.run_alone, stage.name),
-                self.cache,
             )
             results += self._results(stage.name, [unit], self._reconstruct(subject, self.config.steps))
             with torch.no_grad():
                 for index in range(len(self.networks.batches)):
-                    self.cache.put(f"student:{unit.name}", index, subject.unit_outputs(index))
+                    self.cache.put(Activation(Role.STUDENT, unit.name), index, subject.unit_outputs(index))
         self._set_quantizing(stage.name, True)
         return results
 
     @torch.no_grad()
     def _store_stage_outputs(self, stage: Stage) -> None:
         """Cache the quantized stage's outputs for those behind it; forget what only its own units needed."""
+        reads = Activation(Role.STUDENT_READS, stage.name)
         for index in range(len(self.networks.batches)):
-            inputs: list[Tensor] = self.cache.get(f"student-in:{stage.name}", index)
-            self.cache.put(f"student:{stage.name}", index, self.networks.run_alone(stage.name, inputs))
-        self.cache.drop_all(f"student-in:{stage.name}")
+            outputs = self.networks.run_alone(stage.name, self.cache.get(reads, index))
+            self.cache.put(Activation(Role.STUDENT, stage.name), index, outputs)
+        self.cache.drop_all(reads)
         for unit in stage.units:
             if unit.name != stage.name:
-                self.cache.drop_all(f"student:{unit.name}")
-                self.cache.drop_all(f"teacher:{unit.name}")
+                self.cache.drop_all(Activation(Role.STUDENT, unit.name))
+                self.cache.drop_all(Activation(Role.TEACHER, unit.name))
 
     def _reconstruct(self, subject: Subject, steps: int) -> Outcome:
         config = self.config.replace(steps=steps)
-        return reconstruct(subject, len(self.networks.batches), config, self.advance)
+        loss = partial(across_block_loss, loss=config.loss, stage_weight=config.stage_weight)
+        return reconstruct(subject, loss, len(self.networks.batches), config, self.advance)
 
     def _learners_in(self, name: str) -> dict[str, Learner]:
         return {path: learner for path, learner in self.networks.learners.items() if is_inside(path, name)}
@@ -240,8 +280,8 @@ class AcrossBlockCalibrator:
             for name in unit.layers:
                 self.left_float[name] = reason
         self._set_quantizing(stage.name, False)
-        for prefix in ("student-in", "teacher-in", "student", "teacher"):
-            self.cache.drop_all(f"{prefix}:{stage.name}")
+        for role in Role:
+            self.cache.drop_all(Activation(role, stage.name))
         nothing = dict.fromkeys((unit.name for unit in stage.units), float("nan"))
         return self._results(stage.name, stage.units, Outcome(nothing, nothing, False, 0.0, reason))
 

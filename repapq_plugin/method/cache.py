@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Hashable
 from pathlib import Path
 from types import TracebackType
+from typing import Generic, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+K = TypeVar("K", bound=Hashable)
 
-class ActivationCache:
+
+class ActivationCache(Generic[K]):
     """Lists of tensors by ``(name, batch)``; use it as a context manager, so that files vanish.
 
     Tensors come back on the device they were put from, always as a copy: an in-place activation
@@ -25,14 +29,14 @@ class ActivationCache:
     def __init__(self, budget: int, folder: str | None = None) -> None:
         self.budget = budget
         self.used = 0
-        self._memory: dict[tuple[str, int], list[Tensor]] = {}
-        self._files: dict[tuple[str, int], tuple[Path, torch.device]] = {}
-        self._devices: dict[tuple[str, int], torch.device] = {}
+        self._memory: dict[tuple[K, int], list[Tensor]] = {}
+        self._files: dict[tuple[K, int], tuple[Path, torch.device]] = {}
+        self._devices: dict[tuple[K, int], torch.device] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._parent = folder
         self._count = 0
 
-    def put(self, name: str, batch: int, tensors: list[Tensor]) -> None:
+    def put(self, name: K, batch: int, tensors: list[Tensor]) -> None:
         """Keep ``tensors`` (detached copies) under ``(name, batch)``, replacing what was there."""
         self.drop(name, batch)
         key = (name, batch)
@@ -50,7 +54,7 @@ class ActivationCache:
         save_file({str(index): tensor for index, tensor in enumerate(host)}, path)
         self._files[key] = (path, device)
 
-    def get(self, name: str, batch: int) -> list[Tensor]:
+    def get(self, name: K, batch: int) -> list[Tensor]:
         """Return copies of what was put under ``(name, batch)``.
 
         Raises:
@@ -63,10 +67,10 @@ class ActivationCache:
         loaded = load_file(path)
         return [loaded[str(index)].to(device) for index in range(len(loaded))]
 
-    def __contains__(self, key: tuple[str, int]) -> bool:
+    def __contains__(self, key: tuple[K, int]) -> bool:
         return key in self._memory or key in self._files
 
-    def drop(self, name: str, batch: int) -> None:
+    def drop(self, name: K, batch: int) -> None:
         """Forget ``(name, batch)`` if it is there."""
         key = (name, batch)
         held = self._memory.pop(key, None)
@@ -76,7 +80,7 @@ class ActivationCache:
         if file is not None:
             file[0].unlink(missing_ok=True)
 
-    def drop_all(self, name: str) -> None:
+    def drop_all(self, name: K) -> None:
         """Forget every batch of ``name``."""
         for key in [key for key in (*self._memory, *self._files) if key[0] == name]:
             self.drop(*key)
@@ -86,7 +90,7 @@ class ActivationCache:
         for key in [*self._memory, *self._files]:
             self.drop(*key)
 
-    def __enter__(self) -> ActivationCache:
+    def __enter__(self) -> ActivationCache[K]:
         return self
 
     def __exit__(

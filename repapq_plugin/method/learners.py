@@ -8,14 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from repapq_plugin.config import LearningRates
-from repapq_plugin.quantizers.layers import QuantizedLayer
-from repapq_plugin.quantizers.trace import hooked, unseen
+from repapq_plugin.core.hooks import Hooks, unseen
+from repapq_plugin.quantizers.layers import ChannelAffine, QuantizedLayer
+
+
+@dataclass(frozen=True)
+class Learnable:
+    """A parameter that learns, and Adam's starting rate for it in the parameter's own unit."""
+
+    parameter: nn.Parameter
+    rate: float
 
 
 class Learner(Protocol):
@@ -25,8 +33,8 @@ class Learner(Protocol):
     def module(self) -> nn.Module:
         """The module whose output tells how large a step of a bias may be."""
 
-    def parameter_groups(self, magnitude: float, rates: LearningRates) -> list[dict[str, Any]]:
-        """Return Adam's parameter groups, each with its learning rate in real units.
+    def learnables(self, magnitude: float, rates: LearningRates) -> list[Learnable]:
+        """Return what learns, each with its rate in real units.
 
         Args:
             magnitude: Mean absolute output of `module`.
@@ -52,19 +60,16 @@ class LayerLearner:
 
     module: QuantizedLayer
 
-    def parameter_groups(self, magnitude: float, rates: LearningRates) -> list[dict[str, Any]]:
+    def learnables(self, magnitude: float, rates: LearningRates) -> list[Learnable]:
         """See `Learner`."""
-        layer, quantizer = self.module, self.module.weight_fake_quant
+        layer, quantizer, of_input = self.module, self.module.weight_fake_quant, self.module.input_fake_quant
         step = float(quantizer.scale.detach().mean())
-        groups = weight_groups(layer.weight, layer.bias, step, magnitude, rates)
-        groups.append({"params": [quantizer.log_scale], "lr": rates.scale / quantizer.quant_max})
-        if layer.affine is not None:
-            rate = rates.affine / quantizer.quant_max
-            groups.append({"params": [layer.affine.gamma], "lr": rate})
-            groups.append({"params": [layer.affine.beta], "lr": rate * magnitude})
-        of_input = layer.input_fake_quant
-        groups.append({"params": [of_input.log_scale], "lr": rates.scale / of_input.quant_max})
-        return groups
+        return [
+            *learnables_of_layer(layer.layer, step, magnitude, rates),
+            Learnable(quantizer.log_scale, rates.scale / quantizer.quant_max),
+            *learnables_of_affine(layer.affine, rates.affine / quantizer.quant_max, magnitude),
+            Learnable(of_input.log_scale, rates.scale / of_input.quant_max),
+        ]
 
     def offsets(self) -> list[Tensor]:
         """None: runtimes agree with these quantizers on every network measured, and moving costs a little."""
@@ -84,20 +89,26 @@ class LayerLearner:
         self.module.input_fake_quant.train(enabled)
 
 
-def weight_groups(
-    weight: Tensor, bias: Tensor | None, step: float, magnitude: float, rates: LearningRates
-) -> list[dict[str, Any]]:
-    """Return the parameter groups of a weight, float, whose grid has steps of ``step``, and of its bias."""
-    groups: list[dict[str, Any]] = [{"params": [weight], "lr": rates.weight * step}]
+def learnables_of_layer(layer: nn.Module, step: float, magnitude: float, rates: LearningRates) -> list[Learnable]:
+    """Return weight and bias of a layer whose weight grid has steps of ``step`` on average."""
+    weight, bias = cast(nn.Parameter, layer.weight), cast("nn.Parameter | None", layer.bias)
+    found = [Learnable(weight, rates.weight * step)]
     if bias is not None:
         relative_step = step / max(float(weight.detach().abs().mean()), step)
-        groups.append({"params": [bias], "lr": rates.weight * relative_step * magnitude})
-    return groups
+        found.append(Learnable(bias, rates.weight * relative_step * magnitude))
+    return found
+
+
+def learnables_of_affine(affine: ChannelAffine | None, rate: float, magnitude: float) -> list[Learnable]:
+    """Return gamma and beta of QPR's affine layer, if there is one."""
+    if affine is None:
+        return []
+    return [Learnable(affine.gamma, rate), Learnable(affine.beta, rate * magnitude)]
 
 
 def parameter_groups(
     learners: Mapping[str, Learner], magnitudes: Mapping[str, float], rates: LearningRates
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Return Adam's parameter groups of all ``learners``; what several share learns once.
 
     Args:
@@ -105,31 +116,29 @@ def parameter_groups(
         magnitudes: Mean absolute output of each, by module path.
         rates: The rates in grid steps.
     """
-    groups: list[dict[str, Any]] = []
-    seen: set[int] = set()
+    found: dict[nn.Parameter, float] = {}
     for name, learner in learners.items():
-        for group in learner.parameter_groups(magnitudes[name], rates):
-            own = [parameter for parameter in group["params"] if id(parameter) not in seen]
-            seen.update(id(parameter) for parameter in own)
-            if own:
-                groups.append({**group, "params": own})
-    return groups
+        for learnable in learner.learnables(magnitudes[name], rates):
+            found.setdefault(learnable.parameter, learnable.rate)
+    return [{"params": [parameter], "lr": rate} for parameter, rate in found.items()]
 
 
 @torch.no_grad()
-def output_magnitudes(learners: Mapping[str, Learner], run: Callable[[], Any]) -> dict[str, float]:
+def output_magnitudes(learners: Mapping[str, Learner], run: Callable[[], object]) -> dict[str, float]:
     """Return the mean absolute output of each learner's module in one pass; 1 where it was not called."""
     found = dict.fromkeys(learners, 1.0)
 
     def recorder(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: Any, output: Any) -> None:
+        def hook(_: nn.Module, args: object, output: object) -> None:
             with unseen():
                 if isinstance(output, Tensor) and output.numel():
                     found[name] = float(output.abs().mean())
 
         return hook
 
-    with hooked([learner.module.register_forward_hook(recorder(name)) for name, learner in learners.items()]):
+    with Hooks() as hooks:
+        for name, learner in learners.items():
+            hooks.after(learner.module, recorder(name))
         run()
     return found
 

@@ -7,13 +7,12 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
-from repapq_plugin.method.across_block_loss import across_block_loss
 from repapq_plugin.method.learners import (
     Learner,
     leave_ties,
@@ -47,6 +46,10 @@ class Subject(Protocol):
         """Return the float network's outputs for ``batch``."""
 
 
+Loss = Callable[[Outputs, Outputs], tuple[Tensor, dict[str, Tensor]]]
+"""``loss(outputs, targets)`` returns what is minimised and each unit's part of it, scalars."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What an optimisation did, measured on held-out batches.
@@ -76,22 +79,25 @@ def split_batches(count: int, guard_fraction: float) -> tuple[list[int], list[in
     return training, list(range(count - held_out, count)) or training
 
 
-def reconstruct(subject: Subject, batches: int, config: RepAPQConfig, advance: Callable[[], None]) -> Outcome:
-    """Minimise the across-block loss of ``subject`` and keep the result if held-out batches agree.
+def reconstruct(
+    subject: Subject, loss: Loss, batches: int, config: RepAPQConfig, advance: Callable[[], None]
+) -> Outcome:
+    """Minimise the loss of ``subject`` and keep the result if held-out batches agree.
 
     Args:
         subject: What is optimised.
+        loss: What is minimised.
         batches: Number of cached batches.
-        config: Steps, learning rates, loss, guard.
+        config: Steps, learning rates, guard.
         advance: Called after each step.
     """
     started = time.perf_counter()
     training, held_out = split_batches(batches, config.guard_fraction)
-    before, parts_before = evaluate(subject, held_out, config)
+    before, parts_before = evaluate(subject, loss, held_out)
     start = snapshot(subject.learners)
-    note = _optimise(subject, training, config, advance)
+    note = _optimise(subject, loss, training, config, advance)
     leave_ties(subject.learners)
-    after, parts_after = evaluate(subject, held_out, config)
+    after, parts_after = evaluate(subject, loss, held_out)
     kept = math.isfinite(after) and after < before
     if not kept:
         restore(subject.learners, start)
@@ -101,10 +107,12 @@ def reconstruct(subject: Subject, batches: int, config: RepAPQConfig, advance: C
     return Outcome(parts_before, parts_after, kept, time.perf_counter() - started, note)
 
 
-def _optimise(subject: Subject, training: list[int], config: RepAPQConfig, advance: Callable[[], None]) -> str:
+def _optimise(
+    subject: Subject, loss_of: Loss, training: list[int], config: RepAPQConfig, advance: Callable[[], None]
+) -> str:
     magnitudes = output_magnitudes(subject.learners, lambda: subject.student(training[0]))
     groups = parameter_groups(subject.learners, magnitudes, config.learning_rates)
-    learned: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
+    learned = [parameter for group in groups for parameter in cast("list[nn.Parameter]", group["params"])]
     for parameter in learned:
         parameter.requires_grad_(True)
     # One kernel per group: a network has many small ones, and their Python loop costs a tenth of a step.
@@ -119,7 +127,7 @@ def _optimise(subject: Subject, training: list[int], config: RepAPQConfig, advan
             order = order or [training[i] for i in torch.randperm(len(training), generator=generator).tolist()]
             batch = order.pop()
             with torch.enable_grad():
-                loss, _ = _loss(subject, batch, config)
+                loss, _ = _loss(subject, loss_of, batch)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
             if not math.isfinite(float(loss.detach())):
@@ -136,18 +144,18 @@ def _optimise(subject: Subject, training: list[int], config: RepAPQConfig, advan
     return ""
 
 
-def _loss(subject: Subject, batch: int, config: RepAPQConfig) -> tuple[Tensor, dict[str, float]]:
+def _loss(subject: Subject, loss: Loss, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
     target, output = subject.teacher(batch), subject.student(batch)
-    return across_block_loss(output.units, target.units, output.stage, target.stage, config.loss, config.stage_weight)
+    return loss(output, target)
 
 
 @torch.no_grad()
-def evaluate(subject: Subject, batches: Sequence[int], config: RepAPQConfig) -> tuple[float, dict[str, float]]:
+def evaluate(subject: Subject, loss: Loss, batches: Sequence[int]) -> tuple[float, dict[str, float]]:
     """Return the mean loss over ``batches`` and each unit's mean part of it."""
     total, parts = 0.0, dict.fromkeys(subject.teacher(batches[0]).units, 0.0)
     for batch in batches:
-        loss, by_unit = _loss(subject, batch, config)
-        total += float(loss) / len(batches)
+        value, by_unit = _loss(subject, loss, batch)
+        total += float(value) / len(batches)
         for name, part in by_unit.items():
-            parts[name] += part / len(batches)
+            parts[name] += float(part) / len(batches)
     return total, parts

@@ -31,14 +31,38 @@ def attach_affine(layer: QuantizedLayer) -> None:
         MergeError: The layer is a grouped transposed convolution, whose weight has no axis of output
             channels to fold into.
     """
-    if isinstance(layer.layer, nn.ConvTranspose2d) and layer.layer.groups > 1:
+    layer.affine = affine_for(layer.layer)
+
+
+def affine_for(layer: nn.Module) -> ChannelAffine:
+    """Return the identity affine layer that fits behind a convolution or linear layer.
+
+    Raises:
+        MergeError: See `attach_affine`.
+    """
+    if isinstance(layer, nn.ConvTranspose2d) and layer.groups > 1:
         raise MergeError(
-            f"A transposed convolution of {layer.layer.groups} groups cannot take an affine layer in; "
+            f"A transposed convolution of {layer.groups} groups cannot take an affine layer in; "
             "keep it without one, or float."
         )
-    layer.affine = ChannelAffine(
-        layer.out_channels, channels_last=isinstance(layer.layer, nn.Linear), like=layer.weight
-    )
+    weight = cast(Tensor, layer.weight)
+    channels = weight.shape[output_channels_axis(layer)]
+    return ChannelAffine(channels, channels_last=isinstance(layer, nn.Linear), like=weight)
+
+
+def folded_scale(affine: ChannelAffine, scale: Tensor) -> Tensor:
+    """Return ``|gamma| * scale``, float ``(channels,)``: the weight scale that takes gamma in but for its sign.
+
+    Where gamma is 0 all codes are, and any scale will do: it stays.
+    """
+    gamma = affine.gamma.detach()
+    return torch.where(gamma == 0, scale, scale * gamma.abs())
+
+
+def folded_bias(affine: ChannelAffine, bias: Tensor | None) -> Tensor:
+    """Return ``gamma * bias + beta``, float ``(channels,)``."""
+    gamma, beta = affine.gamma.detach(), affine.beta.detach()
+    return beta.clone() if bias is None else gamma * bias + beta
 
 
 def integer_weight(layer: QuantizedLayer) -> Tensor:
@@ -61,19 +85,19 @@ def fold_affine(layer: QuantizedLayer) -> None:
     quantized anew, and a warning says so.
     """
     affine, layer.affine = layer.affine, None
-    _fold_gamma(layer, None if affine is None else affine.gamma.detach())
+    _fold_gamma(layer, affine)
     if affine is not None:
-        bias = layer.bias if layer.bias is not None else torch.zeros_like(affine.beta)
-        folded = affine.gamma.detach() * bias + affine.beta.detach()
+        folded = folded_bias(affine, layer.bias)
         cast(nn.Conv2d, layer.layer).bias = nn.Parameter(folded, requires_grad=layer.weight.requires_grad)
 
 
-def _fold_gamma(layer: QuantizedLayer, gamma: Tensor | None) -> None:
+def _fold_gamma(layer: QuantizedLayer, affine: ChannelAffine | None) -> None:
     quantizer = layer.weight_fake_quant
     axis = quantizer.ch_axis if quantizer.per_channel else None
     codes = integer_weight(layer)
     scale, zero_point = quantizer.calculate_qparams()
-    if gamma is not None and not torch.equal(gamma, torch.ones_like(gamma)):
+    gamma = None if affine is None else affine.gamma.detach()
+    if affine is not None and gamma is not None and not torch.equal(gamma, torch.ones_like(gamma)):
         output_axis = output_channels_axis(layer.layer)
         shape = [1] * codes.dim()
         shape[output_axis] = -1
@@ -81,8 +105,7 @@ def _fold_gamma(layer: QuantizedLayer, gamma: Tensor | None) -> None:
         if flipped is None:
             _requantize(layer, gamma.reshape(shape))
             return
-        # Where gamma is 0 all codes are, and any scale will do.
-        codes, scale = flipped, torch.where(gamma == 0, scale, scale * gamma.abs())
+        codes, scale = flipped, folded_scale(affine, scale)
     quantizer.set_qparams(scale, zero_point)
     # The stored scale is the exponential of its logarithm; what is multiplied must be that very number.
     layer.weight.copy_(dequantize(codes, quantizer.scale, zero_point, axis))

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor, nn
 
-from repapq_plugin.quantizers.trace import hooked, unseen
+from repapq_plugin.core.hooks import Hooks, unseen
 
 
 class _Reached(BaseException):
@@ -28,13 +27,13 @@ def answering(modules: Mapping[str, nn.Module], outputs: Mapping[str, Sequence[T
         modules: Modules by name.
         outputs: For each name that answers, one output per call.
     """
-    patched: list[tuple[nn.Module, Any]] = []
+    patched: list[tuple[nn.Module, Callable[..., Tensor] | None]] = []
     try:
         for name, stored in outputs.items():
             module = modules[name]
             remaining = iter(stored)
 
-            def answer(*_: Any, remaining: Iterator[Tensor] = remaining, **__: Any) -> Tensor:
+            def answer(*_: object, remaining: Iterator[Tensor] = remaining, **__: object) -> Tensor:
                 return next(remaining)
 
             patched.append((module, vars(module).get("forward")))
@@ -54,16 +53,18 @@ def recording(modules: Mapping[str, nn.Module], names: Sequence[str]) -> Iterato
     outputs: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def recorder(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: Any, output: Tensor) -> None:
+        def hook(_: nn.Module, args: object, output: Tensor) -> None:
             outputs[name].append(output)
 
         return hook
 
-    with hooked([modules[name].register_forward_hook(recorder(name)) for name in names]):
+    with Hooks() as hooks:
+        for name in names:
+            hooks.after(modules[name], recorder(name))
         yield outputs
 
 
-def inputs_of(module: nn.Module, calls: int, run: Callable[[], Any]) -> list[Tensor]:
+def inputs_of(module: nn.Module, calls: int, run: Callable[[], object]) -> list[Tensor]:
     """Return what ``module`` is called with, call after call, and stop before its last call runs.
 
     Args:
@@ -73,32 +74,34 @@ def inputs_of(module: nn.Module, calls: int, run: Callable[[], Any]) -> list[Ten
     """
     seen: list[Tensor] = []
 
-    def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+    def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         with unseen():
             seen.append(args[0].detach().clone())
         if len(seen) == calls:
             raise _Reached
 
-    with hooked([module.register_forward_pre_hook(before)]):
+    with Hooks() as hooks:
+        hooks.before(module, before)
         _run_until_reached(run)
     return seen
 
 
-def outputs_of(module: nn.Module, calls: int, run: Callable[[], Any]) -> list[Tensor]:
+def outputs_of(module: nn.Module, calls: int, run: Callable[[], object]) -> list[Tensor]:
     """Return what ``module`` returns, call after call, and stop after its last call; gradients pass."""
     seen: list[Tensor] = []
 
-    def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def after(_: nn.Module, args: object, output: Tensor) -> None:
         seen.append(output)
         if len(seen) == calls:
             raise _Reached
 
-    with hooked([module.register_forward_hook(after)]):
+    with Hooks() as hooks:
+        hooks.after(module, after)
         _run_until_reached(run)
     return seen
 
 
-def _run_until_reached(run: Callable[[], Any]) -> None:
+def _run_until_reached(run: Callable[[], object]) -> None:
     try:
         run()
     except _Reached:

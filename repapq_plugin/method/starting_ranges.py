@@ -1,132 +1,179 @@
-"""Starting ranges of all activations, in one pass over the calibration data."""
+"""Starting ranges of all weights and activations: what learning sets out from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core.hooks import Hooks, unseen
 from repapq_plugin.core.losses import mae_loss
 from repapq_plugin.core.quant_primitives import fake_quantize
+from repapq_plugin.core.running import Batch
+from repapq_plugin.core.tensor_notes import TensorNotes
 from repapq_plugin.errors import CalibrationError
-from repapq_plugin.observers import OBSERVERS
-from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
-from repapq_plugin.quantizers.layers import QuantizedLayer, apply_layer
-from repapq_plugin.quantizers.trace import hooked
+from repapq_plugin.method.sites import ActivationSite, Quantizer, Sites
+from repapq_plugin.observers import RangeObserver
+from repapq_plugin.policy import activation_observers, observer_arguments
+from repapq_plugin.quantizers.layers import apply_layer
 
-AUTO_CANDIDATES = ("min_max", "mse", "mae")
-AUTO_BATCHES = 2
-"""Batches on which ``auto`` compares its candidates (our choice: two suffice for a per-tensor scale)."""
+COMPARED_BATCHES = 2
+"""Batches on which ranges are compared (our choice: two suffice for a per-tensor scale)."""
+
+Run = Callable[[Batch], object]
+Ranges = Mapping[str, tuple[Tensor, Tensor]]
+"""Scale and zero point by the name of the observer that found them."""
 
 
 @torch.no_grad()
 def set_starting_ranges(
-    layers: Mapping[str, QuantizedLayer],
-    run: Callable[[Any], Any],
-    batches: Sequence[Any],
-    config: RepAPQConfig,
-    advance: Callable[[], None],
+    sites: Sites, run: Run, batches: Sequence[Batch], config: RepAPQConfig, advance: Callable[[], None]
 ) -> None:
-    """Observe the float network on every batch and give each input quantizer its scale.
+    """Observe the float network on every batch and give each quantizer its scale and zero point.
+
+    Quantizers of activations that have a range per channel keep theirs.
 
     Args:
-        layers: Quantized layers by module path; afterwards they quantize and no longer observe.
+        sites: Where quantizers are; afterwards all quantize that did before.
         run: Makes a forward pass of the network that holds them.
         batches: Calibration batches.
-        config: Names the observer.
+        config: Names the observers.
         advance: Called after each batch.
 
     Raises:
-        CalibrationError: A layer's input holds NaN or Inf; the message names the layer.
+        CalibrationError: An activation holds NaN or Inf, and the message says which; or no batch holds a value.
     """
-    auto = config.activation_observer == "auto"
-    chooser = _RangeChooser(layers) if auto else None
-    for layer in layers.values():
-        layer.weight_fake_quant.enable_fake_quant(False)
-        layer.input_fake_quant.enable_fake_quant(False)
-        layer.input_fake_quant.enable_observer(False)
-    with hooked([layer.register_forward_pre_hook(_observer_of(name, chooser)) for name, layer in layers.items()]):
+    for weight in sites.weights.values():
+        set_weight_range(weight.quantizer, cast(Tensor, weight.layer.weight), config)
+    watched = [site for site in sites.activations if site.quantizer.ch_axis is None]
+    with not_quantizing(sites.quantizers):
+        found = _observe(watched, run, batches, config, advance)
+        if watched and not found:
+            raise CalibrationError(
+                f"No layer read a single value in {len(batches)} calibration batches; give batches that hold images."
+            )
+        best = _least_disturbing(sites, found, run, batches[:COMPARED_BATCHES])
+    for quantizer, ranges in found.items():
+        quantizer.set_qparams(*ranges[best[quantizer]])
+
+
+def set_weight_range(quantizer: Quantizer, weight: Tensor, config: RepAPQConfig) -> None:
+    """Give a weight's quantizer the range that ``config.weight_observer`` finds."""
+    observer = quantizer.observer(config.weight_observer)
+    observer(weight.detach())
+    quantizer.set_qparams(*observer.calculate_qparams())
+
+
+@contextmanager
+def not_quantizing(quantizers: Sequence[Quantizer]) -> Iterator[None]:
+    """Let quantizers hand values on as they are for a while."""
+    before = [(quantizer, quantizer.quantizing) for quantizer in quantizers]
+    try:
+        for quantizer in quantizers:
+            quantizer.quantizing = False
+        yield
+    finally:
+        for quantizer, enabled in before:
+            quantizer.quantizing = enabled
+
+
+def _observe(
+    watched: Sequence[ActivationSite],
+    run: Run,
+    batches: Sequence[Batch],
+    config: RepAPQConfig,
+    advance: Callable[[], None],
+) -> dict[Quantizer, Ranges]:
+    """Return the ranges that each observer found for each quantizer that saw a value."""
+    names = activation_observers(config)
+    observers: dict[Quantizer, dict[str, RangeObserver]] = {
+        site.quantizer: {name: site.quantizer.observer(name, **observer_arguments(name, config)) for name in names}
+        for site in watched
+    }
+
+    def observer_of(site: ActivationSite) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def observe(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            try:
+                with unseen():
+                    for observer in observers[site.quantizer].values():
+                        observer(args[0])
+            except CalibrationError as error:
+                raise CalibrationError(
+                    f"{site.where} is not finite: {error} Check the checkpoint and the calibration data."
+                ) from error
+
+        return observe
+
+    with Hooks() as hooks:
+        for site in watched:
+            hooks.before(site.quantizer.module, observer_of(site))
         for batch in batches:
             run(batch)
             advance()
-    if not any(layer.input_fake_quant.activation_post_process.min_val.numel() for layer in layers.values()):
-        raise CalibrationError(
-            f"No layer read a single value in {len(batches)} calibration batches; give batches that hold images."
-        )
-    for layer in layers.values():
-        if layer.input_fake_quant.activation_post_process.min_val.numel():
-            layer.input_fake_quant.initialise_from_observer()
-    if chooser is not None:
-        chooser.choose(run, batches[:AUTO_BATCHES])
-    for layer in layers.values():
-        layer.weight_fake_quant.enable_fake_quant(True)
-        layer.input_fake_quant.enable_fake_quant(True)
+    return {
+        quantizer: {name: observer.calculate_qparams() for name, observer in by_name.items()}
+        for quantizer, by_name in observers.items()
+        if all(observer.min_val.numel() for observer in by_name.values())
+    }
 
 
-def _observer_of(name: str, chooser: _RangeChooser | None) -> Callable[..., None]:
-    def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        quantizer = layer.input_fake_quant
-        try:
-            if isinstance(quantizer, LearnableFakeQuantize):
-                quantizer.activation_post_process(args[0])
-                if chooser is not None:
-                    chooser.observe(quantizer, args[0])
-        except CalibrationError as error:
-            raise CalibrationError(
-                f"The input of {name!r} is not finite: {error} Check the checkpoint and the calibration data."
-            ) from error
+def _least_disturbing(
+    sites: Sites, found: Mapping[Quantizer, Ranges], run: Run, batches: Sequence[Batch]
+) -> dict[Quantizer, str]:
+    """Return for each quantizer the name of the range that disturbs the layers which read it least.
 
-    return hook
+    A quantizer that no layer reads directly is judged by what it does to its own tensor, squared.
+    """
+    if all(len(ranges) == 1 for ranges in found.values()):
+        return {quantizer: next(iter(ranges)) for quantizer, ranges in found.items()}
+    errors = {quantizer: dict.fromkeys(ranges, 0.0) for quantizer, ranges in found.items()}
+    read: set[Quantizer] = set()
+    passed: TensorNotes[Quantizer] = TensorNotes()
 
+    def hats(quantizer: Quantizer, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        for name, (scale, zero_point) in found[quantizer].items():
+            yield name, fake_quantize(x, scale, zero_point, *quantizer.bounds)
 
-class _RangeChooser:
-    """``auto``: for every quantizer, the range that disturbs the outputs of its layers least."""
+    def passes(quantizer: Quantizer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda _, args, output: passed.put(output, quantizer)
 
-    def __init__(self, layers: Mapping[str, QuantizedLayer]) -> None:
-        self.layers = layers
-        self.observers: dict[LearnableFakeQuantize, dict[str, Any]] = {}
-        for layer in layers.values():
-            quantizer = layer.input_fake_quant
-            watched = quantizer.activation_post_process
-            self.observers.setdefault(
-                quantizer,
-                {
-                    name: OBSERVERS[name](
-                        dtype=watched.dtype,
-                        qscheme=watched.qscheme,
-                        quant_min=watched.quant_min,
-                        quant_max=watched.quant_max,
-                    ).to(layer.weight.device)
-                    for name in AUTO_CANDIDATES
-                },
-            )
-
-    def observe(self, quantizer: LearnableFakeQuantize, x: Tensor) -> None:
-        for observer in self.observers[quantizer].values():
-            observer(x)
-
-    def choose(self, run: Callable[[Any], Any], batches: Sequence[Any]) -> None:
-        ranges = {
-            quantizer: {name: observer.calculate_qparams() for name, observer in observers.items()}
-            for quantizer, observers in self.observers.items()
-        }
-        errors = {quantizer: dict.fromkeys(AUTO_CANDIDATES, 0.0) for quantizer in ranges}
-
-        def compare(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if not isinstance(layer, QuantizedLayer):
+    def compares(layer: nn.Module) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def compare(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            quantizer = passed.get(args[0])
+            if quantizer is None:
                 return
-            quantizer = layer.input_fake_quant
-            for name, (scale, zero_point) in ranges[quantizer].items():
-                hat = fake_quantize(args[0], scale, zero_point, quantizer.quant_min, quantizer.quant_max)
-                error = mae_loss(apply_layer(layer.layer, hat, layer.weight), output)
-                errors[quantizer][name] += float(error)
+            read.add(quantizer)
+            with unseen():
+                for name, hat in hats(quantizer, args[0]):
+                    wanted = apply_layer(layer, hat, cast(Tensor, layer.weight))
+                    errors[quantizer][name] += float(mae_loss(wanted, output))
 
-        with hooked([layer.register_forward_hook(compare) for layer in self.layers.values()]):
+        return compare
+
+    def judges(quantizer: Quantizer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def judge(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            with unseen():
+                for name, hat in hats(quantizer, output):
+                    errors[quantizer][name] += float((hat - output).square().mean())
+
+        return judge
+
+    with Hooks() as hooks:
+        for quantizer in found:
+            hooks.after(quantizer.module, passes(quantizer))
+        for site in sites.weights.values():
+            hooks.after(site.module, compares(site.layer))
+        for batch in batches:
+            run(batch)
+    unread = [quantizer for quantizer in found if quantizer not in read]
+    if unread:
+        with Hooks() as hooks:
+            for quantizer in unread:
+                hooks.after(quantizer.module, judges(quantizer))
             for batch in batches:
                 run(batch)
-        for quantizer, by_name in errors.items():
-            best = min(by_name, key=lambda name: by_name[name])
-            quantizer.set_qparams(*ranges[quantizer][best])
+    return {quantizer: min(by_name, key=lambda name, of=by_name: of[name]) for quantizer, by_name in errors.items()}  # type: ignore[misc]

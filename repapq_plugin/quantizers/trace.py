@@ -6,30 +6,23 @@ Hooks and autograd only: no tracing of Python code, so any control flow will do.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from repapq_plugin.core.hooks import Hooks
+from repapq_plugin.core.tensors import floating_tensors
 from repapq_plugin.quantizers.layers import QUANTIZABLE
 
 logger = logging.getLogger(__name__)
 
 
-def flatten_tensors(value: Any) -> list[Tensor]:
-    """Return the floating tensors of nested tuples, lists, dicts and dataclasses, in order."""
-    if isinstance(value, Tensor):
-        return [value] if value.is_floating_point() else []
-    if isinstance(value, Mapping):
-        return [tensor for item in value.values() for tensor in flatten_tensors(item)]
-    if isinstance(value, tuple | list):
-        return [tensor for item in value for tensor in flatten_tensors(item)]
-    if hasattr(value, "__dataclass_fields__"):
-        return [tensor for key in value.__dataclass_fields__ for tensor in flatten_tensors(getattr(value, key))]
-    return []
+InputKey = tuple[tuple[int, int], ...]
+"""Which tensors a layer read, call after call: their identities, and how often each had been changed in place."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +39,14 @@ class LayerTrace:
 
     name: str
     calls: int
-    input_key: tuple[tuple[int, int], ...]
+    input_key: InputKey
     first: bool
     last: bool
+
+    @property
+    def at_an_end(self) -> bool:
+        """Whether it is a first or a last layer."""
+        return self.first or self.last
 
 
 @dataclass(frozen=True)
@@ -68,22 +66,7 @@ class Trace:
 
 
 @contextmanager
-def hooked(handles: list[Any]) -> Iterator[None]:
-    """Remove the hooks whose handles are given, however the block ends."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def unseen() -> AbstractContextManager[Any]:
-    """Keep what a hook computes from whoever watches a network's functions (`torch.overrides` modes)."""
-    return cast(AbstractContextManager[Any], torch._C.DisableTorchFunction())
-
-
-@contextmanager
-def only_weights_require_grad(model: nn.Module, weights: list[Tensor]) -> Iterator[None]:
+def only_weights_require_grad(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
     """Let gradients reach the given weights and no other parameter, then restore."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -97,7 +80,7 @@ def only_weights_require_grad(model: nn.Module, weights: list[Tensor]) -> Iterat
             parameter.requires_grad_(required)
 
 
-def trace_network(model: nn.Module, run: Callable[[], Any]) -> Trace:
+def trace_network(model: nn.Module, run: Callable[[], object]) -> Trace:
     """Watch one forward pass of ``model``, which ``run()`` makes.
 
     Each layer's input is cut from the graph, so a layer whose weight the output still depends on
@@ -107,45 +90,41 @@ def trace_network(model: nn.Module, run: Callable[[], Any]) -> Trace:
         name: module for name, module in model.named_modules() if isinstance(module, QUANTIZABLE)
     }
     names = {module: name for name, module in layers.items()}
-    inputs: dict[str, list[Tensor]] = {}
-    versions: dict[str, list[int]] = {}
+    weights = {name: cast(nn.Parameter, layer.weight) for name, layer in layers.items()}
+    # Kept alive, so that identities stay unique.
+    inputs: dict[str, list[tuple[Tensor, int]]] = {}
     first: set[str] = set()
     calls: dict[str, int] = {}
     plain: dict[str, bool] = {}
 
-    def before_layer(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def before_layer(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         name, x = names[module], args[0]
-        inputs.setdefault(name, []).append(x)  # kept alive, so that identities stay unique
-        versions.setdefault(name, []).append(x._version)
+        inputs.setdefault(name, []).append((x, x._version))
         if not x.requires_grad:
             first.add(name)
         return (x.detach(), *args[1:])
 
     def after_any(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
             calls[name] = calls.get(name, 0) + 1
             simple = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and isinstance(output, Tensor)
             plain[name] = plain.get(name, True) and simple
 
         return hook
 
-    handles = [module.register_forward_pre_hook(before_layer) for module in layers.values()]
-    handles += [
-        module.register_forward_hook(after_any(name), with_kwargs=True) for name, module in model.named_modules()
-    ]
-    with ExitStack() as stack:
-        stack.enter_context(hooked(handles))
-        weights = [cast(Tensor, module.weight) for module in layers.values()]
-        stack.enter_context(only_weights_require_grad(model, weights))
-        with torch.enable_grad():
-            outputs = [tensor for tensor in flatten_tensors(run()) if tensor.requires_grad]
-            last = _last_layers(outputs, layers, list(inputs))
+    with Hooks() as hooks, only_weights_require_grad(model, list(weights.values())), torch.enable_grad():
+        for module in layers.values():
+            hooks.before(module, before_layer)
+        for name, module in model.named_modules():
+            hooks.after(module, after_any(name), with_kwargs=True)
+        outputs = [tensor for tensor in floating_tensors(run()) if tensor.requires_grad]
+        last = _last_layers(outputs, {name: weights[name] for name in inputs})
     return Trace(
         layers={
             name: LayerTrace(
                 name=name,
                 calls=len(seen),
-                input_key=tuple((id(x), version) for x, version in zip(seen, versions[name], strict=True)),
+                input_key=tuple((id(x), version) for x, version in seen),
                 first=name in first,
                 last=name in last,
             )
@@ -155,12 +134,12 @@ def trace_network(model: nn.Module, run: Callable[[], Any]) -> Trace:
     )
 
 
-def _last_layers(outputs: list[Tensor], layers: dict[str, nn.Module], called: list[str]) -> set[str]:
+def _last_layers(outputs: list[Tensor], called: dict[str, nn.Parameter]) -> set[str]:
+    """Return which of the ``called`` layers, given by their weights, the outputs depend on."""
     try:
         total = sum((tensor.sum() for tensor in outputs), start=torch.zeros(()))
-        weights = [cast(Tensor, layers[name].weight) for name in called]
-        gradients = torch.autograd.grad(total, weights, allow_unused=True)
+        gradients = torch.autograd.grad(total, list(called.values()), allow_unused=True)
         return {name for name, gradient in zip(called, gradients, strict=True) if gradient is not None}
     except RuntimeError as error:
         logger.warning("Last layers cannot be told from gradients (%s); taking the last one called.", error)
-        return set(called[-1:])
+        return set(list(called)[-1:])

@@ -1,0 +1,250 @@
+"""`Backend`: how a network carries quantizers. The one job runs on any; each host has its own.
+
+`OwnBackend` carries the plugin's quantizers and serves any `torch.nn.Module`. A host subclasses `Backend` where it
+places quantizers of its own (NNCF), or `OwnBackend` where it takes over what was calibrated (torch.ao, pt2e).
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+from torch import Tensor, nn
+
+from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core.modules import replace_modules
+from repapq_plugin.core.running import Batch, ForwardFn
+from repapq_plugin.method.learners import LayerLearner, Learner
+from repapq_plugin.method.qpr import attach_affine, fold_affine
+from repapq_plugin.method.sites import ActivationSite, Quantizer, Sites, WeightSite
+from repapq_plugin.observers import RangeObserver
+from repapq_plugin.policy import observer_class
+from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
+from repapq_plugin.quantizers.layers import QuantizedLayer
+from repapq_plugin.quantizers.plan import LayerPlan, insert_quantizers
+from repapq_plugin.quantizers.trace import Trace
+from repapq_plugin.result import Calibrated, CalibrationResult
+
+PHASES = ("merge", "plan", "condition", "place", "find_ranges", "learn", "fold")
+"""What a job does, in order; each is a method of `repapq_plugin.job.Job`."""
+
+R = TypeVar("R", covariant=True)
+
+
+class Backend(ABC, Generic[R]):
+    """Carries the quantizers of one calibration; made for one job and used up by it.
+
+    A job calls `check`, `join` and `place`, reads `sites`, `plans` and `learners`, and ends with `fold` and `deliver`.
+    ``R`` is what the host's users get.
+    """
+
+    phases: Sequence[str] = PHASES
+    """The phases that a job runs on this backend."""
+
+    student: nn.Module
+    """The network with quantizers, once it is placed; in evaluation mode."""
+
+    def check(self, model: nn.Module, batches: Sequence[Batch], config: RepAPQConfig) -> None:
+        """Refuse what the host cannot do, before any work is done.
+
+        Raises:
+            RepAPQError: The message says what to change.
+        """
+
+    def join(self, teacher: nn.Module, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Return the batches that are calibrated on."""
+        return batches
+
+    @abstractmethod
+    def place(
+        self,
+        teacher: nn.Module,
+        trace: Trace,
+        plans: Mapping[str, LayerPlan],
+        batches: Sequence[Batch],
+        forward: ForwardFn,
+        config: RepAPQConfig,
+    ) -> None:
+        """Make `student`: a copy of the float network that carries quantizers, ranges not yet found.
+
+        Args:
+            teacher: The merged float network; not changed.
+            trace: What a forward pass of it showed.
+            plans: Bits of each layer that should be quantized, by module path in call order.
+            batches: Calibration batches.
+            forward: Runs either network on a batch.
+            config: The configuration.
+        """
+
+    @property
+    @abstractmethod
+    def sites(self) -> Sites:
+        """Where `student` is quantized."""
+
+    @property
+    @abstractmethod
+    def plans(self) -> dict[str, LayerPlan]:
+        """How each layer of `student` is really quantized, by module path."""
+
+    @abstractmethod
+    def attach_affine(self) -> None:
+        """Put QPR's affine layer, an identity, behind each layer that can take it in again."""
+
+    @abstractmethod
+    def learners(self) -> dict[str, Learner]:
+        """Return all that learns, by the module path where it does."""
+
+    @contextmanager
+    def learning(self, names: Sequence[str]) -> Iterator[None]:
+        """Bring `student` into the form in which it learns, for the time of a ``with`` block.
+
+        Args:
+            names: Module paths that will be run alone or answer from a cache.
+        """
+        yield
+
+    def run_alone(self, name: str, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Run one module of `student` on what each call is given; the same as inside the whole network."""
+        module = self.student.get_submodule(name)
+        return [module(x) for x in inputs]
+
+    @abstractmethod
+    def fold(self, teacher: nn.Module, left_float: Mapping[str, str]) -> None:
+        """End the calibration: fold every affine layer and leave `student` as it is delivered.
+
+        Args:
+            teacher: The merged float network.
+            left_float: Layers that could not be calibrated, with the reason.
+        """
+
+    @abstractmethod
+    def deliver(self, calibrated: Calibrated, batches: Sequence[Batch]) -> R:
+        """Return what the host's users get.
+
+        Args:
+            calibrated: `student` and the record of its calibration.
+            batches: Calibration batches.
+        """
+
+
+class OwnQuantizer(Quantizer):
+    """The plugin's fake quantizer as a `Quantizer`."""
+
+    def __init__(self, fake_quantize: LearnableFakeQuantize) -> None:
+        self.fake_quantize = fake_quantize
+
+    @property
+    def module(self) -> nn.Module:
+        """See `Quantizer`."""
+        return self.fake_quantize
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """See `Quantizer`."""
+        return self.fake_quantize.quant_min, self.fake_quantize.quant_max
+
+    @property
+    def ch_axis(self) -> int | None:
+        """See `Quantizer`."""
+        return self.fake_quantize.ch_axis if self.fake_quantize.per_channel else None
+
+    def observer(self, name: str, **arguments: float) -> RangeObserver:
+        """See `Quantizer`."""
+        grid = self.fake_quantize
+        observer = observer_class(name, per_channel=grid.per_channel)(
+            dtype=grid.dtype,
+            qscheme=grid.qscheme,
+            quant_min=grid.quant_min,
+            quant_max=grid.quant_max,
+            ch_axis=grid.ch_axis,
+            **arguments,
+        )
+        return observer.to(grid.log_scale.device)
+
+    def qparams(self) -> tuple[Tensor, Tensor]:
+        """See `Quantizer`."""
+        return self.fake_quantize.calculate_qparams()
+
+    def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
+        """See `Quantizer`."""
+        self.fake_quantize.set_qparams(scale, zero_point)
+
+    @property
+    def quantizing(self) -> bool:
+        """See `Quantizer`."""
+        return self.fake_quantize.quantizing
+
+    @quantizing.setter
+    def quantizing(self, enabled: bool) -> None:
+        self.fake_quantize.enable_fake_quant(enabled)
+
+
+class PlainBackend(Backend[R]):
+    """Carries the plugin's own quantizers: a `QuantizedLayer` stands where each layer stood."""
+
+    def place(
+        self,
+        teacher: nn.Module,
+        trace: Trace,
+        plans: Mapping[str, LayerPlan],
+        batches: Sequence[Batch],
+        forward: ForwardFn,
+        config: RepAPQConfig,
+    ) -> None:
+        """See `Backend`."""
+        self.student = copy.deepcopy(teacher)
+        for parameter in self.student.parameters():
+            parameter.requires_grad_(False)
+        self._plans = dict(plans)
+        self.layers: dict[str, QuantizedLayer] = insert_quantizers(self.student, plans, config)
+
+    @property
+    def sites(self) -> Sites:
+        """See `Backend`."""
+        inputs: dict[LearnableFakeQuantize, str] = {}
+        for name, layer in self.layers.items():
+            inputs.setdefault(layer.input_fake_quant, name)
+        return Sites(
+            {
+                name: WeightSite(name, layer, layer.layer, OwnQuantizer(layer.weight_fake_quant))
+                for name, layer in self.layers.items()
+            },
+            tuple(ActivationSite(f"The input of {name!r}", OwnQuantizer(each)) for each, name in inputs.items()),
+        )
+
+    @property
+    def plans(self) -> dict[str, LayerPlan]:
+        """See `Backend`."""
+        return dict(self._plans)
+
+    def attach_affine(self) -> None:
+        """See `Backend`."""
+        for layer in self.layers.values():
+            attach_affine(layer)
+
+    def learners(self) -> dict[str, Learner]:
+        """See `Backend`."""
+        return {name: LayerLearner(layer) for name, layer in self.layers.items()}
+
+    def fold(self, teacher: nn.Module, left_float: Mapping[str, str]) -> None:
+        """Fold the affine layers, lay weights on their grid, and give failed layers their float weights back."""
+        originals: dict[nn.Module, nn.Module] = {self.layers[name]: teacher.get_submodule(name) for name in left_float}
+        self.student = replace_modules(self.student, originals)
+        for name in left_float:
+            self._plans.pop(name)
+        for layer in dict.fromkeys(layer for name, layer in self.layers.items() if name not in left_float):
+            fold_affine(layer)
+            for quantizer in (layer.weight_fake_quant, layer.input_fake_quant):
+                quantizer.enable_observer(False)
+                quantizer.activation_post_process.reset_min_max_vals()
+
+
+class OwnBackend(PlainBackend[CalibrationResult]):
+    """The backend of `repapq_plugin.quantize_model`."""
+
+    def deliver(self, calibrated: Calibrated, batches: Sequence[Batch]) -> CalibrationResult:
+        """Return a result that can be saved."""
+        return CalibrationResult(**vars(calibrated))
