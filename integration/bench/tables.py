@@ -1,9 +1,9 @@
-"""The README's tables of measurements, made from the committed results.
+"""The documents' tables of measurements, made from the committed results.
 
     python -m integration.bench.tables            # print them
-    python -m integration.bench.tables --write    # put them into README.md
+    python -m integration.bench.tables --write    # put them into README.md and integration/bench/README.md
 
-A table stands in the README between ``<!-- table: NAME -->`` and ``<!-- end -->``; a test compares the two.
+A table stands in a document between ``<!-- table: NAME -->`` and ``<!-- end -->``; a test compares the two.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import click
 
 from integration.bench.reference import RESULTS, ROOT
 
-README = ROOT / "README.md"
+DOCUMENTS = (ROOT / "README.md", ROOT / "integration" / "bench" / "README.md")
+"""The first shows a summary, the second everything else."""
+
 PRESETS = ("w8a8", "w6a6", "w4a4", "w3a3")
 CLASSIFIERS = {"repvgg": "RepVGG, top-1 %", "mobileone": "MobileOne, top-1 %"}
 SCENES = {
@@ -213,11 +215,12 @@ PLACE = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->\n)(?P<table>.*?)
 
 
 @click.command()
-@click.option("--write", is_flag=True, help="Put the tables into README.md.")
+@click.option("--write", is_flag=True, help="Put the tables into the documents that show them.")
 def main(write: bool) -> None:
     """Print the tables, or write them."""
     if write:
-        README.write_text(with_tables(README.read_text()))
+        for document in DOCUMENTS:
+            document.write_text(with_tables(document.read_text()))
         return
     for name, make in TABLES.items():
         click.echo(f"{name}\n\n{make()}\n")
