@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from repapq_plugin.core.tensor_notes import TensorNotes
 from repapq_plugin.core.tensors import tensors_of
 
 
@@ -41,3 +44,42 @@ class FunctionWatch(TorchFunctionMode):
         if tensors_of(result):  # reading a shape or a dtype gives none
             self.after(name, args, kwargs, result, note)
         return result
+
+
+class MakersWatch(FunctionWatch):
+    """Knows which layer made a tensor, and which layers' outputs were read by more than the modules that report it.
+
+    Layers report through hooks what they made. A module that reads such an output and may do so puts it into
+    ``reading`` as long as it runs; whatever else computes with an output has used it elsewhere.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[nn.Module] = Counter()
+        """How often each layer ran, in the order of the first calls."""
+        self.used_elsewhere: set[nn.Module] = set()
+        """Layers whose outputs something else read."""
+        self.reading: list[Tensor] = []
+        self._makers: TensorNotes[nn.Module] = TensorNotes()
+
+    def maker_of(self, tensor: object) -> nn.Module | None:
+        """Return the layer whose output ``tensor`` is; None for every other value."""
+        return self._makers.get(tensor)
+
+    def made(self, layer: nn.Module, output: object) -> None:
+        """Note the output of a layer, or what counts as it; only a tensor can be followed."""
+        if isinstance(output, Tensor):
+            self._makers.put(output, layer)
+
+    def note_use(self, values: object) -> None:
+        """Note that tensors are computed with, or returned."""
+        for tensor in tensors_of(values):
+            layer = None if any(tensor is read for read in self.reading) else self.maker_of(tensor)
+            if layer is not None:
+                self.used_elsewhere.add(layer)
+
+    def after(
+        self, name: str, args: tuple[object, ...], kwargs: Mapping[str, object], result: object, note: object
+    ) -> None:
+        """Every argument is used."""
+        self.note_use([args, kwargs])

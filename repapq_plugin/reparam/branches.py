@@ -12,27 +12,31 @@ A block class is taught once, by a function that reads one of its instances::
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar, overload
+from typing import TypeVar, overload
 
 from torch import Tensor, nn
 
+from repapq_plugin.core.running import is_out_of_memory
 from repapq_plugin.errors import MergeError
 
-BlockFunction = Callable[[Any], "BranchSpec | None"]
+BlockFunction = Callable[..., "BranchSpec | None"]
+"""Takes one block, of the class that it was registered for."""
+
 F = TypeVar("F", bound=BlockFunction)
 
 _BY_CLASS: dict[type[nn.Module], BlockFunction] = {}
 _BY_NAME: dict[str, BlockFunction] = {}
 
 
-def _modules(owner: str, layers: Any) -> tuple[nn.Module, ...]:
-    modules: tuple[nn.Module, ...] = tuple(layers)
-    for module in modules:
+def _modules(owner: str, layers: Iterable[object]) -> tuple[nn.Module, ...]:
+    modules = []
+    for module in layers:
         if not isinstance(module, nn.Module):
             raise MergeError(f"{owner} holds {module!r}, which is not an nn.Module; leave it out.")
-    return modules
+        modules.append(module)
+    return tuple(modules)
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ def branches_of(block: nn.Module) -> BranchSpec | None:
     """Ask a block for its branches.
 
     Args:
-        block: Any module.
+        block: A module.
 
     Returns:
         Its branches; None if nothing is known about its class or the block is already deployed.
@@ -145,6 +149,8 @@ def branches_of(block: nn.Module) -> BranchSpec | None:
     except MergeError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise MergeError(f"{what} failed: {type(error).__name__}: {error}") from error
     if spec is not None and not isinstance(spec, BranchSpec):
         raise MergeError(f"{what} returned {spec!r}; return a BranchSpec, or None for a deployed block.")

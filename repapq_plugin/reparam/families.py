@@ -7,12 +7,71 @@ form (one convolution) has no branches to merge and answers None.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from repapq_plugin.errors import MergeError
-from repapq_plugin.reparam.branches import Branch, BranchSpec, register_branches
+from repapq_plugin.reparam.branches import BlockFunction, Branch, BranchSpec, register_branches
+
+
+class _ConvModule(Protocol):
+    """What is read of an mmcv ``ConvModule``."""
+
+    conv: nn.Module
+    norm: nn.Module
+    with_norm: bool
+    with_activation: bool
+    order: tuple[str, ...]
+
+
+class _ConvNormAct(Protocol):
+    """What is read of a timm ``ConvNormAct``."""
+
+    conv: nn.Module
+    bn: nn.Module
+
+
+class _MMYoloRepVGG(Protocol):
+    rbr_dense: _ConvModule
+    rbr_1x1: _ConvModule
+    rbr_identity: nn.Module | None
+    alpha: Tensor | None
+    se: nn.Module | None
+    nonlinearity: nn.Module
+
+
+class _MMPretrainRepVGG(Protocol):
+    branch_3x3: Iterable[nn.Module]
+    branch_1x1: Iterable[nn.Module]
+    branch_norm: nn.Module | None
+    se_layer: nn.Module | None
+    act: nn.Module
+
+
+class _MMPretrainMobileOne(Protocol):
+    branch_conv_list: Iterable[Iterable[nn.Module]]
+    branch_scale: Iterable[nn.Module] | None
+    branch_norm: nn.Module | None
+    se: nn.Module | None
+    act: nn.Module
+
+
+class _TimmBlock(Protocol):
+    identity: nn.Module | None
+    attn: nn.Module | None
+    act: nn.Module
+    reparam_conv: nn.Module | None
+
+
+class _TimmRepVGG(_TimmBlock, Protocol):
+    conv_kxk: _ConvNormAct
+    conv_1x1: _ConvNormAct
+
+
+class _TimmMobileOne(_TimmBlock, Protocol):
+    conv_kxk: Iterable[_ConvNormAct]
+    conv_scale: _ConvNormAct | None
 
 
 def _present(*modules: nn.Module | None) -> tuple[nn.Module, ...]:
@@ -27,7 +86,7 @@ def _alone(norm: nn.Module | None) -> tuple[nn.Module, ...] | None:
     return None if norm is None else (norm,)
 
 
-def _conv_module(module: Any) -> tuple[nn.Module, ...]:
+def _conv_module(module: _ConvModule) -> tuple[nn.Module, ...]:
     """Layers of an mmcv ``ConvModule`` without activation, in the order in which it runs them."""
     if module.with_activation:
         raise MergeError("A ConvModule with an activation stands in a branch, which is then not linear.")
@@ -38,12 +97,12 @@ def _conv_module(module: Any) -> tuple[nn.Module, ...]:
     return tuple(layer for part in module.order for layer in parts.get(part, ()))
 
 
-def _conv_norm_act(module: Any) -> tuple[nn.Module, ...]:
+def _conv_norm_act(module: _ConvNormAct) -> tuple[nn.Module, ...]:
     """Layers of a timm ``ConvNormAct`` whose activation is switched off."""
     return _present(module.conv, module.bn, getattr(module, "aa", None))
 
 
-def mmyolo_repvgg(block: Any) -> BranchSpec | None:
+def mmyolo_repvgg(block: _MMYoloRepVGG) -> BranchSpec | None:
     """YOLOv6, YOLOv7 and PP-YOLOE: 3x3 + [alpha *] 1x1 [+ normalised identity]."""
     if hasattr(block, "rbr_reparam"):
         return None
@@ -57,7 +116,7 @@ def mmyolo_repvgg(block: Any) -> BranchSpec | None:
     return BranchSpec(branches, after=_present(block.se, block.nonlinearity))
 
 
-def mmpretrain_repvgg(block: Any) -> BranchSpec | None:
+def mmpretrain_repvgg(block: _MMPretrainRepVGG) -> BranchSpec | None:
     """RepVGG of mmpretrain: 3x3 + 1x1 [+ normalised identity], then squeeze-excite, then activation."""
     if hasattr(block, "branch_reparam"):
         return None
@@ -65,7 +124,7 @@ def mmpretrain_repvgg(block: Any) -> BranchSpec | None:
     return BranchSpec(branches, after=_present(block.se_layer, block.act))
 
 
-def mmpretrain_mobileone(block: Any) -> BranchSpec | None:
+def mmpretrain_mobileone(block: _MMPretrainMobileOne) -> BranchSpec | None:
     """MobileOne of mmpretrain: n * kxk [+ 1x1] [+ normalised identity], then squeeze-excite, activation."""
     if hasattr(block, "branch_reparam"):
         return None
@@ -73,7 +132,7 @@ def mmpretrain_mobileone(block: Any) -> BranchSpec | None:
     return BranchSpec(branches, after=_present(block.se, block.act))
 
 
-def timm_repvgg(block: Any) -> BranchSpec | None:
+def timm_repvgg(block: _TimmRepVGG) -> BranchSpec | None:
     """RepVGG of timm: kxk + 1x1 [+ normalised identity], then attention, then activation."""
     if block.reparam_conv is not None:
         return None
@@ -81,7 +140,7 @@ def timm_repvgg(block: Any) -> BranchSpec | None:
     return BranchSpec(branches, after=_present(block.attn, block.act))
 
 
-def timm_mobileone(block: Any) -> BranchSpec | None:
+def timm_mobileone(block: _TimmMobileOne) -> BranchSpec | None:
     """MobileOne of timm: n * kxk [+ 1x1] [+ normalised identity], then attention, then activation."""
     if block.reparam_conv is not None:
         return None
@@ -90,7 +149,7 @@ def timm_mobileone(block: Any) -> BranchSpec | None:
     return BranchSpec(branches, after=_present(block.attn, block.act))
 
 
-FAMILIES = {
+FAMILIES: dict[str, BlockFunction] = {
     "mmyolo.models.layers.yolo_bricks.RepVGGBlock": mmyolo_repvgg,
     "mmpretrain.models.backbones.repvgg.RepVGGBlock": mmpretrain_repvgg,
     "mmpretrain.models.backbones.mobileone.MobileOneBlock": mmpretrain_mobileone,

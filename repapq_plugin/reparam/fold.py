@@ -8,27 +8,27 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import ExitStack
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from repapq_plugin.core.compare import equal_within
+from repapq_plugin.core.hooks import Hooks
+from repapq_plugin.core.modules import places_of
 from repapq_plugin.core.running import inference
-from repapq_plugin.core.tensor_notes import TensorNotes
 from repapq_plugin.core.tensors import tensors_of
+from repapq_plugin.core.watch import MakersWatch
 from repapq_plugin.errors import MergeError
 from repapq_plugin.reparam.norms import is_norm, norm_affine, tail_of
 
 logger = logging.getLogger(__name__)
 
-_CONV = nn.modules.conv._ConvNd
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
-# Two runs of a folded and an unfolded float32 network differ by about 1e-6 of the largest output.
-_TOLERANCE = 1e-4
+
+Layer = nn.modules.conv._ConvNd | nn.Linear
+"""What a norm can be folded into."""
 
 L = TypeVar("L", bound=nn.Module)
 
@@ -39,7 +39,7 @@ def fold_batchnorm(conv: L, bn: nn.Module) -> L:
 
     Args:
         conv: A convolution, a transposed convolution (also grouped) or a linear layer; left as it is.
-        bn: Any norm with stored statistics, over as many channels as ``conv`` gives.
+        bn: A norm with stored statistics, over as many channels as ``conv`` gives.
 
     Returns:
         A copy of ``conv``, of its dtype, that computes ``bn(conv(x))`` of inference.
@@ -48,20 +48,34 @@ def fold_batchnorm(conv: L, bn: nn.Module) -> L:
         MergeError: The layer is of another kind, or channels do not match, or statistics are not
             finite, or the norm applies an activation of its own.
     """
-    layer: Any = conv
-    if not isinstance(conv, _CONV | nn.Linear) or "weight" not in conv._parameters:
-        name = type(conv).__name__
-        raise MergeError(f"A norm cannot be folded into {name}; give a plain convolution or linear layer.")
+    layer = _foldable(conv)
+    if "weight" not in layer._parameters:
+        raise _not_foldable(conv)
     if tail_of(bn):
         raise MergeError(f"{type(bn).__name__} also applies {tail_of(bn)!r}, which cannot be folded.")
-    weight, bias = _folded(layer, bn)
-    folded: Any = copy.deepcopy(conv)
-    folded.weight = nn.Parameter(weight, layer.weight.requires_grad)
-    folded.bias = nn.Parameter(bias, layer.weight.requires_grad)
-    return folded  # type: ignore[no-any-return]
+    folded = copy.deepcopy(conv)
+    _put(folded, [nn.Parameter(value, layer.weight.requires_grad) for value in _folded(layer, bn)])
+    return folded
 
 
-def _folded(layer: Any, bn: nn.Module) -> tuple[Tensor, Tensor]:
+def _not_foldable(module: nn.Module) -> MergeError:
+    name = type(module).__name__
+    return MergeError(f"A norm cannot be folded into {name}; give a plain convolution or linear layer.")
+
+
+def _foldable(module: nn.Module) -> Layer:
+    if not isinstance(module, Layer):
+        raise _not_foldable(module)
+    return module
+
+
+def _put(layer: nn.Module, values: Iterable[Tensor | None]) -> None:
+    """Give a layer another weight and bias."""
+    for name, value in zip(("weight", "bias"), values, strict=True):
+        setattr(layer, name, value)
+
+
+def _folded(layer: Layer, bn: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight and bias of ``layer`` followed by ``bn``, in the dtype of ``layer``."""
     scale, shift = norm_affine(bn)
     weight = layer.weight.double()
@@ -72,7 +86,7 @@ def _folded(layer: Any, bn: nn.Module) -> tuple[Tensor, Tensor]:
         raise MergeError(f"A norm over {len(scale)} channels cannot be folded into a layer that gives {channels}.")
     taps = [1] * (weight.dim() - 2)
     if isinstance(layer, _TRANSPOSED):
-        grouped = weight.unflatten(0, (groups, -1)) * scale.reshape(groups, 1, -1, *taps)
+        grouped = weight.reshape(groups, -1, *weight.shape[1:]) * scale.reshape(groups, 1, -1, *taps)
         weight = grouped.flatten(0, 1)
     else:
         weight = weight * scale.reshape(-1, 1, *taps)
@@ -80,47 +94,24 @@ def _folded(layer: Any, bn: nn.Module) -> tuple[Tensor, Tensor]:
     return weight.to(layer.weight.dtype), bias.to(layer.weight.dtype)
 
 
-class _Watch(TorchFunctionMode):
+class _NormInputs(MakersWatch):
     """Sees, over one run, which layer's output every norm was given, and who else used such an output."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: Counter[nn.Module] = Counter()
         self.given: dict[nn.Module, list[nn.Module | None]] = {}
-        self.used_elsewhere: set[nn.Module] = set()
-        self._makers: TensorNotes[nn.Module] = TensorNotes()
-        self._read_by_norm: Tensor | None = None
 
-    def maker_of(self, tensor: Any) -> nn.Module | None:
-        """Return the layer whose output ``tensor`` is."""
-        return self._makers.get(tensor)
+    def layer_ran(self, layer: nn.Module, _: tuple[object, ...], output: object) -> None:
+        self.calls[layer] += 1
+        self.made(layer, output)
 
-    def layer_ran(self, layer: nn.Module, _: Any, output: Any) -> None:
-        self.made[layer] += 1
-        if isinstance(output, Tensor):
-            self._makers.put(output, layer)
+    def norm_runs(self, norm: nn.Module, args: tuple[object, ...]) -> None:
+        x = args[0] if args else None
+        self.reading = [x] if isinstance(x, Tensor) else []
+        self.given.setdefault(norm, []).append(self.maker_of(x))
 
-    def norm_runs(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
-        self._read_by_norm = args[0] if args else None
-        self.given.setdefault(norm, []).append(self.maker_of(self._read_by_norm))
-
-    def norm_ran(self, *_: Any) -> None:
-        self._read_by_norm = None
-
-    def note_use(self, values: Any) -> None:
-        """Note that tensors are computed with, or returned; a norm reading its input is no such use."""
-        for tensor in tensors_of(values):
-            layer = None if tensor is self._read_by_norm else self.maker_of(tensor)
-            if layer is not None:
-                self.used_elsewhere.add(layer)
-
-    def __torch_function__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if tensors_of(result):  # reading a shape or a dtype gives none
-            self.note_use([args, kwargs or {}])
-        return result
+    def norm_ran(self, *_: object) -> None:
+        self.reading = []
 
     def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Layers all of whose outputs went to one norm and nowhere else, the norm being given nothing else."""
@@ -128,67 +119,51 @@ class _Watch(TorchFunctionMode):
         for norm, layers in self.given.items():
             layer = layers[0]
             only_one = layer is not None and all(other is layer for other in layers)
-            if layer is not None and only_one and self.made[layer] == len(layers):
+            if layer is not None and only_one and self.calls[layer] == len(layers):
                 found.append((layer, norm))
         return [(layer, norm) for layer, norm in found if layer not in self.used_elsewhere]
 
 
-def _outputs(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[Tensor]:
+def _outputs(model: nn.Module, run: Callable[[nn.Module], object]) -> list[Tensor]:
     with inference(model):
         return [tensor.detach().clone() for tensor in tensors_of(run(model))]
-
-
-def _equal(actual: list[Tensor], wanted: list[Tensor]) -> bool:
-    if [tensor.shape for tensor in actual] != [tensor.shape for tensor in wanted]:
-        return False
-    for a, b in zip(actual, wanted, strict=True):
-        if b.numel() == 0:
-            continue
-        bound = _TOLERANCE * b.double().abs().max()
-        if not bool(((a.double() - b.double()).abs().max() <= bound).item()):
-            return False
-    return True
 
 
 class _Pair:
     """One layer and the norm behind it, which can be folded and unfolded where they stand."""
 
-    def __init__(self, model: nn.Module, layer: Any, norm: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layer: Layer, norm: nn.Module) -> None:
         self.layer, self.norm = layer, norm
         self.before = (layer.weight, layer.bias)
-        weight, bias = _folded(layer, norm)
-        trainable = layer.weight.requires_grad
-        self.after = (nn.Parameter(weight, trainable), nn.Parameter(bias, trainable))
+        self.after = [nn.Parameter(value, layer.weight.requires_grad) for value in _folded(layer, norm)]
         tail = tail_of(norm)
         self.rest: nn.Module = nn.Sequential(*tail) if tail else nn.Identity()
         self.rest.training = norm.training
-        self.places = [
-            (parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is norm
-        ]
+        self.places = places_of(model, norm)
 
     def fold(self) -> None:
-        self.layer.weight, self.layer.bias = self.after
+        _put(self.layer, self.after)
         for parent, name in self.places:
             setattr(parent, name, self.rest)
 
     def unfold(self) -> None:
-        self.layer.weight, self.layer.bias = self.before
+        _put(self.layer, self.before)
         for parent, name in self.places:
             setattr(parent, name, self.norm)
 
 
 def _candidates(
-    model: nn.Module, run: Callable[[nn.Module], Any], refused: Collection[nn.Module]
+    model: nn.Module, run: Callable[[nn.Module], object], refused: Collection[nn.Module]
 ) -> tuple[list[_Pair], list[Tensor]]:
     """Observe one run: the pairs that look foldable, but for ``refused`` norms, and the model's outputs."""
-    watch = _Watch()
-    with ExitStack() as stack:
+    watch = _NormInputs()
+    with Hooks() as hooks:
         for module in model.modules():
-            if isinstance(module, _CONV | nn.Linear):
-                stack.callback(module.register_forward_hook(watch.layer_ran).remove)
+            if isinstance(module, Layer):
+                hooks.after(module, watch.layer_ran)
             elif is_norm(module):
-                stack.callback(module.register_forward_pre_hook(watch.norm_runs).remove)
-                stack.callback(module.register_forward_hook(watch.norm_ran).remove)
+                hooks.before(module, watch.norm_runs)
+                hooks.after(module, watch.norm_ran)
         with inference(model):
             with watch:
                 result = run(model)
@@ -199,14 +174,14 @@ def _candidates(
         for layer, norm in watch.pairs():
             try:
                 if "weight" in layer._parameters and norm not in refused:
-                    pairs.append(_Pair(model, layer, norm))
+                    pairs.append(_Pair(model, _foldable(layer), norm))
             except MergeError as failure:
                 logger.warning("A norm stays where it is: %s", failure)
     return pairs, outputs
 
 
 def fold_conv_norm_pairs(
-    model: nn.Module, run: Callable[[nn.Module], Any], *, inplace: bool = True
+    model: nn.Module, run: Callable[[nn.Module], object], *, inplace: bool = True
 ) -> list[tuple[str, str]]:
     """Fold every norm into the layer whose output it normalises, whatever framework built them.
 
@@ -217,7 +192,7 @@ def fold_conv_norm_pairs(
     ``nn.Identity`` or by the activation that it carried itself.
 
     Args:
-        model: Any model; run as at inference, its modes come back.
+        model: A model; run as at inference, its modes come back.
         run: Runs the model it is given on sample data and returns its raw output tensors, nested in
             lists, tuples or mappings; called several times, and has to give the same each time.
         inplace: False only looks: a copy is folded, ``model`` stays as it is.
@@ -251,7 +226,7 @@ def fold_conv_norm_pairs(
 
 
 def _fold_what_stays_equal(
-    model: nn.Module, run: Callable[[nn.Module], Any], group: list[_Pair], wanted: list[Tensor]
+    model: nn.Module, run: Callable[[nn.Module], object], group: list[_Pair], wanted: list[Tensor]
 ) -> list[_Pair]:
     """Fold those of ``group``, on top of what is folded already, that leave the model's outputs as ``wanted``."""
     if not group:
@@ -260,7 +235,7 @@ def _fold_what_stays_equal(
     for pair in group:
         pair.fold()
     try:
-        same = _equal(_outputs(model, run), wanted)
+        same = equal_within(_outputs(model, run), wanted)
     finally:
         if not same:
             for pair in group:
@@ -278,7 +253,7 @@ def fold_named_pairs(model: nn.Module, pairs: Iterable[tuple[str, str]]) -> None
     """Fold in place the pairs that `fold_conv_norm_pairs` once found in a model like this one.
 
     Args:
-        model: Any model; changed.
+        model: A model; changed.
         pairs: Names of layer and norm.
 
     Raises:
@@ -290,4 +265,4 @@ def fold_named_pairs(model: nn.Module, pairs: Iterable[tuple[str, str]]) -> None
         for layer, norm in pairs:
             if layer not in modules or norm not in modules:
                 raise AttributeError(f"the model has no pair ({layer!r}, {norm!r}) to fold")
-            _Pair(model, modules[layer], modules[norm]).fold()
+            _Pair(model, _foldable(modules[layer]), modules[norm]).fold()

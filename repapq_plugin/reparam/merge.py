@@ -14,28 +14,20 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from repapq_plugin.core.running import inference
+from repapq_plugin.core.compare import EXACT, relative_error
+from repapq_plugin.core.modules import replace_modules
+from repapq_plugin.core.running import inference, is_out_of_memory
 from repapq_plugin.errors import MergeError
 from repapq_plugin.reparam.branches import Branch, BranchSpec, branches_of, is_registered, qualified_name
 from repapq_plugin.reparam.by_algebra.merge import merge_by_algebra
 from repapq_plugin.reparam.families import TAKE_IDENTITY
-from repapq_plugin.reparam.linear_map import (
-    LinearMap,
-    branch_map,
-    flattened,
-    in_parallel,
-    input_channels,
-    scaled,
-    to_conv,
-)
+from repapq_plugin.reparam.layer_maps import branch_map, flattened, input_channels
+from repapq_plugin.reparam.linear_map import LinearMap, in_parallel, scaled, to_conv
 from repapq_plugin.reparam.merged import MergedBlock, MergeRecord
 
 __all__ = ["MergeRecord", "MergedBlock", "fuse_branches", "merge_branches"]
 
 logger = logging.getLogger(__name__)
-
-# What two float64 computations of the same block may differ by, relative to its largest output.
-_EXACT = 1e-9
 
 
 def _parameters(spec: BranchSpec) -> list[Tensor]:
@@ -96,15 +88,6 @@ def _probe(conv: nn.Conv2d) -> Tensor:
     return probe.to(conv.weight)
 
 
-def _relative(actual: Tensor, wanted: Tensor) -> float:
-    if actual.shape != wanted.shape:
-        return float("inf")
-    peak = wanted.abs().max().double()
-    error = (actual.double() - wanted.double()).abs().max()
-    relative = float(error / peak) if float(peak) > 0 else float(error)
-    return relative if relative == relative else float("inf")
-
-
 def _sum_of_branches(spec: BranchSpec, x: Tensor) -> Tensor:
     total = torch.zeros((), dtype=x.dtype, device=x.device)
     for branch in spec.branches:
@@ -124,8 +107,8 @@ def _difference(block: nn.Module, spec: BranchSpec, conv: nn.Conv2d) -> float:
     x = _probe(conv)
     merged = MergedBlock(conv, spec.after)
     with inference(block):
-        error = _relative(conv(x), _sum_of_branches(spec, x.clone()))
-        return max(error, _relative(merged(x.clone()), block(x.clone())))
+        error = relative_error([conv(x)], [_sum_of_branches(spec, x.clone())])
+        return max(error, relative_error([merged(x.clone())], [block(x.clone())]))
 
 
 def _exact_difference(block: nn.Module, where: str) -> float:
@@ -148,11 +131,13 @@ def _verified(block: nn.Module, spec: BranchSpec, conv: nn.Conv2d, where: str) -
     except MergeError:
         raise
     except Exception as failure:
+        if is_out_of_memory(failure):
+            raise
         raise MergeError(
             f"{where}: the block cannot be run alone on one input, so merging it cannot be checked "
             f"({type(failure).__name__}: {failure})."
         ) from failure
-    if not exact <= _EXACT:
+    if not exact <= EXACT:
         raise MergeError(
             f"{where}: merged and branched block differ by {exact:.1e} of the largest output; the "
             f"function registered for {qualified_name(type(block))} does not describe its forward."
@@ -186,7 +171,7 @@ def merge_branches(
     block that appears under several names is merged once and stays shared.
 
     Args:
-        model: Any module; may itself be a block.
+        model: A module; may itself be a block.
         inplace: Change ``model`` instead of a copy of it.
         verify: Run each block on random input, branched and merged, and compare.
         skip: Names, or glob patterns of names, of blocks to leave alone.
@@ -219,11 +204,7 @@ def merge_branches(
         if merged is not None:
             replacements[block] = merged
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
-    for parent in list(model.modules()):
-        for child_name, child in list(parent._modules.items()):
-            if child in replacements:
-                setattr(parent, child_name, replacements[child])
-    model = replacements.get(model, model)
+    model = replace_modules(model, replacements)
     taught = {inner for block in model.modules() if is_registered(block) for inner in block.modules()}
     model, others = merge_by_algebra(model, known=taught, with_identity=TAKE_IDENTITY, verify=verify, skip=skip)
     return model, sorted([*records, *others], key=lambda record: order[record.name])

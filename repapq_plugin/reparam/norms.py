@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,20 @@ from torch import Tensor, nn
 from repapq_plugin.errors import MergeError
 
 
+class _StoredNorm(Protocol):
+    """What is read of a batch norm, whatever its class."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
 def is_norm(module: nn.Module) -> bool:
     """Tell whether a module scales and shifts each channel at inference.
 
-    Any BatchNorm does, also synchronised or frozen, and whatever says so itself with ``inference_affine()``.
+    Every BatchNorm does, also synchronised or frozen, and whatever says so itself with ``inference_affine()``.
     """
     if callable(getattr(module, "inference_affine", None)):
         return True
@@ -35,7 +45,7 @@ def has_activation(norm: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def norm_affine(norm: Any, where: str = "") -> tuple[Tensor, Tensor]:
+def norm_affine(norm: nn.Module, where: str = "") -> tuple[Tensor, Tensor]:
     """Return scale and shift of a norm at inference, from its own eps.
 
     A channel of zero variance (and zero eps) never left its mean: its scale is 0, its output the bias.
@@ -51,16 +61,18 @@ def norm_affine(norm: Any, where: str = "") -> tuple[Tensor, Tensor]:
         MergeError: The norm keeps no statistics, or statistics or parameters are not finite.
     """
     name = where or type(norm).__name__
-    if callable(getattr(norm, "inference_affine", None)):
-        own_scale, own_shift = norm.inference_affine()
+    affine = getattr(norm, "inference_affine", None)
+    if callable(affine):
+        own_scale, own_shift = cast("tuple[Tensor, Tensor]", affine())
         if not bool(own_scale.isfinite().all() & own_shift.isfinite().all()):
             raise MergeError(f"{name} holds parameters that are not finite; check the checkpoint.")
         return own_scale.double(), own_shift.double()
-    if norm.running_mean is None or norm.running_var is None:
+    stored = cast(_StoredNorm, norm)
+    if stored.running_mean is None or stored.running_var is None:
         raise MergeError(f"{name} keeps no running statistics, so at inference it is not linear.")
-    mean, variance = norm.running_mean.double(), norm.running_var.double() + norm.eps
-    weight = torch.ones_like(mean) if norm.weight is None else norm.weight.double()
-    bias = torch.zeros_like(mean) if norm.bias is None else norm.bias.double()
+    mean, variance = stored.running_mean.double(), stored.running_var.double() + stored.eps
+    weight = torch.ones_like(mean) if stored.weight is None else stored.weight.double()
+    bias = torch.zeros_like(mean) if stored.bias is None else stored.bias.double()
     if not all(bool(value.isfinite().all()) for value in (mean, variance, weight, bias)):
         raise MergeError(f"{name} holds statistics or parameters that are not finite; check the checkpoint.")
     if bool((variance < 0).any()):

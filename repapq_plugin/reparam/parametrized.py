@@ -13,7 +13,7 @@ def bake_parametrizations(model: nn.Module) -> list[str]:
     copy gets its plain class back, and the class stays as it is.
 
     Args:
-        model: Any network, in evaluation mode.
+        model: A network, in evaluation mode.
 
     Returns:
         Names of those tensors.

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeGuard, cast
 
 from torch import Tensor, fx, nn
-from torch.fx.node import map_arg
+from torch.fx.node import Argument, map_arg
 
+from repapq_plugin.core.running import is_out_of_memory
 from repapq_plugin.errors import MergeError
 
 _ADDITIONS = {"add": 1, "iadd": 1, "radd": 1, "sub": -1, "isub": -1, "subtract": -1}
@@ -28,7 +29,7 @@ class Sum:
     """``sum(factor * node) + sum(factor * constant)``."""
 
     terms: tuple[tuple[float, fx.Node], ...]
-    constants: tuple[tuple[float, Any], ...] = ()
+    constants: tuple[tuple[float, object], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Scale:
     """``node * factor`` or ``node / factor``, the factor being a constant."""
 
     node: fx.Node
-    factor: Any
+    factor: object
     divides: bool = False
 
 
@@ -69,16 +70,17 @@ def _standin(module: nn.Module) -> nn.Module:
     """
     if "forward" in vars(module):
         raise MergeError("its forward was replaced on the instance.")
-    cls: Any = type(module)
+    cls = type(module)
     standin = copy.copy(module)
     for registry in ("_modules", "_parameters", "_buffers"):
         vars(standin)[registry] = dict(getattr(standin, registry))
-    standin.__class__ = type(cls.__name__, (cls,), {"forward": lambda self, x: cls.forward(self, x)})
+    one_argument = {"forward": lambda self, x: cls.forward(self, x)}
+    standin.__class__ = cast("type[nn.Module]", type(cls.__name__, (cls,), one_argument))
     return standin
 
 
 def _name(node: fx.Node) -> str:
-    target: Any = node.target
+    target = node.target
     return (target if isinstance(target, str) else getattr(target, "__name__", "")).strip("_")
 
 
@@ -86,7 +88,7 @@ class ForwardGraph:
     """The own forward of one module.
 
     Args:
-        module: Any module in evaluation mode; left as it is.
+        module: A module in evaluation mode; left as it is.
 
     Raises:
         MergeError: Its forward cannot be traced.
@@ -97,11 +99,13 @@ class ForwardGraph:
             self.root = _standin(module)
             self.graph = _OwnForwardTracer().trace(self.root)
         except Exception as failure:
+            if is_out_of_memory(failure):
+                raise
             raise MergeError(f"its forward cannot be traced ({type(failure).__name__}: {failure})") from failure
         for node in list(self.graph.nodes):
             self._read_what_was_written(node)
         self.input = next(iter(self.graph.nodes))
-        self._constants: dict[fx.Node, Any] = {}
+        self._constants: dict[fx.Node, object] = {}
         self.live: list[fx.Node] = []
         reached: set[fx.Node] = set()
         for node in self.graph.nodes:
@@ -127,11 +131,11 @@ class ForwardGraph:
         return in_place or (node.op == "call_module" and getattr(self.child(node), "inplace", False) is True)
 
     @property
-    def output(self) -> Any:
+    def output(self) -> object:
         """What the forward returns, nodes in place of tensors."""
         return next(iter(reversed(self.graph.nodes))).args[0]
 
-    def is_live(self, value: Any) -> bool:
+    def is_live(self, value: object) -> TypeGuard[fx.Node]:
         """Tell whether a value depends on the input."""
         return isinstance(value, fx.Node) and value in self._reached
 
@@ -143,36 +147,36 @@ class ForwardGraph:
         """Return the module that a node calls."""
         return self.root.get_submodule(str(node.target))
 
-    def constant(self, value: Any) -> Any:
+    def constant(self, value: object) -> object:
         """Evaluate what does not depend on the input."""
         if not isinstance(value, fx.Node):
-            return map_arg(value, self.constant)
+            return map_arg(cast(Argument, value), lambda node: cast(Argument, self.constant(node)))
         if value not in self._constants:
             self._constants[value] = self.call(value, {})
         return self._constants[value]
 
-    def call(self, node: fx.Node, given: Mapping[fx.Node, Any]) -> Any:
+    def call(self, node: fx.Node, given: Mapping[fx.Node, Tensor]) -> object:
         """Run one node; live inputs are taken from ``given``, and constants are then made float64."""
         if node.op == "get_attr":
-            value: Any = self.root
+            value: object = self.root
             for part in str(node.target).split("."):
                 value = getattr(value, part)
             return value.detach() if isinstance(value, Tensor) else value
 
-        def argument(other: fx.Node) -> Any:
+        def argument(other: fx.Node) -> Argument:
             if other in given:
                 return given[other]
             value = self.constant(other)
-            floating = isinstance(value, Tensor) and value.is_floating_point()
-            return value.double() if given and floating else value
+            if given and isinstance(value, Tensor) and value.is_floating_point():
+                return value.double()
+            return cast(Argument, value)
 
         args, kwargs = map_arg(node.args, argument), map_arg(node.kwargs, argument)
         if node.op == "call_module":
-            return self.child(node)(*args, **kwargs)
+            return cast(object, self.child(node)(*args, **kwargs))
         if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        function: Any = node.target
-        return function(*args, **kwargs)
+            return cast(object, getattr(args[0], str(node.target))(*args[1:], **kwargs))
+        return cast("Callable[..., object]", node.target)(*args, **kwargs)
 
     def rule(self, node: fx.Node) -> Sum | Scale | Layer | None:
         """Say what a live node does with what it reads; None is nothing that could be linear."""
@@ -202,15 +206,15 @@ class ForwardGraph:
             return None
         members = ((1.0, node.args[0]), (float(sign * factor), node.args[1]))
         return Sum(
-            tuple((weight, other) for weight, other in members if isinstance(other, fx.Node) and self.is_live(other)),
+            tuple((weight, other) for weight, other in members if self.is_live(other)),
             tuple((weight, other) for weight, other in members if not self.is_live(other)),
         )
 
     def _scale(self, node: fx.Node, divides: bool) -> Scale | None:
         first, second = node.args
-        if isinstance(first, fx.Node) and self.is_live(first) and not self.is_live(second):
+        if self.is_live(first) and not self.is_live(second):
             return Scale(first, second, divides)
-        if isinstance(second, fx.Node) and self.is_live(second) and not self.is_live(first) and not divides:
+        if self.is_live(second) and not self.is_live(first) and not divides:
             return Scale(second, first)
         return None
 

@@ -7,17 +7,19 @@ then again on random images of several sizes and scales to learn whether that wa
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from repapq_plugin.core.compare import EXACT
+from repapq_plugin.core.running import is_out_of_memory
 from repapq_plugin.errors import MergeError
 from repapq_plugin.reparam.linear_map import LinearMap, condensed, to_conv
 
-# What two float64 computations may differ by, relative to the largest value that took part.
-_EXACT = 1e-9
 # A kernel that reads further than this is not looked for.
 _LARGEST_IMAGE = 64
 # Doubles in one batch of impulses: 32 MB.
@@ -30,6 +32,12 @@ Function = Callable[[Tensor], object]
 
 class NotAffineError(MergeError):
     """A function is no convolution: not affine, not shift-invariant, or not known well enough."""
+
+
+def empty_like(module: nn.Module) -> Tensor:
+    """Return an empty tensor of the dtype and on the device of a module."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return next((tensor.new_empty(0) for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
 
 
 class _Probe:
@@ -52,6 +60,8 @@ class _Probe:
         try:
             output = self.function(image.clone())
         except Exception as failure:
+            if is_out_of_memory(failure):
+                raise
             raise NotAffineError(
                 f"{self.where}: cannot be run alone on a batch of images of {self.channels} channels "
                 f"({type(failure).__name__}: {failure})."
@@ -64,8 +74,9 @@ class _Probe:
 
 
 def _differ(actual: Tensor, wanted: Tensor, *parts: Tensor) -> bool:
+    """Tell whether two results differ, relative to the largest value that took part; NaN differs from all."""
     peak = max(float(part.abs().max()) for part in (actual, wanted, *parts))
-    return not float((actual - wanted).abs().max()) <= _EXACT * peak
+    return not float((actual - wanted).abs().max()) <= EXACT * peak
 
 
 def _check_affine(run: _Probe, size: int) -> None:
@@ -174,7 +185,7 @@ def _check_equal(run: _Probe, linear: LinearMap) -> None:
             raise NotAffineError(f"{run.where}: its output's size does not follow its input's.")
         if not _differ(actual, wanted):
             continue
-        same = (actual - wanted).abs().amax((0, 1)) <= _EXACT * wanted.abs().max()
+        same = (actual - wanted).abs().amax((0, 1)) <= EXACT * wanted.abs().max()
         inside = "inside the image, but not at its border" if bool(same.any()) else "nowhere"
         raise NotAffineError(f"{run.where}: is affine, but equals its impulse response {inside}.")
 
@@ -188,7 +199,7 @@ def impulse_map(
     Args:
         function: Takes float64 images ``[batch, channels, height, width]``, any size; differentiable.
         channels: Channels of its input.
-        like: Any tensor on its device.
+        like: A tensor on its device.
         where: What it is, for the error text.
         groups: Number of channel groups that are taken not to meet; more groups, fewer runs.
         weights: Multiplications that one position takes, to bound the work; 0 if they do not count.
@@ -215,3 +226,12 @@ def impulse_map(
     linear = condensed(replace(linear, weight=_kernel(run, linear, weights)))
     _check_equal(run, linear)
     return linear
+
+
+def whole_map(module: nn.Module, channels: int, where: str) -> LinearMap:
+    """Recover the convolution that a module is, from a float64 copy of it (see `impulse_map`)."""
+    lone = copy.deepcopy(module).double()
+    convs = [layer for layer in lone.modules() if isinstance(layer, nn.Conv2d)]
+    groups = math.gcd(*(conv.groups for conv in convs)) if convs else 1
+    weights = sum(conv.weight.numel() for conv in convs)
+    return impulse_map(lone, channels, empty_like(lone), where, groups=groups, weights=weights)

@@ -8,18 +8,17 @@ ordinary residual block is not taken for one.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from repapq_plugin.core.hooks import Hooks
 from repapq_plugin.core.running import inference
 from repapq_plugin.core.tensor_notes import TensorNotes
 from repapq_plugin.core.tensors import tensors_of
+from repapq_plugin.core.watch import FunctionWatch
 from repapq_plugin.reparam.branches import is_registered
 from repapq_plugin.reparam.merged import MergedBlock
 from repapq_plugin.reparam.norms import has_activation, is_norm
@@ -50,7 +49,7 @@ class _Value:
     terms: Terms
 
 
-class _LinearTerms(TorchFunctionMode):
+class _LinearTerms(FunctionWatch):
     """Follows sums of branches through plain tensor arithmetic; layers report through hooks."""
 
     def __init__(self) -> None:
@@ -73,23 +72,7 @@ class _LinearTerms(TorchFunctionMode):
         value = self.value_of(tensor)
         return {**value.terms, value.serial: frozenset()}
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        terms = self._after(name, args)
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and name != "__get__":
-            self.remember(result, terms)
-            if name in _SUMS:
-                self._note_sum(result, terms)
-        return result
-
-    def _after(self, name: str, args: tuple[Any, ...]) -> Terms:
+    def before(self, name: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Terms:
         """Terms of the result of a function, read before it may overwrite its arguments."""
         operands = [value for value in args[:2] if isinstance(value, Tensor)]
         if name in _SCALINGS:
@@ -100,6 +83,15 @@ class _LinearTerms(TorchFunctionMode):
             return {serial: left[serial] | right[serial] for serial in left.keys() & right.keys()}
         return self.terms(operands[0]) if name in _SUMS | _COPIES and operands else {}
 
+    def after(
+        self, name: str, args: tuple[object, ...], kwargs: Mapping[str, object], result: object, note: Terms
+    ) -> None:
+        """Remember the terms of a result, and a sum of branches in the block that it lies in."""
+        if isinstance(result, Tensor) and name != "__get__":
+            self.remember(result, note)
+            if name in _SUMS:
+                self._note_sum(result, note)
+
     def _note_sum(self, result: Tensor, terms: Terms) -> None:
         sources = [serial for serial, starts in terms.items() if len(starts) >= 2]
         for frame in reversed(self.frames):
@@ -107,7 +99,7 @@ class _LinearTerms(TorchFunctionMode):
                 frame.sums.append(result.shape)
                 return
 
-    def layer_ran(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def layer_ran(self, layer: nn.Module, args: tuple[object, ...], output: object) -> None:
         """A layer starts a branch from what it reads, and goes on with those that lead there."""
         if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
             return
@@ -118,18 +110,18 @@ class _LinearTerms(TorchFunctionMode):
             terms = {serial: starts if len(starts) == 1 else own for serial, starts in self.terms(args[0]).items()}
         self.remember(output, terms)
 
-    def enter(self, name: str, args: tuple[Any, ...]) -> None:
+    def enter(self, name: str, args: tuple[object, ...]) -> None:
         given = args[0] if args else None
         source = self.value_of(given).serial if isinstance(given, Tensor) else None
         self.frames.append(_Frame(name, source, first=next(self._serials)))
 
-    def leave(self, output: Any) -> None:
+    def leave(self, output: object) -> None:
         frame = self.frames.pop()
         if any(tensor.shape in frame.sums for tensor in tensors_of(output)):
             self.found.add(frame.name)
 
 
-def find_unknown_multibranch(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[str]:
+def find_unknown_multibranch(model: nn.Module, run: Callable[[nn.Module], object]) -> list[str]:
     """Find modules that look like reparameterizable blocks of a class that was not taught.
 
     Such a module adds the outputs of two or more convolutions or norms (each perhaps with its norm)
@@ -137,7 +129,7 @@ def find_unknown_multibranch(model: nn.Module, run: Callable[[nn.Module], Any]) 
     sum's shape.
 
     Args:
-        model: Any model, after `merge_branches`; run as at inference, its modes come back.
+        model: A model, after `merge_branches`; run as at inference, its modes come back.
         run: Runs the model it is given on sample data.
 
     Returns:
@@ -147,15 +139,13 @@ def find_unknown_multibranch(model: nn.Module, run: Callable[[nn.Module], Any]) 
     known = {inner for block in model.modules() if _is_known(block) for inner in block.modules()}
     watch = _LinearTerms()
     names = [(name, module) for name, module in model.named_modules() if module not in known]
-    with ExitStack() as stack:
+    with Hooks() as hooks:
         for name, module in names:
             if isinstance(module, nn.modules.conv._ConvNd) or is_norm(module):
-                stack.callback(module.register_forward_hook(watch.layer_ran).remove)
+                hooks.after(module, watch.layer_ran)
             elif any(True for _ in module.children()):
-                before = module.register_forward_pre_hook(lambda _, args, name=name: watch.enter(name, args))
-                behind = module.register_forward_hook(lambda _, args, output: watch.leave(output))
-                stack.callback(before.remove)
-                stack.callback(behind.remove)
+                hooks.before(module, lambda _, args, name=name: watch.enter(name, args))
+                hooks.after(module, lambda _, args, output: watch.leave(output))
         with inference(model), watch:
             run(model)
     return [name for name, _ in names if name in watch.found]
