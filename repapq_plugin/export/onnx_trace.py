@@ -42,7 +42,7 @@ class Expected:
     weights: dict[str, Tensor]
 
 
-Reading = tuple[int, int, float, int, "tuple[float, float] | None"]
+Reading = tuple[int, int, float, int, tuple[float, float] | None]
 """A tensor (its ``id`` and version) and the grid on which a layer reads it (scale, zero point, clamp range)."""
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from repapq_plugin.core.files import unwritable
+from repapq_plugin.core.running import inference
 from repapq_plugin.core.tensors import tensors_of
 from repapq_plugin.errors import ExportError
 from repapq_plugin.export.onnx_verify import relative_difference
@@ -135,12 +135,8 @@ def _difference(compiled: openvino.CompiledModel, source: object, example: Tenso
     """Compare the compiled model with the torch one on the example."""
     model = quantized_module(source)
     args = example if isinstance(example, tuple) else (example,)
-    training = model.training
-    try:
-        with torch.no_grad():
-            outputs = tensors_of(model.eval()(*args))
-    finally:
-        model.train(training)
+    with inference(model):
+        outputs = tensors_of(model(*args))
     results = compiled([x.detach().cpu().numpy() for x in tensors_of(args)])
     return relative_difference([results[i] for i in range(len(outputs))], outputs)
 

@@ -130,6 +130,7 @@ def test_a_folder_that_cannot_be_made_is_an_export_error(tmp_path: Path) -> None
 
 def test_the_model_keeps_its_mode(tmp_path: Path) -> None:
     model, x = make(Chain, 8, 8)
-    export_openvino(model.train(), x, tmp_path / "model.xml")
-    assert model.training
+    model.train().second.eval()
+    export_openvino(model, x, tmp_path / "model.xml")
+    assert model.training and model.first.training and not model.second.training
     assert openvino.Core().read_model(tmp_path / "model.xml").is_dynamic()
