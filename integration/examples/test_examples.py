@@ -48,8 +48,3 @@ def test_the_config_quantizes_by_the_command(tmp_path: Path) -> None:
     assert "W6A6" in said
     assert (tmp_path / "out" / "repapq.onnx").exists()
     assert (tmp_path / "out" / "result.json").exists()
-
-
-@pytest.mark.parametrize("path", [*SCRIPTS, CONFIG], ids=lambda path: path.stem)
-def test_an_example_has_at_most_40_lines(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 40
