@@ -19,7 +19,7 @@ MOVED = {
     "repapq_plugin.fake_quantize": "repapq_plugin.quantizers.fake_quantize",
     "repapq_plugin.layers": "repapq_plugin.quantizers.layers",
     "repapq_plugin.doctor": "repapq_plugin.cli.doctor",
-    "repapq_plugin.calibration.across_block": "repapq_plugin.method.across_block_loss",
+    "repapq_plugin.calibration.across_block": "repapq_plugin.method.across_block",
     "repapq_plugin.calibration.cache": "repapq_plugin.method.cache",
     "repapq_plugin.calibration.calibrate": "repapq_plugin.method.across_block",
     "repapq_plugin.calibration.channels": "repapq_plugin.conditioning.channels",
