@@ -47,10 +47,10 @@ from repapq_plugin.evaluation.latency import measure_latency
 from repapq_plugin.evaluation.runtimes import OpenVINONetwork
 from repapq_plugin.export.openvino import layer_kernels
 from repapq_plugin.hosts.nncf import quantize_with_record
-from repapq_plugin.hosts.nncf.calibrate import carry_few_bits, set_bits
+from repapq_plugin.hosts.nncf.few_bits import carry_few_bits, set_bits
 from repapq_plugin.hosts.nncf.placement import find_placement
 from repapq_plugin.hosts.openmmlab import TensorPath
-from repapq_plugin.hosts.openmmlab.network import prepare
+from repapq_plugin.hosts.openmmlab.network import preprocess
 from repapq_plugin.hosts.openmmlab.workbench import Workbench, open_config
 from repapq_plugin.job import merge_for_inference
 from repapq_plugin.quantizers.trace import trace_network
@@ -102,7 +102,7 @@ def scene_network(name: str, split: str, folder: str) -> Task:
         cfg.test_dataloader, cfg.test_evaluator = cfg.val_dataloader, cfg.val_evaluator
     bench = Workbench(cfg, None, folder)
     with torch.no_grad():
-        prepared = [prepare(bench.model, batch)["inputs"] for batch in bench.batches]
+        prepared = [preprocess(bench.model, batch)["inputs"] for batch in bench.batches]
     return Task(
         # A copy, because scoring puts another network into the model's place.
         TensorPath(copy.deepcopy(bench.model)).eval(),

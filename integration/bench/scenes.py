@@ -23,7 +23,8 @@ import click
 from integration.bench.reference import RESULTS, ROOT, environment, write_result
 from repapq_plugin import CalibrationResult
 from repapq_plugin.export.openvino import layer_kernels
-from repapq_plugin.hosts.openmmlab.work import RUNTIME_FORMATS, export_network, open_network
+from repapq_plugin.hosts.openmmlab.settings import RUNTIME_FORMATS
+from repapq_plugin.hosts.openmmlab.work import export_network, open_network
 from repapq_plugin.hosts.openmmlab.workbench import Workbench, open_config
 
 METRICS = {

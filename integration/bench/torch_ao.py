@@ -37,9 +37,10 @@ from integration.bench.reference import (
     write_result,
 )
 from repapq_plugin import RepAPQConfig, quantize_model
+from repapq_plugin.core.tensors import tensors_of
 from repapq_plugin.evaluation.latency import measure_latency
 from repapq_plugin.hosts import pt2e, torch_ao
-from repapq_plugin.hosts.openmmlab.network import TensorPath, flatten, prepare
+from repapq_plugin.hosts.openmmlab.network import TensorPath, preprocess
 from repapq_plugin.hosts.openmmlab.workbench import Workbench, open_config
 from repapq_plugin.job import merge_for_inference
 
@@ -91,7 +92,7 @@ def forms(model: nn.Module, images: list[Tensor], engine: str) -> dict[str, nn.M
 def run(network: nn.Module, images: Tensor, engine: str, size: int = 100) -> Tensor:
     """Return all outputs of a network as one tensor, ``(N, values)``."""
     with torch_ao.integer_engine(engine):
-        outputs = [torch.cat([y.flatten(1) for y in flatten(network(batch))], dim=1) for batch in images.split(size)]
+        outputs = [torch.cat([y.flatten(1) for y in tensors_of(network(batch))], dim=1) for batch in images.split(size)]
     return torch.cat(outputs)
 
 
@@ -193,7 +194,7 @@ def detector(presets: tuple[str, ...], split: str, steps: int | None, seed: int,
             changes = {} if steps is None else {"steps": steps}
             config = RepAPQConfig.from_preset(preset, seed=seed, reduce_range=reduce_range, **changes)
             result = bench.calibrate(config)
-            images = [prepare(bench.model, batch)["inputs"] for batch in bench.batches[:RANGE_BATCHES]]
+            images = [preprocess(bench.model, batch)["inputs"] for batch in bench.batches[:RANGE_BATCHES]]
             networks = forms(TensorPath(result.model).eval(), images, engine)
             row: dict[str, Any] = {"split": split, "seed": seed, "engine": engine, "config": config.to_dict()}
             row["mAP"] = {}

@@ -16,10 +16,10 @@ from integration.openmmlab.scenes import CLASSIFIER, DETECTOR, FEW_ITEMS, FEW_SC
 from repapq_plugin.errors import ConfigError, ExportError, HostError
 from repapq_plugin.hosts.nncf.hosted import NNCFNetwork
 from repapq_plugin.hosts.openmmlab import RepAPQTestLoop, TensorPath
-from repapq_plugin.hosts.openmmlab.network import prepare
-from repapq_plugin.hosts.openmmlab.other_hosts import find_engine
+from repapq_plugin.hosts.openmmlab.network import preprocess
+from repapq_plugin.hosts.openmmlab.other_hosts import find_host
 from repapq_plugin.hosts.openmmlab.settings import Settings
-from repapq_plugin.hosts.openmmlab.workbench import Workbench, open_config
+from repapq_plugin.hosts.openmmlab.workbench import open_config
 from repapq_plugin.job import merge_for_inference
 
 
@@ -50,7 +50,7 @@ def test_a_detector_is_quantized_by_nncf_and_scored_on_openvino(
     metrics = runner.test()
     record = json.loads((tmp_path / "work" / "result.json").read_text())
     assert record["scores"]["openvino"] == pytest.approx(metrics)
-    assert record["settings"]["engine"] == "NNCF"
+    assert record["settings"]["host"] == "NNCF"
     assert record["exports"]["openvino"]["integer_layers"] > 20
     assert (tmp_path / "work" / "repapq.xml").is_file()
     loop = runner.test_loop
@@ -58,8 +58,8 @@ def test_a_detector_is_quantized_by_nncf_and_scored_on_openvino(
     network = loop.result.model
     assert isinstance(network, TensorPath) and not get_hook_storage(network).is_empty()
     with torch.no_grad():
-        wanted = network(loop._example)
-        got = loop.network(loop._example)  # type: ignore[misc]
+        wanted = network(loop.quantization.example)
+        got = loop.network(loop.quantization.example)  # type: ignore[misc]
     for ours, theirs in zip(got, wanted, strict=True):
         assert float((ours - theirs).abs().mean()) < 0.05 * float(theirs.abs().mean())
 
@@ -77,12 +77,12 @@ def test_a_classifier_is_scored_simulated_and_its_state_comes_back(
     assert record["scheme"].startswith("W4A4") and record["calibration"]["units"]
     loop = runner.test_loop
     saved = torch.load(tmp_path / "work" / "nncf.pth", weights_only=False)
-    example = loop._example
+    example = loop.quantization.example
     with torch.no_grad():
         fresh, *_ = merge_for_inference(TensorPath(runner.model), lambda model: model(example))
         restored = nncf.torch.load_from_config(fresh, saved["config"], allowed_modules=("nncf.*", "repapq_plugin.*"))
         restored.load_state_dict(saved["state_dict"])
-        images = prepare(runner.model, next(iter(runner.test_dataloader)))["inputs"]
+        images = preprocess(runner.model, next(iter(runner.test_dataloader)))["inputs"]
         (ours,), (theirs,) = restored.eval()(images), loop.network(images)
     assert torch.equal(ours, theirs)
     with pytest.raises(ExportError, match="exported to OpenVINO, not to onnx"):
@@ -103,7 +103,7 @@ def test_engines_that_do_not_exist_are_named(quantizer: dict[str, Any], words: s
 
 def test_an_engine_that_cannot_be_imported_is_named() -> None:
     with pytest.raises(HostError, match="nowhere:nothing.*cannot be imported"):
-        find_engine("nowhere:nothing")
+        find_host("nowhere:nothing")
 
 
 @pytest.mark.parametrize(
@@ -115,10 +115,4 @@ def test_an_engine_that_cannot_be_imported_is_named() -> None:
 )
 def test_options_are_checked(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        find_engine("NNCF")(torch.nn.Identity(), [torch.zeros(1)], Settings().quantizer, None, options)
-
-
-def test_the_command_line_says_where_the_engine_runs(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    cfg = config("classifier", checkpoints["classifier"], tmp_path, quantizer={"type": "NNCF"})
-    with pytest.raises(HostError, match="'NNCF' quantizes in RepAPQTestLoop"):
-        Workbench(cfg, str(checkpoints["classifier"]), tmp_path)
+        find_host("NNCF")(torch.nn.Identity(), [torch.zeros(1)], Settings().quantizer, None, options)

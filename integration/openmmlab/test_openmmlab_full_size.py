@@ -11,7 +11,8 @@ import torch
 from mmengine.registry import MODELS, init_default_scope
 
 from integration.openmmlab.scenes import ROOT
-from repapq_plugin.hosts.openmmlab.network import flatten, run_batch
+from repapq_plugin.core.tensors import tensors_of
+from repapq_plugin.hosts.openmmlab.network import run_batch
 from repapq_plugin.hosts.openmmlab.settings import settings_of
 from repapq_plugin.hosts.openmmlab.work import calibrate
 from repapq_plugin.hosts.openmmlab.workbench import open_config
@@ -59,7 +60,7 @@ def test_the_model_builds_merges_quantizes_and_runs(path: Path) -> None:
     quantized = sum(isinstance(module, QuantizedLayer) for module in result.model.modules())
     assert quantized == len(result.plan.layers) >= 20
     with torch.no_grad():
-        outputs = list(flatten(run_batch(result.model, batch)))
+        outputs = tensors_of(run_batch(result.model, batch))
     assert outputs
     assert all(bool(output.isfinite().all()) for output in outputs)
 

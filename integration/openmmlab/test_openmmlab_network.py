@@ -8,8 +8,9 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
 from integration.openmmlab.scenes import CLASSIFIER, DETECTOR, random_model
+from repapq_plugin.core.tensors import tensors_of, with_tensors
 from repapq_plugin.errors import HostError
-from repapq_plugin.hosts.openmmlab.network import TensorPath, flatten, serve_with, serving_points, unflatten
+from repapq_plugin.hosts.openmmlab.network import TensorPath, serve_with, serving_points
 
 
 def _segmentor() -> nn.Module:
@@ -69,14 +70,14 @@ def test_the_tensor_path_is_served_in_place_of_the_network(toolbox: str) -> None
     build, shape, outputs = MODELS_OF_EACH_TOOLBOX[toolbox]
     model, images = build(), torch.randn(shape)
     with torch.no_grad():
-        own = list(flatten(model(images, mode="tensor")))
+        own = tensors_of(model(images, mode="tensor"))
         path = TensorPath(copy.deepcopy(model))
         assert len(own) == outputs
         assert all(torch.equal(a, b) for a, b in zip(own, path(images), strict=True))
         runtime = Doubled(path)
         with serve_with(model, runtime, images[:1]) as serving:
-            served = list(flatten(serving(images, mode="tensor")))
-        after = list(flatten(model(images, mode="tensor")))
+            served = tensors_of(serving(images, mode="tensor"))
+        after = tensors_of(model(images, mode="tensor"))
     assert runtime.calls == 1
     assert all(torch.equal(2 * a, b) for a, b in zip(own, served, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(own, after, strict=True))
@@ -124,12 +125,12 @@ def test_a_model_without_a_single_head_is_named() -> None:
         serving_points(TwoStage())
 
 
-def test_unflatten_undoes_flatten() -> None:
+def test_outputs_are_put_back_as_they_were_nested() -> None:
     a, b, c = torch.ones(1), torch.ones(2), torch.ones(3)
     nested = ([a, (b,)], {"c": c, "none": None})
-    tensors = list(flatten(nested))
+    tensors = tensors_of(nested)
     assert [tensor.numel() for tensor in tensors] == [1, 2, 3]
-    rebuilt = unflatten(nested, iter(2 * tensor for tensor in tensors))
+    rebuilt = with_tensors(nested, iter([2 * tensor for tensor in tensors]))
     assert torch.equal(rebuilt[0][0], 2 * a)
     assert torch.equal(rebuilt[0][1][0], 2 * b)
     assert torch.equal(rebuilt[1]["c"], 2 * c)

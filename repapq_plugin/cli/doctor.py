@@ -1,25 +1,16 @@
-"""What is installed beside the plugin, what of it works together, and what to do about the rest.
-
-Nothing is imported for it: distributions say their versions and what they need, and the toolboxes' own source files
-say which versions they accept of each other (they assert it as they are imported). Only mmcv's compiled operators are
-loaded, because nothing else tells whether they were built beside this very torch.
-"""
+"""What of the installed packages works together, and what to do about the rest."""
 
 from __future__ import annotations
 
-import importlib.util
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from repapq_plugin.errors import HostError
+from repapq_plugin.cli.installed import OWN_DISTRIBUTION, WITH_OPERATORS, Package, installed_packages, own_requirements
 
 OPENMMLAB = "pip install 'repapq-plugin[openmmlab]'"
 EXPORT = "pip install 'repapq-plugin[export]'"
@@ -68,28 +59,6 @@ OPERATORS_REMEDY = (
 
 
 @dataclass(frozen=True)
-class Package:
-    """One installed package.
-
-    Args:
-        name: What is imported: ``'mmdet'``.
-        version: Its version, as its distribution says.
-        distributions: Names of the distributions that install it; more than one overwrite each other.
-        requires: Requirements that hold always (no extras, no markers): ``'torch (==2.12.1)'``.
-        accepts: Versions of other packages that its own source accepts, by import name: the lowest, and the first that
-            is too high; an empty text where there is no limit.
-        operators: For mmcv: empty if its compiled operators can be loaded, else why not.
-    """
-
-    name: str
-    version: str
-    distributions: tuple[str, ...]
-    requires: tuple[str, ...] = ()
-    accepts: Mapping[str, tuple[str, str]] | None = None
-    operators: str = ""
-
-
-@dataclass(frozen=True)
 class Problem:
     """Something installed that does not work, and what to do about it.
 
@@ -132,9 +101,7 @@ def examine(path: Sequence[str] | None = None) -> Diagnosis:
     Args:
         path: Folders with installed distributions; ``None`` takes ``sys.path``.
     """
-    packages = installed_packages(path)
-    own = own_requirements()
-    return diagnose(packages, own)
+    return diagnose(installed_packages(KNOWN, path), own_requirements())
 
 
 def diagnose(packages: Mapping[str, Package], own: Sequence[str] = ()) -> Diagnosis:
@@ -145,17 +112,12 @@ def diagnose(packages: Mapping[str, Package], own: Sequence[str] = ()) -> Diagno
         own: What this plugin asks of them, as in `Package.requires`.
     """
     problems: list[Problem] = []
-    by_distribution: dict[str, Package] = {
-        canonicalize_name(distribution): package
-        for package in packages.values()
-        for distribution in package.distributions
-    }
     for package in packages.values():
         problems += _twice_installed(package)
         problems += _unloadable_operators(package, packages)
         problems += _unaccepted(package, packages)
-        problems += _unmet(package.distributions[0], package, package.requires, by_distribution)
-    problems += _unmet("repapq-plugin", None, own, by_distribution)
+        problems += _unmet(package, package.requires, packages)
+    problems += _unmet(None, own, packages)
     broken = {problem.package for problem in problems}
     lacking = {
         feature: tuple(name for name in needed if name not in packages or name in broken)
@@ -169,67 +131,65 @@ def diagnose(packages: Mapping[str, Package], own: Sequence[str] = ()) -> Diagno
     )
 
 
-def _twice_installed(package: Package) -> list[Problem]:
-    if len(package.distributions) == 1:
-        return []
-    names = " and ".join(package.distributions)
-    return [
-        Problem(
+def _twice_installed(package: Package) -> Iterator[Problem]:
+    if len(package.distributions) > 1:
+        yield Problem(
             package.name,
-            f"{names} both install {package.name} and overwrite each other's files.",
+            f"{' and '.join(package.distributions)} both install {package.name} and overwrite each other's files.",
             f"pip uninstall {' '.join(package.distributions)}, then install one of them again",
         )
-    ]
 
 
-def _unloadable_operators(package: Package, packages: Mapping[str, Package]) -> list[Problem]:
+def _unloadable_operators(package: Package, packages: Mapping[str, Package]) -> Iterator[Problem]:
     users = [name for name in NEEDS_OPERATORS if name in packages]
-    if package.name != "mmcv" or not package.operators or not users:
-        return []
+    if package.name != WITH_OPERATORS or not package.operators or not users:
+        return
     text = f"mmcv {package.version}: {package.operators}. {', '.join(users)} cannot be imported without them."
     remedy = OPERATORS_REMEDY.format(distribution=package.distributions[0])
     if package.distributions[0] == OPERATORLESS:
         remedy = f"pip uninstall {OPERATORLESS}, then install mmcv itself or the tested stack: {OPENMMLAB}"
-    return [Problem(name, text, remedy) for name in ["mmcv", *users]]
+    for name in (WITH_OPERATORS, *users):
+        yield Problem(name, text, remedy)
 
 
-def _unaccepted(package: Package, packages: Mapping[str, Package]) -> list[Problem]:
-    problems = []
-    for name, (low, high) in (package.accepts or {}).items():
-        other = packages.get(name)
-        wanted = " and ".join(text for text in (low and f">={low}", high and f"<{high}") if text)
+def _unaccepted(package: Package, packages: Mapping[str, Package]) -> Iterator[Problem]:
+    who = f"{package.name} {package.version}"
+    for name, (low, high) in package.accepts.items():
+        limits = [text for text in (low and f">={low}", high and f"<{high}") if text]
+        wanted, other = " and ".join(limits), packages.get(name)
         if other is None:
-            text, remedy = (
-                f"{package.name} {package.version} needs {name} {wanted}, which is not installed.",
-                KNOWN[name],
-            )
+            yield Problem(package.name, f"{who} needs {name} {wanted}, which is not installed.", KNOWN[name])
+        # A toolbox compares releases: to it 2.2.0rc1 is as high as 2.2.0, and 2.0.0 no higher than 2.0.0rc4.
         elif (low and release(other.version) < release(low)) or (high and release(other.version) >= release(high)):
-            text = f"{package.name} {package.version} refuses {name} {other.version} at import: it takes {wanted}."
-            remedy = f"install a {name} that is {wanted}, or the tested stack: {OPENMMLAB}"
-        else:
-            continue
-        problems.append(Problem(package.name, text, remedy))
-    return problems
-
-
-def _unmet(
-    who: str, package: Package | None, requirements: Sequence[str], by_distribution: Mapping[str, Package]
-) -> list[Problem]:
-    problems = []
-    for requirement in requirements:
-        distribution, conditions = split_requirement(requirement)
-        other = by_distribution.get(canonicalize_name(distribution))
-        if other is None or all(meets(other.version, *condition) for condition in conditions):
-            continue
-        wanted = ",".join(operator + version for operator, version in conditions)
-        problems.append(
-            Problem(
-                package.name if package else other.name,
-                f"{who} needs {distribution} {wanted}, but {other.version} is installed.",
-                f'pip install "{distribution}{wanted}"' + (f", or another {package.name}" if package else ""),
+            yield Problem(
+                package.name,
+                f"{who} refuses {name} {other.version} at import: it takes {wanted}.",
+                f"install a {name} that is {wanted}, or the tested stack: {OPENMMLAB}",
             )
+
+
+def _unmet(package: Package | None, requirements: Sequence[str], packages: Mapping[str, Package]) -> Iterator[Problem]:
+    """Compare requirements with what is installed; those of ``None`` are this plugin's own."""
+    by_distribution = {canonicalize_name(name): other for other in packages.values() for name in other.distributions}
+    who = package.distributions[0] if package else OWN_DISTRIBUTION
+    for requirement in filter(None, map(parsed, requirements)):
+        other = by_distribution.get(canonicalize_name(requirement.name))
+        if other is None or meets(other.version, requirement.specifier):
+            continue
+        wanted = f"{requirement.name} {requirement.specifier}"
+        yield Problem(
+            package.name if package else other.name,
+            f"{who} needs {wanted}, but {other.version} is installed.",
+            f'pip install "{wanted.replace(" ", "")}"' + (f", or another {package.name}" if package else ""),
         )
-    return problems
+
+
+def parsed(requirement: str) -> Requirement | None:
+    """Return ``'torch (>=2.6,<3)'`` as packaging reads it; ``None`` if it cannot be read."""
+    try:
+        return Requirement(requirement)
+    except InvalidRequirement:
+        return None
 
 
 def release(version: str) -> Version:
@@ -237,119 +197,11 @@ def release(version: str) -> Version:
     return Version(Version(version).base_version)
 
 
-def meets(version: str, operator: str, wanted: str) -> bool:
-    """Return whether a version or its release satisfies a condition; what cannot be compared is taken as met."""
+def meets(version: str, conditions: str | SpecifierSet) -> bool:
+    """Return whether a version or its release satisfies each condition; what cannot be compared is taken as met."""
     try:
-        condition = SpecifierSet(operator + wanted)
-        return any(condition.contains(one, prereleases=True) for one in (Version(version), release(version)))
+        versions = (Version(version), release(version))
+        each = SpecifierSet(str(conditions))
     except (InvalidVersion, InvalidSpecifier):
         return True
-
-
-def split_requirement(requirement: str) -> tuple[str, list[tuple[str, str]]]:
-    """Return the distribution's name and the conditions of ``'torch (>=2.6,<3)'``; none if it cannot be read."""
-    try:
-        parsed = Requirement(requirement)
-    except InvalidRequirement:
-        return requirement, []
-    return parsed.name, [(condition.operator, condition.version) for condition in parsed.specifier]
-
-
-def own_requirements() -> tuple[str, ...]:
-    """Return what this plugin needs of other packages, its extras too, exact pins left out.
-
-    An extra's exact pins describe a stack that was tested, not a need.
-    """
-    try:
-        requirements = metadata.requires("repapq-plugin") or []
-    except metadata.PackageNotFoundError:  # runs from a checkout that is not installed
-        return ()
-    plain = (requirement.partition(";")[0].strip() for requirement in requirements)
-    return tuple(requirement for requirement in plain if "==" not in requirement)
-
-
-def installed_packages(path: Sequence[str] | None = None) -> dict[str, Package]:
-    """Return the packages of `KNOWN` that are installed, by import name.
-
-    Args:
-        path: Folders with installed distributions; ``None`` takes ``sys.path``.
-    """
-    distributions: dict[str, dict[str, metadata.Distribution]] = {name: {} for name in KNOWN}
-    found = metadata.distributions() if path is None else metadata.distributions(path=list(path))
-    for distribution in found:
-        for name in _modules(distribution) & KNOWN.keys():
-            # The first of a name is the one that is imported.
-            distributions[name].setdefault(canonicalize_name(distribution.metadata["Name"]), distribution)
-    return {name: _package(name, list(those.values())) for name, those in distributions.items() if those}
-
-
-def _modules(distribution: metadata.Distribution) -> set[str]:
-    listed = (distribution.read_text("top_level.txt") or "").split()
-    # Not every build tool writes that list.
-    return set(listed) or {file.parts[0] for file in distribution.files or () if len(file.parts) > 1}
-
-
-def _package(name: str, distributions: Sequence[metadata.Distribution]) -> Package:
-    first = distributions[0]
-    folder = _folder(name, first)
-    requires = tuple(requirement for requirement in first.requires or () if ";" not in requirement)
-    return Package(
-        name,
-        first.version,
-        tuple(canonicalize_name(distribution.metadata["Name"]) for distribution in distributions),
-        requires,
-        accepted_versions(folder / "__init__.py") if folder else {},
-        _operators(folder) if name == "mmcv" and folder else "",
-    )
-
-
-def _folder(name: str, distribution: metadata.Distribution) -> Path | None:
-    folder = Path(str(distribution.locate_file(name)))
-    if folder.is_dir():
-        return folder
-    spec = importlib.util.find_spec(name)  # an editable install lies elsewhere
-    return Path(spec.origin).parent if spec is not None and spec.origin else None
-
-
-LIMIT = re.compile(r"^(\w+?)_(minimum_version|maximum_version|min|max) = ['\"]([^'\"]+)['\"]", re.M | re.I)
-
-
-def accepted_versions(source: Path) -> dict[str, tuple[str, str]]:
-    """Read from a toolbox's ``__init__.py`` which versions of its neighbours it accepts.
-
-    Returns:
-        As `Package.accepts`.
-    """
-    limits: dict[str, tuple[str, str]] = {}
-    text = source.read_text(encoding="utf-8", errors="replace") if source.is_file() else ""
-    for name, kind, version in LIMIT.findall(text):
-        low, high = limits.get(name.lower(), ("", ""))
-        limits[name.lower()] = (version, high) if kind.lower().startswith("min") else (low, version)
-    return {name: limit for name, limit in limits.items() if name in KNOWN}
-
-
-def _operators(folder: Path) -> str:
-    """Return why mmcv's compiled operators cannot be loaded, or an empty text."""
-    libraries = sorted(folder.glob("_ext*.so")) + sorted(folder.glob("_ext*.pyd"))
-    if not libraries:
-        return "it was installed without its compiled operators"
-    try:
-        load_operators(libraries[0])
-    except (ImportError, OSError) as error:
-        return f"its compiled operators cannot be loaded ({str(error).splitlines()[0]})"
-    return ""
-
-
-def load_operators(library: Path) -> None:
-    """Load a compiled extension by itself, without the package that it is part of.
-
-    Raises:
-        ImportError: It does not fit this Python or this torch.
-        HostError: It is no extension at all.
-    """
-    import torch  # noqa: F401  - brings the libraries that the extension links to
-
-    spec = importlib.util.spec_from_file_location("_ext", library)
-    if spec is None or spec.loader is None:
-        raise HostError(f"{library} is not a compiled extension.")
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    return all(any(one in SpecifierSet(str(condition), prereleases=True) for one in versions) for condition in each)

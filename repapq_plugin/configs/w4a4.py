@@ -1,13 +1,4 @@
 """4-bit weights and activations; first and last layers 8 bit."""
 
 runner_type = "repapq_plugin.hosts.openmmlab.RepAPQRunner"
-repapq = {
-    # Preset and any key of RepAPQConfig.
-    "quantizer": {"preset": "w4a4"},
-    # None: calib_dataloader if the config has one, else the training set with the test pipeline.
-    "calibration": {"dataloader": None, "num_samples": 512},
-    # What runs the network while it is scored: simulated, onnxruntime, openvino.
-    "backend": "simulated",
-    # Any of onnx, openvino.
-    "export": [],
-}
+repapq = {"quantizer": {"preset": "w4a4"}, "calibration": {}}

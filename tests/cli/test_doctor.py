@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from repapq_plugin.cli import doctor
-from repapq_plugin.cli.doctor import FEATURES, KNOWN, Diagnosis, Package, diagnose, installed_packages
+from repapq_plugin.cli.doctor import FEATURES, KNOWN, Diagnosis, diagnose
+from repapq_plugin.cli.installed import Package, accepted_versions, installed_packages, own_requirements
 
 GOOD = {
     name: Package(name, version, (distribution,))
@@ -103,7 +104,7 @@ def test_our_own_needs_count_and_exact_pins_of_the_tested_stack_do_not() -> None
     assert [(problem.package, problem.remedy) for problem in diagnosis.problems] == [
         ("onnx", 'pip install "onnx>=1.19"')
     ]
-    own = doctor.own_requirements()
+    own = own_requirements()
     assert any(requirement.startswith("torch") for requirement in own)
     assert not any("==" in requirement for requirement in own)
 
@@ -131,12 +132,15 @@ def test_our_own_needs_count_and_exact_pins_of_the_tested_stack_do_not() -> None
     ],
 )
 def test_versions_are_compared_as_releases(version: str, operator: str, wanted: str, met: bool) -> None:
-    assert doctor.meets(version, operator, wanted) is met
+    assert doctor.meets(version, operator + wanted) is met
 
 
 def test_a_requirement_that_nobody_can_read_asks_for_nothing() -> None:
-    assert doctor.split_requirement("torch>=1.3.*")[1] == []
-    assert doctor.split_requirement("torch (>=2.6,<3)")[0] == "torch"
+    unreadable = Package("mmdet", "3.3.0", ("mmdet",), requires=("torch>=1.3.*",))
+    assert doctor.parsed("torch>=1.3.*") is None
+    assert judged(unreadable).healthy
+    readable = doctor.parsed("torch (>=2.6,<3)")
+    assert readable is not None and readable.name == "torch"
 
 
 def _install(site: Path, distribution: str, version: str, module: str, source: str = "", *requires: str) -> None:
@@ -158,7 +162,7 @@ def test_packages_are_read_under_either_distribution_name_without_importing_them
     _install(tmp_path, "mmdet", "3.3.0", "mmdet", limits + explosive)
     _install(tmp_path, "mmsegmentation", "1.2.2", "mmseg", "MMCV_MIN = '2.0.0'\nMMCV_MAX = '2.2.0'\n" + explosive)
     _install(tmp_path, "onedl-mmsegmentation", "1.4.2", "mmseg", "")
-    found = installed_packages([str(tmp_path)])
+    found = installed_packages(KNOWN, [str(tmp_path)])
     assert found.keys() == {"mmengine", "mmcv", "mmdet", "mmseg"}
     assert (found["mmengine"].version, found["mmengine"].distributions) == ("0.10.4", ("mmengine-lite",))
     assert found["mmcv"].requires == ("numpy", "mmengine>=0.8")
@@ -172,15 +176,15 @@ def test_packages_are_read_under_either_distribution_name_without_importing_them
 def test_the_upper_case_limits_of_another_toolbox_are_read(tmp_path: Path) -> None:
     source = tmp_path / "__init__.py"
     source.write_text("MMCV_MIN = '2.0.0rc4'\nMMCV_MAX = '2.2.0'\nother_min = '1'\n")
-    assert doctor.accepted_versions(source) == {"mmcv": ("2.0.0rc4", "2.2.0")}
-    assert doctor.accepted_versions(tmp_path / "nowhere.py") == {}
+    assert accepted_versions(source, KNOWN) == {"mmcv": ("2.0.0rc4", "2.2.0")}
+    assert accepted_versions(tmp_path / "nowhere.py", KNOWN) == {}
 
 
 def test_operators_built_for_something_else_are_named(tmp_path: Path) -> None:
     (tmp_path / "mmcv").mkdir()
     _install(tmp_path, "mmcv", "2.1.0", "mmcv")
     (tmp_path / "mmcv" / "_ext.cpython-311-x86_64-linux-gnu.so").write_bytes(b"not a library")
-    assert "cannot be loaded" in installed_packages([str(tmp_path)])["mmcv"].operators
+    assert "cannot be loaded" in installed_packages(KNOWN, [str(tmp_path)])["mmcv"].operators
 
 
 @pytest.mark.parametrize("healthy", [True, False])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
@@ -36,15 +35,17 @@ def load_weights(model: nn.Module, checkpoint: str) -> None:
     load_state(model, content, checkpoint)
 
 
-def load_state(model: nn.Module, checkpoint: Mapping[str, Any], source: str) -> None:
+def load_state(model: nn.Module, checkpoint: Mapping[str, object], source: str) -> None:
     """Load ``checkpoint`` (or its ``state_dict``) into ``model``.
 
     Raises:
-        HostError: Keys are missing, left over, or of another shape; each kind is counted and the
-            first few are named.
+        HostError: There is no state dict, or keys are missing, left over, or of another shape. Each kind is counted
+            and the first few are named.
     """
-    state = checkpoint.get("state_dict", checkpoint)
-    state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+    held = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(held, Mapping):
+        raise HostError(f"{source} holds a {type(held).__name__} as state_dict, not a state dict.")
+    state = {key.removeprefix("module."): value for key, value in held.items() if isinstance(value, Tensor)}
     own = model.state_dict()
     shapes = [
         f"{key} ({tuple(value.shape)} for {tuple(own[key].shape)})"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import cast
 
 import torch
 from mmengine.registry import DATASETS
 from mmengine.runner import Runner
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 
 from repapq_plugin.errors import HostError
 
@@ -20,8 +20,8 @@ REMEDY = (
 
 
 def calibration_batches(
-    cfg: Mapping[str, Any], dataloader: str | Mapping[str, Any] | None, num_samples: int, seed: int
-) -> list[Any]:
+    cfg: Mapping[str, object], dataloader: str | Mapping[str, object] | None, num_samples: int, seed: int
+) -> list[object]:
     """Load calibration samples, collated as the toolbox's data preprocessor takes them.
 
     Args:
@@ -35,18 +35,14 @@ def calibration_batches(
     """
     name, loader = choose_dataloader(cfg, dataloader)
     try:
-        dataset = loader.pop("dataset")
-        if isinstance(dataset, Mapping):
-            dataset = DATASETS.build(dataset)
-            if hasattr(dataset, "full_init"):
-                dataset.full_init()
+        dataset = _opened(loader.pop("dataset"))
         size = len(dataset)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise HostError(f"The calibration data of {name} cannot be read: {_say(error)}. {REMEDY}") from error
     if size == 0:
         raise HostError(f"The calibration data of {name} holds no sample. {REMEDY}")
     drawn = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:num_samples]
-    loader["dataset"] = Subset(dataset, sorted(drawn.tolist()))
+    loader["dataset"] = Subset(cast("Dataset[object]", dataset), sorted(drawn.tolist()))
     loader["sampler"] = {"type": "DefaultSampler", "shuffle": False}
     loader["drop_last"] = False
     for key in ("batch_sampler", "num_batch_per_epoch"):
@@ -54,7 +50,9 @@ def calibration_batches(
     return list(Runner.build_dataloader(loader, seed=seed))
 
 
-def choose_dataloader(cfg: Mapping[str, Any], dataloader: str | Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
+def choose_dataloader(
+    cfg: Mapping[str, object], dataloader: str | Mapping[str, object] | None
+) -> tuple[str, dict[str, object]]:
     """Return a name to speak of and a copy of the dataloader dict that calibration reads.
 
     Raises:
@@ -65,32 +63,47 @@ def choose_dataloader(cfg: Mapping[str, Any], dataloader: str | Mapping[str, Any
     name = dataloader or ("calib_dataloader" if cfg.get("calib_dataloader") else None)
     if name is None:
         return "train_dataloader (with the test pipeline)", _training_data(cfg)
-    if not isinstance(cfg.get(name), Mapping):
+    chosen = cfg.get(name)
+    if not isinstance(chosen, Mapping):
         known = sorted(key for key in cfg if key.endswith("dataloader") and isinstance(cfg[key], Mapping))
         raise HostError(f"calibration.dataloader={name!r} is not in the config, which has {', '.join(known)}.")
-    return name, dict(copy.deepcopy(cfg[name]))
+    return name, dict(copy.deepcopy(chosen))
 
 
-def _training_data(cfg: Mapping[str, Any]) -> dict[str, Any]:
+def _opened(dataset: object) -> Sequence[object]:
+    """Build the data set of a dict, and let it read its annotations."""
+    if not isinstance(dataset, Mapping):
+        return cast("Sequence[object]", dataset)
+    built: Sequence[object] = DATASETS.build(dataset)
+    read = getattr(built, "full_init", None)
+    if callable(read):
+        read()
+    return built
+
+
+def _training_data(cfg: Mapping[str, object]) -> dict[str, object]:
     """The test dataloader, reading the images of the training set."""
     train, test = cfg.get("train_dataloader"), cfg.get("test_dataloader")
     if not isinstance(train, Mapping) or not isinstance(test, Mapping):
         raise HostError(f"The config has no train_dataloader and test_dataloader to calibrate from. {REMEDY}")
-    loader = dict(copy.deepcopy(test))
+    loader: dict[str, object] = dict(copy.deepcopy(test))
     loader["dataset"] = _with_test_pipeline(_inner(train["dataset"]), _inner(test["dataset"]))
     return loader
 
 
-def _inner(dataset: Any) -> Any:
+def _inner(dataset: object) -> object:
     """Look through wrappers (repeat, multi-image mix, class balance) at the data set itself."""
     while isinstance(dataset, Mapping) and isinstance(dataset.get("dataset"), Mapping):
         dataset = dataset["dataset"]
     return dataset
 
 
-def _with_test_pipeline(train: Any, test: Any) -> Any:
+def _with_test_pipeline(train: object, test: object) -> object:
     train = copy.deepcopy(train)
-    parts = [_inner(part) for part in train.get("datasets", ())] if isinstance(train, Mapping) else []
+    # A data set that is built already reads its images as it does.
+    if not isinstance(train, MutableMapping) or not isinstance(test, Mapping):
+        return train
+    parts = [_inner(part) for part in train.get("datasets", ())]
     if parts:
         train["datasets"] = [_with_test_pipeline(part, test) for part in parts]
         return train

@@ -1,19 +1,17 @@
-"""Hooks by which an unchanged test tool merges branches and refuses checkpoints that do not fit."""
+"""Hooks of mmengine by which an unchanged test tool merges branches and refuses checkpoints that do not fit."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
-from mmengine.hooks import EMAHook, Hook
+from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
+from repapq_plugin.hosts.openmmlab._compat import drop_hooks_on_weights
 from repapq_plugin.hosts.openmmlab.checkpoint import load_state
 from repapq_plugin.reparam.merge import merge_branches
-
-DEPLOY_HOOK = "SwitchToDeployHook"
-"""mmyolo's hook, by name: this package imports no toolbox."""
 
 
 def model_of(runner: Runner) -> nn.Module:
@@ -22,24 +20,11 @@ def model_of(runner: Runner) -> nn.Module:
     return model
 
 
-def drop_hooks_on_weights(runner: Runner) -> None:
-    """Take the hooks that change the model around an evaluation out of a runner that only evaluates.
-
-    `EMAHook` swaps parameters with its own copy of the model by position, which breaks once modules were replaced; a
-    checkpoint's ``state_dict`` holds the averaged weights already. mmyolo's ``SwitchToDeployHook`` would merge the
-    branches of the float model in place and drop their norms, so that a saved result no longer fits the config's model.
-    """
-    # A new list, because a hook may be calling this from within the runner's loop over the old one.
-    runner._hooks = [
-        hook for hook in runner.hooks if not isinstance(hook, EMAHook) and type(hook).__name__ != DEPLOY_HOOK
-    ]
-
-
 class QPRFusionHook(Hook):  # type: ignore[misc]
     """Merges the branches of the runner's model before it is tested or validated.
 
-    Works on a network of any toolbox that holds known multi-branch blocks, and a second time does
-    nothing. Validations during a training are left alone: the branches are still learning.
+    Works on a network of any toolbox that holds known multi-branch blocks. A second time does nothing. Validations
+    during a training are left alone: the branches are still learning.
 
     Args:
         verify: Compare every merged block with its branches on random input and log the difference.
@@ -84,7 +69,7 @@ class QPRFusionHook(Hook):  # type: ignore[misc]
 class CheckpointFitHook(Hook):  # type: ignore[misc]
     """Stops a test whose checkpoint does not fit the model, where mmengine would only log it."""
 
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+    def after_load_checkpoint(self, runner: Runner, checkpoint: Mapping[str, object]) -> None:
         """Compare keys and shapes.
 
         Raises:

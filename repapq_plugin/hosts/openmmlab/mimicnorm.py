@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from mmengine.dist import broadcast
@@ -92,7 +91,7 @@ class MimicNormHook(Hook):  # type: ignore[misc]
             f"{len(self._weight_mean.layers)} layers keep filter means of zero."
         )
 
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+    def after_load_checkpoint(self, runner: Runner, checkpoint: Mapping[str, object]) -> None:
         """Note that there are weights to go on from."""
         self._loaded = True
 
@@ -112,7 +111,9 @@ class MimicNormHook(Hook):  # type: ignore[misc]
                 broadcast(tensor)  # every process drew its own
         self._apply()
 
-    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: object = None
+    ) -> None:
         """Subtract the means again."""
         self._apply()
 
@@ -138,8 +139,8 @@ def _pretrained(module: nn.Module) -> bool:
     return any(one.get("type") == "Pretrained" for one in ([chosen] if isinstance(chosen, dict) else chosen))
 
 
-def run_images(model: nn.Module, images: torch.Tensor) -> Any:
-    """Run prepared images, ``(N, C, H, W)``, up to the raw outputs of a toolbox model."""
+def run_images(model: nn.Module, images: torch.Tensor) -> object:
+    """Run preprocessed images, ``(N, C, H, W)``, up to the raw outputs of a toolbox model."""
     if not hasattr(model, "roi_head"):
         return model(images, mode="tensor")
     # The second stage wants to know the size of the images that the first one's boxes lie in.

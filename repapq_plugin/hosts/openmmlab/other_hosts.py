@@ -1,14 +1,15 @@
-"""Other engines than the plugin's own, by name: what quantizes the network part of a toolbox model.
+"""Other hosts that quantize the network part of a toolbox model, by name.
 
-An engine is found by an import path, as a string: no host imports another, and none is loaded that is not asked for.
+A host is found by an import path, as a string: no host imports another, and none is loaded that is not asked for.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from torch import Tensor, nn
 
@@ -20,18 +21,35 @@ from repapq_plugin.job import Progress
 from repapq_plugin.result import CalibrationResult
 
 OWN = "RepAPQ"
-"""The plugin's own quantizers, which need no engine."""
+"""The plugin's own quantizers, which need no other host."""
 
-ENGINES = {
-    "NNCF": "repapq_plugin.hosts.nncf.hosted:quantize_network",
-    "PT2E": "repapq_plugin.hosts.pt2e.hosted:quantize_network",
-    "TorchAO": "repapq_plugin.hosts.torch_ao.hosted:quantize_network",
+FORMATS = ("onnx", "openvino")
+"""What a quantized network can be exported to."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where a host is found, and what it can write.
+
+    Args:
+        target: Import path of its `QuantizeNetwork`, ``module:function``.
+        formats: Which of `FORMATS` its networks can be exported to.
+    """
+
+    target: str
+    formats: tuple[str, ...] = FORMATS
+
+
+HOSTS: Mapping[str, Host] = {
+    "NNCF": Host("repapq_plugin.hosts.nncf.hosted:quantize_network", formats=("openvino",)),
+    "PT2E": Host("repapq_plugin.hosts.pt2e.hosted:quantize_network"),
+    "TorchAO": Host("repapq_plugin.hosts.torch_ao.hosted:quantize_network"),
 }
-"""Import path of each engine, ``module:function``, by the name that stands in a config."""
+"""Each host by the name that stands in a config as ``quantizer.type``."""
 
 
 class QuantizedNetwork(Protocol):
-    """What an engine returns.
+    """What a host returns.
 
     Attributes:
         network: Runs in place of the float network: images to its raw outputs, laid flat.
@@ -53,12 +71,12 @@ class QuantizedNetwork(Protocol):
         """Write it for a runtime; ``kind`` is ``'onnx'`` or ``'openvino'``, ``path`` has no suffix.
 
         Raises:
-            ExportError: The engine has no such export.
+            ExportError: The host has no such export.
         """
 
 
-class Engine(Protocol):
-    """Quantizes a network on prepared images."""
+class QuantizeNetwork(Protocol):
+    """Quantizes a network on preprocessed images."""
 
     def __call__(
         self,
@@ -66,7 +84,7 @@ class Engine(Protocol):
         images: Sequence[Tensor],
         config: RepAPQConfig,
         progress: Callable[[Progress], None] | None,
-        options: Mapping[str, Any],
+        options: Mapping[str, object],
     ) -> QuantizedNetwork:
         """Quantize a copy of ``network``.
 
@@ -75,24 +93,29 @@ class Engine(Protocol):
             images: Calibration batches of them.
             config: Bits, ranges and calibration.
             progress: Called as the work goes on.
-            options: What else the config says to the engine.
+            options: What else the config says to the host.
         """
 
 
-def find_engine(name: str) -> Engine:
-    """Return an engine by its name in `ENGINES`, or by an import path ``module:function``.
+def formats_of(name: str) -> tuple[str, ...]:
+    """Return which of `FORMATS` a host's networks can be exported to; all, for `OWN` and for an import path."""
+    return HOSTS[name].formats if name in HOSTS else FORMATS
+
+
+def find_host(name: str) -> QuantizeNetwork:
+    """Return what quantizes, by a host's name in `HOSTS` or by an import path ``module:function``.
 
     Raises:
-        ConfigError: There is no such engine.
+        ConfigError: There is no such host.
         HostError: It cannot be imported.
     """
-    target = ENGINES.get(name, name)
+    target = HOSTS[name].target if name in HOSTS else name
     module, separator, function = target.partition(":")
     if not separator:
         raise ConfigError(
-            f"quantizer.type={name!r} is not allowed; choose {OWN}, {', '.join(ENGINES)} or 'module:function'."
+            f"quantizer.type={name!r} is not allowed; choose {OWN}, {', '.join(HOSTS)} or 'module:function'."
         )
     try:
-        return cast(Engine, getattr(importlib.import_module(module), function))
+        return cast(QuantizeNetwork, getattr(importlib.import_module(module), function))
     except (ImportError, AttributeError) as error:
-        raise HostError(f"The engine {name!r} ({target}) cannot be imported: {error}.") from error
+        raise HostError(f"The host {name!r} ({target}) cannot be imported: {error}.") from error

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from numbers import Real
 from pathlib import Path
-from typing import Any
 
 import torch
+from mmengine.config import Config
 
 from repapq_plugin import __version__
 from repapq_plugin.core.files import write_atomically
 from repapq_plugin.hosts.openmmlab.settings import Settings
-from repapq_plugin.hosts.openmmlab.work import Exported
+from repapq_plugin.hosts.openmmlab.work import Exported, Latency
 from repapq_plugin.result import CalibrationResult
 
 RECORD_FILE = "result.json"
@@ -40,8 +40,8 @@ class Record:
         checkpoint: Path of the float checkpoint.
         scheme: One line: bits, granularity, starting ranges.
         settings: All of `Settings`, the quantizer's keys and the seed among them.
-        scores: The toolbox's metrics, by what was scored: ``float``, ``plain_ptq`` (min-max ranges,
-            nothing learned), ``repapq`` (simulated), ``onnxruntime``, ``openvino``.
+        scores: The toolbox's metrics, by what was scored: ``float``, ``plain_ptq`` (min-max ranges, nothing learned),
+            ``repapq`` (simulated, or as another host runs it), ``onnxruntime``, ``openvino``.
         size_bytes: Size of exported networks, by the same names.
         latency: Milliseconds a batch of one takes on OpenVINO, ``float`` against ``openvino``, and
             how that was measured (see `compare_on_openvino`).
@@ -61,20 +61,20 @@ class Record:
     config: str
     checkpoint: str
     scheme: str
-    settings: dict[str, Any]
+    settings: dict[str, object]
     scores: dict[str, dict[str, float | None]] = field(default_factory=dict)
     size_bytes: dict[str, int] = field(default_factory=dict)
-    latency: dict[str, Any] = field(default_factory=dict)
-    kernels: dict[str, Any] = field(default_factory=dict)
-    exports: dict[str, dict[str, Any]] = field(default_factory=dict)
-    calibration: dict[str, Any] = field(default_factory=dict)
+    latency: Latency = field(default_factory=Latency)
+    kernels: dict[str, dict[str, str]] = field(default_factory=dict)
+    exports: dict[str, dict[str, object]] = field(default_factory=dict)
+    calibration: Mapping[str, object] = field(default_factory=dict)
     files: dict[str, list[str]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    machine: dict[str, Any] = field(default_factory=dict)
+    machine: dict[str, object] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, cfg: Any, checkpoint: str | None, settings: Settings, result: CalibrationResult) -> Record:
+    def start(cls, cfg: Config, checkpoint: str | None, settings: Settings, result: CalibrationResult) -> Record:
         """Begin a record with all that is known after a calibration."""
         return cls(
             config=str(getattr(cfg, "filename", None) or ""),
@@ -86,7 +86,7 @@ class Record:
             machine=machine(),
         )
 
-    def add_scores(self, name: str, metrics: Mapping[str, Any]) -> None:
+    def add_scores(self, name: str, metrics: Mapping[str, object]) -> None:
         """Keep the numbers among the metrics of one evaluation; NaN becomes ``None``."""
         # Real: some metrics are numpy scalars.
         values = {key: float(value) for key, value in metrics.items() if isinstance(value, Real)}
@@ -127,7 +127,7 @@ def versions() -> dict[str, str]:
     return {"repapq_plugin": __version__, **found}
 
 
-def machine() -> dict[str, Any]:
+def machine() -> dict[str, object]:
     """Return processor, core count and the vector extensions that integer kernels use."""
     model, flags = platform.processor(), set[str]()
     info = Path("/proc/cpuinfo")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from mmengine.registry import HOOKS, LOOPS, MODELS, RUNNERS
+from mmengine.registry import HOOKS, LOOPS, MODELS, RUNNERS, Registry
 
 from repapq_plugin.hosts.openmmlab.hooks import QPRFusionHook
 from repapq_plugin.hosts.openmmlab.loops import RepAPQTestLoop
@@ -21,7 +19,7 @@ def register() -> None:
 
     Observers and fake quantizers stand in ``MODELS`` under their class names.
     """
-    entries: list[tuple[Any, type]] = [
+    entries: list[tuple[Registry, type]] = [
         (HOOKS, QPRFusionHook),
         (HOOKS, MimicNormHook),
         (LOOPS, RepAPQTestLoop),

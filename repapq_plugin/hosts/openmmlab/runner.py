@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
+from mmengine.config import Config
 from mmengine.runner import Runner
 
 from repapq_plugin.hosts.openmmlab.hooks import QPRFusionHook
@@ -21,7 +21,7 @@ class RepAPQRunner(Runner):  # type: ignore[misc]
     """
 
     @classmethod
-    def from_cfg(cls, cfg: Any) -> RepAPQRunner:
+    def from_cfg(cls, cfg: Config) -> RepAPQRunner:
         """Build a runner from a config with a ``repapq`` dict (the arguments of `RepAPQTestLoop`).
 
         Raises:

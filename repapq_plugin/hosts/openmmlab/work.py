@@ -1,4 +1,4 @@
-"""The steps that the test loop and the command line share: calibrate, export, open a runtime."""
+"""What a quantization is made of: calibrate, take the network part out, export it, open a runtime, time it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from repapq_plugin.evaluation.latency import measure_latency
 from repapq_plugin.evaluation.runtimes import OnnxRuntimeNetwork, OpenVINONetwork
 from repapq_plugin.export.openvino import OpenVINOSummary, export_openvino, layer_kernels
 from repapq_plugin.export.qdq_onnx import OnnxSummary, export_onnx
-from repapq_plugin.hosts.openmmlab.network import TensorPath, prepare, run_batch, serving_points
-from repapq_plugin.hosts.openmmlab.other_hosts import Engine, QuantizedNetwork
+from repapq_plugin.hosts.openmmlab.network import TensorPath, preprocess, run_batch, serving_points
+from repapq_plugin.hosts.openmmlab.other_hosts import QuantizedNetwork, QuantizeNetwork
 from repapq_plugin.job import Progress, quantize_model
 from repapq_plugin.result import CalibrationResult
 
@@ -29,8 +29,27 @@ RESULT_FILE = "repapq.safetensors"
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
 """What the main file of each export format ends in."""
 
-RUNTIME_FORMATS = {"onnxruntime": "onnx", "openvino": "openvino"}
-"""Which export format each runtime is given."""
+
+class Latency(TypedDict, total=False):
+    """Times of networks that took turns on OpenVINO.
+
+    Attributes:
+        median_ms: Milliseconds of one run, by name: the median over the rounds.
+        min_ms: The fastest round.
+        max_ms: The slowest round.
+        speedup: Median ratio of the first network's time to that of each other one.
+        rounds: How many rounds were timed.
+        threads: Threads of one run; ``None`` lets OpenVINO choose.
+        how: All that in a line.
+    """
+
+    median_ms: dict[str, float]
+    min_ms: dict[str, float]
+    max_ms: dict[str, float]
+    speedup: dict[str, float]
+    rounds: int
+    threads: int | None
+    how: str
 
 
 @dataclass(frozen=True)
@@ -44,6 +63,12 @@ class Exported:
 
     files: tuple[Path, ...]
     summary: OnnxSummary | OpenVINOSummary
+
+    @classmethod
+    def of(cls, summary: OnnxSummary | OpenVINOSummary) -> Exported:
+        """Return what a summary speaks of."""
+        weights = (summary.weights_path,) if isinstance(summary, OpenVINOSummary) else ()
+        return cls((summary.path, *weights), summary)
 
     @property
     def path(self) -> Path:
@@ -71,7 +96,7 @@ def writable_folder(path: str | Path) -> Path:
 
 def calibrate(
     model: nn.Module,
-    batches: Sequence[Any],
+    batches: Sequence[object],
     config: RepAPQConfig,
     progress: Callable[[Progress], None] | None = None,
 ) -> CalibrationResult:
@@ -81,37 +106,30 @@ def calibrate(
         return quantize_model(model, batches, config, forward_fn=run_batch, progress=progress)
 
 
-def calibrate_with_engine(
-    engine: Engine,
+def calibrate_on_host(
+    quantize: QuantizeNetwork,
     model: nn.Module,
-    batches: Sequence[Any],
+    batches: Sequence[object],
     config: RepAPQConfig,
     progress: Callable[[Progress], None] | None,
-    options: Mapping[str, Any],
+    options: Mapping[str, object],
 ) -> QuantizedNetwork:
-    """Let another engine quantize a toolbox model's network part; the model is not changed.
+    """Let another host quantize a toolbox model's network part; the model is not changed.
 
     Raises:
         HostError: The model has no network part that can be taken out.
     """
     serving_points(model)
     with torch.no_grad():
-        images = [prepare(model, batch)["inputs"] for batch in batches]
+        images = [preprocess(model, batch)["inputs"] for batch in batches]
     with torch.enable_grad():
-        return engine(TensorPath(model).eval(), images, config, progress, options)
+        return quantize(TensorPath(model).eval(), images, config, progress, options)
 
 
-def exported_by_engine(quantized: QuantizedNetwork, example: Tensor, path: Path, kind: str) -> Exported:
-    """Let the engine export what it quantized; see `export_network`."""
-    summary = quantized.export(kind, example, path)
-    weights = (summary.weights_path,) if isinstance(summary, OpenVINOSummary) else ()
-    return Exported((summary.path, *weights), summary)
-
-
-def example_images(model: nn.Module, batches: Sequence[Any]) -> Tensor:
+def example_images(model: nn.Module, batches: Sequence[object]) -> Tensor:
     """Return the first image of the first batch as the network sees it, float ``(1, C, H, W)``."""
     with torch.no_grad():
-        images: Tensor = prepare(model, batches[0])["inputs"]
+        images = preprocess(model, batches[0])["inputs"]
     return images[:1].clone()
 
 
@@ -120,7 +138,7 @@ def export_network(model: nn.Module, example: Tensor, path: Path, kind: str) -> 
 
     Args:
         model: A detector, classifier or segmentor, quantized or float.
-        example: Prepared image, float ``(1, C, H, W)``; its size is the exported one.
+        example: Preprocessed image, float ``(1, C, H, W)``; its size is the exported one.
         path: File to write, without suffix.
         kind: ``'onnx'`` or ``'openvino'``.
 
@@ -129,12 +147,15 @@ def export_network(model: nn.Module, example: Tensor, path: Path, kind: str) -> 
         ExportError: See `export_onnx` and `export_openvino`.
     """
     serving_points(model)
-    network, target = TensorPath(model).eval(), path.with_name(path.name + SUFFIXES[kind])
+    return export_tensor_path(TensorPath(model).eval(), example, path, kind)
+
+
+def export_tensor_path(network: nn.Module, example: Tensor, path: Path, kind: str) -> Exported:
+    """Export a network part that was taken out already; see `export_network`."""
+    target = path.with_name(path.name + SUFFIXES[kind])
     if kind == "onnx":
-        written = export_onnx(network, example, target)
-        return Exported((written.path,), written)
-    converted = export_openvino(network, example, target)
-    return Exported((converted.path, converted.weights_path), converted)
+        return Exported.of(export_onnx(network, example, target))
+    return Exported.of(export_openvino(network, example, target))
 
 
 def open_network(path: str | Path, backend: str, threads: int | None = None) -> nn.Module:
@@ -161,18 +182,16 @@ def open_network(path: str | Path, backend: str, threads: int | None = None) -> 
 
 def compare_on_openvino(
     paths: Mapping[str, Path], example: Tensor, threads: int | None = None
-) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
+) -> tuple[Latency, dict[str, dict[str, str]]]:
     """Time exported networks in turn on OpenVINO, and read which kernels they ran.
 
     Args:
         paths: ``.xml`` files by the names to report them under.
-        example: Prepared image, float ``(1, C, H, W)``.
+        example: Preprocessed image, float ``(1, C, H, W)``.
         threads: Threads of one run; ``None`` lets OpenVINO choose.
 
     Returns:
-        The timing (``median_ms``, ``min_ms``, ``max_ms`` by name, ``speedup`` of each name against
-        the first, ``rounds``, ``threads``, ``how``), and by name the kernel of each convolution and
-        matrix product (those in integers end in ``I8``).
+        The timing, and by name the kernel of each convolution and matrix product (those in integers end in ``I8``).
     """
     # Fixed shapes and no precision hint: the quickest that the runtime has to offer either network.
     networks = {
@@ -185,7 +204,7 @@ def compare_on_openvino(
     )
     first = next(iter(paths))
     size = "x".join(str(side) for side in example.shape)
-    latency = {
+    latency: Latency = {
         "median_ms": dict(report.median_ms),
         "min_ms": dict(report.min_ms),
         "max_ms": dict(report.max_ms),

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
@@ -19,12 +17,11 @@ from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.errors import ConfigError, HostError
+from repapq_plugin.hosts.openmmlab._compat import drop_hooks_on_weights, name_experiment, remove_hook
 from repapq_plugin.hosts.openmmlab.checkpoint import load_weights
 from repapq_plugin.hosts.openmmlab.data import calibration_batches
-from repapq_plugin.hosts.openmmlab.hooks import drop_hooks_on_weights
 from repapq_plugin.hosts.openmmlab.mimicnorm import MimicNormHook
 from repapq_plugin.hosts.openmmlab.network import run_batch, serve_with
-from repapq_plugin.hosts.openmmlab.other_hosts import OWN
 from repapq_plugin.hosts.openmmlab.settings import Settings, settings_of
 from repapq_plugin.hosts.openmmlab.work import calibrate, example_images, writable_folder
 from repapq_plugin.job import Progress, merge_for_inference
@@ -91,17 +88,13 @@ class Workbench:
         seed: int | None = None,
         need_weights: bool = True,
         need_scores: bool = True,
-        overrides: Mapping[str, Any] | None = None,
+        overrides: Mapping[str, object] | None = None,
     ) -> None:
-        overrides = dict(overrides or {})
+        said = dict(overrides or {})
         if seed is not None:
-            overrides["quantizer"] = {**overrides.get("quantizer", {}), "seed": seed}
-        self.settings: Settings = settings_of(cfg, **overrides)
-        if self.settings.engine != OWN:
-            raise HostError(
-                f"quantizer.type={self.settings.engine!r} quantizes in RepAPQTestLoop: run the toolbox's test tool on "
-                f"{cfg.filename}, or leave the type out."
-            )
+            keys = said.get("quantizer")
+            said["quantizer"] = {**(keys if isinstance(keys, Mapping) else {}), "seed": seed}
+        self.settings: Settings = settings_of(cfg, **said)
         for key in ("test_dataloader", "test_evaluator"):
             if need_scores and not cfg.get(key):
                 raise HostError(
@@ -120,11 +113,11 @@ class Workbench:
         if need_weights:
             load_weights(self.runner.model, str(self.checkpoint))
         self.model: nn.Module = self.runner.model.eval()
-        self._batches: list[Any] | None = None
+        self._batches: list[object] | None = None
         self._example: Tensor | None = None
 
     @property
-    def batches(self) -> list[Any]:
+    def batches(self) -> list[object]:
         """The calibration batches, loaded once.
 
         Raises:
@@ -139,7 +132,7 @@ class Workbench:
 
     @property
     def example(self) -> Tensor:
-        """One prepared image, float ``(1, C, H, W)``: of the calibration data, or the test data without any."""
+        """One preprocessed image, float ``(1, C, H, W)``: of the calibration data, or the test data without any."""
         if self._example is None:
             settings = self.settings
             try:
@@ -156,14 +149,13 @@ class Workbench:
     def calibrate(
         self, config: RepAPQConfig | None = None, progress: Callable[[Progress], None] | None = None
     ) -> CalibrationResult:
-        """Quantize a copy of the float model."""
+        """Quantize a copy of the float model with the plugin's own quantizers."""
         return calibrate(self.model, self.batches, config or self.settings.quantizer, progress)
 
     def merged(self) -> nn.Module:
         """Return a float copy with branches merged and norms folded: what the integer network competes with."""
         with torch.no_grad():
-            network, _, _, _ = merge_for_inference(self.model, lambda model: run_batch(model, self.batches[0]))
-        return network
+            return merge_for_inference(self.model, lambda model: run_batch(model, self.batches[0])).network
 
     def score(
         self, model: nn.Module, network: nn.Module | None = None, report: Report | None = None
@@ -198,11 +190,7 @@ def _build_runner(cfg: Config, folder: Path, seed: int, with_test_loop: bool) ->
     cfg.load_from, cfg.resume = None, False
     cfg.launcher = "none"
     cfg.log_level = "WARNING"
-    # One experiment per process and moment: mmengine's loggers and visualizers are global by their names, and one of
-    # an earlier runner would write into that one's folder.
-    cfg.experiment_name = f"repapq_{time.time_ns()}"
-    if cfg.get("visualizer"):
-        cfg.visualizer.name = cfg.experiment_name
+    name_experiment(cfg)
     cfg.randomness = {**(cfg.get("randomness") or {}), "seed": seed}
     try:
         runner: Runner = RUNNERS.build(cfg)
@@ -219,7 +207,7 @@ class _ReportHook(Hook):  # type: ignore[misc]
     def __init__(self, report: Report) -> None:
         self.report = report
 
-    def after_test_iter(self, runner: Runner, batch_idx: int, **_: Any) -> None:
+    def after_test_iter(self, runner: Runner, batch_idx: int, **_: object) -> None:
         self.report(batch_idx + 1, len(runner.test_dataloader))
 
 
@@ -233,4 +221,4 @@ def _reporting(runner: Runner, report: Report | None) -> Iterator[None]:
     try:
         yield
     finally:
-        runner.hooks.remove(hook)
+        remove_hook(runner, hook)

@@ -14,8 +14,9 @@ from mmpretrain.registry import MODELS
 from torch.ao.nn import quantized as nnq
 
 from integration.openmmlab.scenes import CLASSIFIER, DETECTOR, FEW_ITEMS, FEW_SCENES
+from repapq_plugin.core.tensors import tensors_of
 from repapq_plugin.errors import ConfigError, HostError
-from repapq_plugin.hosts.openmmlab.network import flatten, prepare
+from repapq_plugin.hosts.openmmlab.network import preprocess
 from repapq_plugin.hosts.openmmlab.workbench import open_config
 
 QUICK = {"preset": "w8a8", "steps": 0, "activation_observer": "min_max", "equalize": False}
@@ -35,14 +36,14 @@ def test_the_detector_is_scored_by_another_host(kind: str, detector_checkpoint: 
     metrics = runner.test()
     record = json.loads((tmp_path / kind / "result.json").read_text())
     assert record["scores"]["repapq"] == pytest.approx(metrics)
-    assert record["settings"]["engine"] == kind
+    assert record["settings"]["host"] == kind
     assert not any("simulated" in note for note in record["calibration"]["notes"])
     assert (tmp_path / kind / "repapq.safetensors").stat().st_size > 100_000
     loop: Any = runner.test_loop
-    images = prepare(runner.model, next(iter(runner.test_dataloader)))["inputs"]
+    images = preprocess(runner.model, next(iter(runner.test_dataloader)))["inputs"]
     with torch.no_grad():
-        calibrated = list(flatten(loop.result.model(images)))
-        other = list(flatten(loop.network(images)))
+        calibrated = tensors_of(loop.result.model(images))
+        other = tensors_of(loop.network(images))
     for expected, got in zip(calibrated, other, strict=True):
         if kind == "PT2E":
             assert torch.equal(got, expected)

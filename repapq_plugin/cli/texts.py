@@ -1,0 +1,77 @@
+"""Help texts of the commands."""
+
+CLI_HELP = """\
+Post-training quantization of reparameterized networks (RepAPQ) for OpenMMLab configs.
+
+\b
+  repapq quantize CONFIG [CHECKPOINT]   float in, INT8 files and a comparison out
+  repapq eval     CONFIG RESULT         score a result, simulated or on a runtime
+  repapq export   CONFIG RESULT         write a result as ONNX or OpenVINO
+  repapq doctor                         what is installed and works together
+
+CONFIG is any mmdet, mmyolo, mmpretrain or mmseg config of a model with a training set and a test set. Scores are
+always the toolbox's own metric on the config's test set.
+
+Exit codes: 0 done, 1 wrong input or no room (said in a few lines), 2 command not understood, 130 interrupted (nothing
+is left half written).
+"""
+
+QUANTIZE_HELP = """\
+Quantize the model of CONFIG and compare it with the float one.
+
+Loads CHECKPOINT (default: the config's load_from), merges the branches, calibrates, and writes to the work folder:
+
+\b
+  repapq.safetensors    the quantized network, for `repapq eval` and
+                        `repapq export`
+  repapq.onnx           QDQ ONNX: int8 weights, one Quantize/Dequantize
+                        pair per quantized tensor
+  repapq.xml, .bin      the same network for OpenVINO
+  float.xml, .bin       the float network, merged, to compare with
+  result.json           everything in the table, and more (below)
+  repapq.log, toolbox/  what the toolbox printed and logged
+
+Another host quantizes with -q type=NNCF, -q type=TorchAO or -q type=PT2E, or where the config says so. NNCF saves
+nncf.pth in place of repapq.safetensors, and writes no ONNX.
+
+\b
+result.json holds:
+  config, checkpoint    their paths
+  scheme, settings      bits and ranges; all quantizer keys, seed,
+                        calibration source and number of samples
+  scores                all metrics of the toolbox, for float, plain_ptq,
+                        repapq (simulated, or as another host runs it)
+                        and openvino
+  size_bytes            of float, onnx and openvino
+  latency               milliseconds for a batch of one on OpenVINO,
+                        float and INT8 measured in turn
+  kernels               kernel of each layer in OpenVINO's executed
+                        graph; integer ones end in I8
+  exports               operators, Quantize/Dequantize pairs, integer
+                        layers, largest difference from torch
+  calibration           per unit: stage, loss before and after, kept or
+                        not, seconds; merged blocks and their largest
+                        error; bits per layer; float layers and why
+  files, seconds, versions, machine
+"""
+
+EVAL_HELP = """\
+Score RESULT with the toolbox's own metric on the test set of CONFIG.
+
+RESULT is a repapq.safetensors, or an exported .onnx or .xml. A runtime takes the network part of the model;
+preprocessing, decoding and the metric stay the toolbox's. A .safetensors scored on a runtime is exported to a
+temporary folder first. What NNCF quantized is scored by its .xml.
+"""
+
+EXPORT_HELP = """\
+Write RESULT (a repapq.safetensors) as QDQ ONNX or as OpenVINO IR.
+
+The file holds the network part of the model of CONFIG: preprocessed images in, raw outputs of the head out. Its image
+size is that of the config's calibration images; the batch size stays open.
+"""
+
+DOCTOR_HELP = """\
+Say what is installed, what of it works together, and what to do about the rest.
+
+Exit codes: 0 all that is installed works together, 1 something of it does not.
+"""

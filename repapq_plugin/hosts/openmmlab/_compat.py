@@ -1,0 +1,74 @@
+"""All that this package uses of mmengine and the toolboxes without their promise to keep it.
+
+Seen on onedl-mmengine 0.10.12 and visaion4mmyolo 0.6.1. Each use has a test of its own, which fails where the thing
+is gone.
+"""
+
+from __future__ import annotations
+
+import time
+from importlib.util import find_spec
+
+from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.hooks import EMAHook, Hook
+from mmengine.runner import Runner
+from mmengine.utils import is_installed
+
+DEPLOY_HOOK = "SwitchToDeployHook"
+"""mmyolo's hook, by name: this package imports no toolbox."""
+
+
+def drop_hooks_on_weights(runner: Runner) -> None:
+    """Take the hooks that change the model around an evaluation out of a runner that only evaluates.
+
+    `EMAHook` swaps parameters with its own copy of the model by position, which breaks once modules were replaced. A
+    checkpoint's ``state_dict`` holds the averaged weights already. mmyolo's ``SwitchToDeployHook`` would merge the
+    branches of the float model in place and drop their norms, so that a saved result no longer fits the config's model.
+
+    Args:
+        runner: Its list of hooks is replaced.
+    """
+    # A new list, because a hook may be calling this from within the runner's loop over the old one.
+    runner._hooks = [
+        hook for hook in runner.hooks if not isinstance(hook, EMAHook) and type(hook).__name__ != DEPLOY_HOOK
+    ]
+
+
+def remove_hook(runner: Runner, hook: Hook) -> None:
+    """Undo ``runner.register_hook(hook)``.
+
+    Args:
+        runner: Where the hook was registered.
+        hook: The very object.
+    """
+    runner.hooks.remove(hook)  # the property hands out the list itself
+
+
+def name_experiment(cfg: Config) -> None:
+    """Give a config an experiment name of its own, in place.
+
+    mmengine keeps loggers and visualizers for the whole process by their names. One of an earlier runner would go on
+    writing into that runner's folder.
+
+    Args:
+        cfg: A config from which one runner is built.
+    """
+    cfg.experiment_name = f"repapq_{time.time_ns()}"
+    if cfg.get("visualizer"):
+        cfg.visualizer.name = cfg.experiment_name
+
+
+def add_scope(scope: str) -> None:
+    """Let ``<scope>::...`` name configs of the package ``scope``; again is harmless.
+
+    mmengine looks a name before ``::`` up in a table of its own. A toolbox that comes under another distribution name
+    than this table expects is looked up by its module instead, so that its ``mmseg::...`` names work as well.
+
+    Args:
+        scope: Import name of a package with a folder ``.mim/configs``.
+    """
+    MODULE2PACKAGE.setdefault(scope, scope)
+    for module, package in MODULE2PACKAGE.items():
+        if module != package and not is_installed(package) and find_spec(module) is not None:
+            MODULE2PACKAGE[module] = module

@@ -1,0 +1,308 @@
+"""The steps of a quantization, written once: the test loop takes some of them, the command ``repapq`` takes all."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmengine.config import Config
+from torch import Tensor, nn
+
+from repapq_plugin.errors import ResultError
+from repapq_plugin.evaluation.processor import saturation_note
+from repapq_plugin.hosts.openmmlab.network import TensorPath
+from repapq_plugin.hosts.openmmlab.other_hosts import OWN, QuantizedNetwork, find_host
+from repapq_plugin.hosts.openmmlab.record import Record
+from repapq_plugin.hosts.openmmlab.settings import RUNTIME_FORMATS, Settings
+from repapq_plugin.hosts.openmmlab.work import (
+    RESULT_FILE,
+    Exported,
+    calibrate,
+    calibrate_on_host,
+    compare_on_openvino,
+    example_images,
+    export_network,
+    export_tensor_path,
+    open_network,
+)
+from repapq_plugin.hosts.openmmlab.workbench import Report, Workbench
+from repapq_plugin.job import Progress
+from repapq_plugin.result import CalibrationResult
+
+Step = Callable[[str, str], AbstractContextManager[Report]]
+"""``step(name, text)`` is told that a step begins and ends, and yields what is told how far it is."""
+
+EXPORTED = "repapq"
+"""Name of exported files, without suffix."""
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """A quantized toolbox model, whichever host quantized it.
+
+    Args:
+        model: The toolbox model to test: with quantizers in it, or the float one around another ``network``.
+        result: How it came about.
+        network: What computes the network part in the model's place; ``None`` lets the model do it.
+        hosted: What the host returned that made ``network``; ``None`` where the plugin's own quantizers are in it.
+    """
+
+    model: nn.Module
+    result: CalibrationResult
+    network: nn.Module | None = None
+    hosted: QuantizedNetwork | None = None
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write what brings the network back into ``folder``; return the files.
+
+        Raises:
+            ResultError: A file cannot be written.
+        """
+        if self.hosted is not None:
+            return self.hosted.save(folder)
+        return [self.result.save(folder / RESULT_FILE)]
+
+    def export(self, kind: str, example: Tensor, path: Path) -> Exported:
+        """Write the network part for a runtime.
+
+        Args:
+            kind: ``'onnx'`` or ``'openvino'``.
+            example: Preprocessed image, float ``(1, C, H, W)``.
+            path: File to write, without suffix.
+
+        Raises:
+            HostError: The model has no network part that can be taken out.
+            ExportError: It cannot be exported.
+        """
+        if self.hosted is not None:
+            return Exported.of(self.hosted.export(kind, example, path))
+        if self.network is not None:
+            return export_tensor_path(self.network, example, path, kind)
+        return export_network(self.model, example, path, kind)
+
+
+def quantize(
+    model: nn.Module,
+    batches: Sequence[object],
+    settings: Settings,
+    progress: Callable[[Progress], None] | None = None,
+) -> QuantizedModel:
+    """Quantize a toolbox model as settings say: with the plugin's own quantizers, or by another host.
+
+    Args:
+        model: A float detector, classifier or segmentor; not changed.
+        batches: Collated calibration batches.
+        settings: See `Settings`.
+        progress: Called as the work goes on.
+
+    Raises:
+        HostError: Another host is asked for, and the model has no network part that can be taken out.
+        ConfigError: The host does not take the configuration or its options.
+        CalibrationError: See `quantize_model`.
+    """
+    if settings.host == OWN:
+        result = calibrate(model, batches, settings.quantizer, progress)
+        return QuantizedModel(result.model, result)
+    hosted = calibrate_on_host(find_host(settings.host), model, batches, settings.quantizer, progress, settings.options)
+    return QuantizedModel(model, hosted.result, hosted.network, hosted)
+
+
+def load_quantized(path: Path, model: nn.Module) -> QuantizedModel:
+    """Rebuild a saved result on the toolbox model it was made from; it runs simulated.
+
+    Args:
+        path: A ``repapq.safetensors``: of a whole model, or of a network part that was calibrated for another host.
+        model: The float model of the config; not changed.
+
+    Raises:
+        ResultError: The file is missing or no such result, or belongs to another model.
+    """
+    try:
+        result = CalibrationResult.load(path, model)
+        return QuantizedModel(result.model, result)
+    except ResultError as error:
+        try:
+            result = CalibrationResult.load(path, TensorPath(model).eval())
+        except ResultError:
+            raise error from None
+        return QuantizedModel(model, result, result.model)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """A quantized toolbox model with its files and its record.
+
+    Args:
+        quantized: The network.
+        example: Preprocessed image, float ``(1, C, H, W)``, of the size that is exported.
+        folder: Work folder.
+        record: Grows with each step.
+    """
+
+    quantized: QuantizedModel
+    example: Tensor
+    folder: Path
+    record: Record
+
+    @classmethod
+    def start(
+        cls,
+        cfg: Config,
+        checkpoint: str | None,
+        model: nn.Module,
+        batches: Sequence[object],
+        settings: Settings,
+        folder: Path,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Quantization:
+        """Quantize a model, save the result and begin its record.
+
+        Args:
+            cfg: The whole config.
+            checkpoint: Path of the float weights.
+            model: The float model; not changed.
+            batches: Collated calibration batches.
+            settings: What the config says about RepAPQ.
+            folder: Work folder.
+            progress: Called as the work goes on.
+
+        Raises:
+            HostError, ConfigError, CalibrationError: See `quantize`.
+            ResultError: The result cannot be written.
+        """
+        example = example_images(model, batches)
+        quantized = quantize(model, batches, settings, progress)
+        record = Record.start(cfg, checkpoint, settings, quantized.result)
+        record.add_file("result", *quantized.save(folder))
+        return cls(quantized, example, folder, record)
+
+    def export(self, kind: str) -> Exported:
+        """Write the network part as ``'onnx'`` or ``'openvino'``.
+
+        Raises:
+            HostError, ExportError: See `QuantizedModel.export`.
+        """
+        exported = self.quantized.export(kind, self.example, self.folder / EXPORTED)
+        self.record.add_exported(kind, exported)
+        return exported
+
+    def network_on(self, backend: str) -> nn.Module | None:
+        """Return what computes the network part on a backend; ``None``: the model itself.
+
+        Args:
+            backend: One of `BACKENDS`; for a runtime its file must have been exported.
+        """
+        kind = RUNTIME_FORMATS.get(backend)
+        return self.quantized.network if kind is None else open_network(self.record.files[kind][0], backend)
+
+    def add_scores(self, backend: str, metrics: dict[str, float]) -> None:
+        """Keep the metrics of an evaluation on a backend."""
+        self.record.add_scores(backend if backend in RUNTIME_FORMATS else "repapq", metrics)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the scores should know."""
+        notes = list(self.quantized.result.notes)
+        if "openvino" in self.record.scores:
+            notes.append(saturation_note(self.quantized.result.config.reduce_range))
+        return notes
+
+
+def quantize_and_compare(bench: Workbench, step: Step, *, compare: bool, threads: int | None) -> Quantization:
+    """Quantize the model of a workbench, score it, export it, and set it beside the float one.
+
+    Args:
+        bench: Holds the float model with its weights.
+        step: Told about each step.
+        compare: Score the float network and plain PTQ too.
+        threads: Threads of OpenVINO while it is timed; ``None`` lets it choose.
+
+    Returns:
+        The quantization; its record is not written yet.
+
+    Raises:
+        RepAPQError: A step cannot be done.
+    """
+    settings, scores = bench.settings, dict[str, dict[str, float]]()
+    with step("load_data", "Loading calibration images") as report:
+        images = len(bench.batches)
+        report(images, images)
+    if compare:
+        with step("score_float", "Scoring the float network") as report:
+            scores["float"] = bench.score(bench.model, report=report)
+        scores["plain_ptq"] = _score_plain(bench, step)
+    with step("calibrate", "Calibrating RepAPQ") as report:
+        done = Quantization.start(
+            bench.cfg, bench.checkpoint, bench.model, bench.batches, settings, bench.folder, _counting(report)
+        )
+    for name, metrics in scores.items():
+        done.record.add_scores(name, metrics)
+    model = done.quantized.model
+    how = "simulated" if settings.host == OWN else settings.host
+    with step("score_repapq", f"Scoring RepAPQ ({how})") as report:
+        done.add_scores("simulated", bench.score(model, done.network_on("simulated"), report))
+    for kind in settings.export:
+        with step(f"export_{kind}", f"Exporting {kind}"):
+            done.export(kind)
+    if "openvino" in settings.export:
+        with step("score_openvino", "Scoring OpenVINO INT8") as report:
+            done.add_scores("openvino", bench.score(model, done.network_on("openvino"), report))
+        with step("latency", "Measuring latency"):
+            merged = export_network(bench.merged(), bench.example, bench.folder / "float", "openvino")
+            done.record.add_exported("float", merged)
+            paths = {"float": merged.path, "openvino": Path(done.record.files["openvino"][0])}
+            done.record.latency, done.record.kernels = compare_on_openvino(paths, bench.example, threads)
+    return done
+
+
+def score_result(
+    bench: Workbench, path: Path, backend: str, step: Step, folder: Path
+) -> tuple[dict[str, float], list[str]]:
+    """Score a saved or exported network with the toolbox's own loop, data and metric.
+
+    Args:
+        bench: Holds the model of the config; its weights do not matter.
+        path: A ``.safetensors``, ``.onnx`` or ``.xml`` file.
+        backend: One of `BACKENDS`.
+        step: Told about each step.
+        folder: Takes what has to be exported first.
+
+    Returns:
+        All metrics, and what a reader of them should know.
+
+    Raises:
+        ResultError, ExportError, HostError: The file cannot be read, exported or run.
+    """
+    kind, notes = RUNTIME_FORMATS.get(backend), list[str]()
+    model, network = bench.model, None
+    if path.suffix != Path(RESULT_FILE).suffix:
+        network = open_network(path, backend)
+    else:
+        loaded = load_quantized(path, bench.model)
+        model, network = loaded.model, loaded.network
+        if kind is not None:
+            with step("export", f"Exporting for {backend}"):
+                exported = loaded.export(kind, bench.example, folder / EXPORTED)
+            network = open_network(exported.path, backend)
+        elif network is not None:
+            notes.append(f"{path.name} was calibrated for another host; here its integers are simulated.")
+        if backend == "openvino":
+            notes.append(saturation_note(loaded.result.config.reduce_range))
+    with step("score", f"Scoring {path.name} ({backend})") as report:
+        return bench.score(model, network, report), [note for note in notes if note]
+
+
+def _score_plain(bench: Workbench, step: Step) -> dict[str, float]:
+    """Score plain PTQ by the same host; its network is gone when this returns."""
+    settings = dataclasses.replace(bench.settings, quantizer=bench.settings.quantizer.plain())
+    with step("calibrate_plain_ptq", "Plain PTQ") as report:
+        plain = quantize(bench.model, bench.batches, settings, _counting(report))
+    with step("score_plain_ptq", "Scoring plain PTQ") as report:
+        return bench.score(plain.model, plain.network, report)
+
+
+def _counting(report: Report) -> Callable[[Progress], None]:
+    return lambda progress: report(progress.done, progress.total)
