@@ -4,31 +4,54 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor, nn
 
-from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.errors import ExportError, HostError
 from repapq_plugin.export.openvino import OpenVINOSummary, export_openvino
 from repapq_plugin.export.qdq_onnx import OnnxSummary, export_onnx
-from repapq_plugin.job import Progress, quantize_model
-from repapq_plugin.result import CalibrationResult
+from repapq_plugin.result import Calibrated, CalibrationResult
 
 logger = logging.getLogger(__name__)
 
 SAVED_AS = "repapq.safetensors"
 """Name of the saved calibration in a folder."""
 
-Maker = Callable[[nn.Module, Sequence[Tensor]], nn.Module]
-"""``maker(calibrated network, batches of images)`` returns the form in which a host runs it."""
+
+class QuantizedNetwork(Protocol):
+    """What every host gives back for a network that takes images."""
+
+    @property
+    def network(self) -> nn.Module:
+        """What the host runs: images, float ``(N, C, H, W)``, to the raw outputs."""
+
+    @property
+    def result(self) -> CalibrationResult:
+        """The record of the calibration."""
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write into ``folder`` what brings the network back; return the files."""
+
+    def export(self, kind: str, example: Tensor, path: Path) -> OnnxSummary | OpenVINOSummary:
+        """Write the network for a runtime.
+
+        Args:
+            kind: ``'onnx'`` or ``'openvino'``.
+            example: Images, float ``(N, C, H, W)``.
+            path: File to write, without suffix.
+
+        Raises:
+            ExportError: The host has no such export.
+        """
 
 
 @dataclass(frozen=True)
 class HostedNetwork:
-    """What a host runs, and the calibration that it stands for.
+    """What a host runs, and the calibration that it stands for; a `QuantizedNetwork`.
 
     Args:
         network: Takes images and returns the raw outputs.
@@ -60,27 +83,20 @@ class HostedNetwork:
         raise ExportError(f"kind={kind!r} is not allowed; choose onnx or openvino.")
 
 
-def calibrate_for_host(
-    network: nn.Module,
-    images: Sequence[Tensor],
-    config: RepAPQConfig,
-    progress: Callable[[Progress], None] | None,
-    maker: Maker,
-) -> HostedNetwork:
-    """Calibrate a network and hand it to a host; where the host cannot take it, it stays simulated.
+def converted_or_simulated(calibrated: Calibrated, convert: Callable[[nn.Module], nn.Module]) -> HostedNetwork:
+    """Hand a calibrated network to a host; where the host cannot take it, it stays simulated.
 
     Args:
-        network: Takes images, float ``(N, C, H, W)``; not changed.
-        images: Calibration batches.
-        config: Bits, ranges and calibration.
-        progress: Called as the work goes on.
-        maker: Makes the host's form; raises `HostError` with the reason where it cannot.
+        calibrated: A network with the plugin's own quantizers, and its record.
+        convert: Returns the host's form of the network; raises `HostError` with the reason where it cannot.
+
+    Returns:
+        The host's form; or the simulated network, with the reason in the notes of the record.
     """
-    result = quantize_model(network, images, config, progress=progress)
+    result = CalibrationResult(**vars(calibrated))
     try:
-        made = maker(result.model, images)
+        return HostedNetwork(convert(result.model), result)
     except HostError as error:
         note = f"The network runs simulated: {error}"
         logger.warning(note)
         return HostedNetwork(result.model, dataclasses.replace(result, notes=(*result.notes, note)))
-    return HostedNetwork(made, result)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
+from torch import nn
 from torchao.quantization.pt2e import FakeQuantizeBase
 
+from repapq_plugin.hosts.pt2e._compat import factory_of
 from repapq_plugin.hosts.pt2e.observers import (
     MinMaxObserver,
     PerChannelMinMaxObserver,
     TorchaoObserver,
     torch_ao_type,
 )
-from repapq_plugin.observers import RangeObserver
 from repapq_plugin.quantizers import fake_quantize as core
 
 
@@ -21,30 +23,51 @@ class LearnableFakeQuantize(core.LearnableFakeQuantize, FakeQuantizeBase):  # ty
     """`repapq_plugin.LearnableFakeQuantize` for pt2e.
 
     Args:
-        observer: One of this host's observers (or a partial of one).
+        observer: One of this host's observers (or a partial of one); default: `MinMaxObserver`.
         dtype: ``torch.uint8`` or ``torch.int8``; pt2e says which.
-        **kwargs: See `repapq_plugin.LearnableFakeQuantize`.
+        quant_min: Smallest integer of the grid; default: the observer's.
+        quant_max: Largest integer of the grid; default: the observer's.
+        is_dynamic: Must be false.
+        drop_probability: See `repapq_plugin.LearnableFakeQuantize`.
+        **observer_kwargs: Handed to ``observer``.
 
     Raises:
         HostError: Called by something other than pt2e.
         ConfigError: A value is not allowed.
     """
 
-    def __init__(self, observer: Any = MinMaxObserver, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+    observes_by: ClassVar[type[TorchaoObserver]] = MinMaxObserver
+    """The observer where none is named."""
+
+    scheme: ClassVar[torch.qscheme | None] = None
+    """The ``qscheme`` where none is named; ``None``: the observer's."""
+
+    def __init__(
+        self,
+        observer: Callable[..., nn.Module] | None = None,
+        dtype: torch.dtype | None = None,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        is_dynamic: bool = False,
+        drop_probability: float = 0.0,
+        **observer_kwargs: object,
+    ) -> None:
         inner = torch_ao_type(type(self), dtype)
+        make: Callable[..., nn.Module] = observer or self.observes_by
 
-        def watch(**arguments: Any) -> RangeObserver:
-            made = observer(**{**arguments, "dtype": dtype})
-            watched: RangeObserver = made.observer if isinstance(made, TorchaoObserver) else made
-            return watched
+        def watch(**arguments: object) -> nn.Module:
+            made = make(**{**arguments, "dtype": dtype})
+            return made.observer if isinstance(made, TorchaoObserver) else made
 
-        super().__init__(observer=watch, dtype=inner, **kwargs)
+        if self.scheme is not None:
+            observer_kwargs.setdefault("qscheme", self.scheme)
+        super().__init__(watch, quant_min, quant_max, is_dynamic, drop_probability, dtype=inner, **observer_kwargs)
         self.dtype = dtype
 
     @classmethod
-    def with_args(cls, **kwargs: Any) -> Any:
+    def with_args(cls, **kwargs: object) -> Callable[..., LearnableFakeQuantize]:
         """Return a factory of this class with some arguments set, as torchao's fake quantizers do."""
-        return FakeQuantizeBase.with_args.__func__(cls, **kwargs)
+        return factory_of(cls, **kwargs)
 
     @classmethod
     def adopt(cls, learned: core.LearnableFakeQuantize) -> LearnableFakeQuantize:
@@ -69,6 +92,5 @@ class LearnableFakeQuantize(core.LearnableFakeQuantize, FakeQuantizeBase):  # ty
 class PerChannelLearnableFakeQuantize(LearnableFakeQuantize):
     """`LearnableFakeQuantize` with a scale per channel; the name is what pt2e looks for."""
 
-    def __init__(self, observer: Any = PerChannelMinMaxObserver, **kwargs: Any) -> None:
-        kwargs.setdefault("qscheme", torch.per_channel_symmetric)
-        super().__init__(observer=observer, **kwargs)
+    observes_by = PerChannelMinMaxObserver
+    scheme = torch.per_channel_symmetric

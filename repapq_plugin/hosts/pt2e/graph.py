@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch.fx import GraphModule, Node
@@ -11,7 +11,7 @@ from torchao.quantization.pt2e import FakeQuantizeBase, ObserverBase
 
 aten = torch.ops.aten
 
-LAYER_TARGETS: dict[Any, int] = {
+LAYER_TARGETS: dict[object, int] = {
     aten.conv2d.default: 0,
     aten.conv2d.padding: 0,
     aten.linear.default: 0,
@@ -37,16 +37,7 @@ def groups(node: Node) -> int:
     return int(cast(int, node.args[6])) if len(node.args) > 6 else 1
 
 
-def module_path(node: Node) -> str:
-    """Return the path of the module that called a node, ``""`` of the network itself."""
-    stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
-    path = str(list(stack.values())[-1][0]) if stack else ""
-    for prefix in ("L['self']", "L__self__"):
-        path = path.removeprefix(prefix)
-    return path.lstrip(".")
-
-
-def quantizer_at(graph: GraphModule, node: Any) -> torch.nn.Module | None:
+def quantizer_at(graph: GraphModule, node: object) -> torch.nn.Module | None:
     """Return the observer or fake quantizer that ``node`` calls, if it calls one."""
     if not isinstance(node, Node) or node.op != "call_module":
         return None
@@ -70,4 +61,4 @@ def ends(graph: GraphModule) -> tuple[set[Node], set[Node]]:
 
 
 def _data_inputs(node: Node, layers: set[Node]) -> list[Node]:
-    return [node.args[0]] if node in layers else node.all_input_nodes  # type: ignore[list-item]
+    return [cast(Node, node.args[0])] if node in layers else node.all_input_nodes

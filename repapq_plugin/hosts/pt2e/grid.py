@@ -8,13 +8,14 @@ of its grid and then quantized by 8 bits of the same step.
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from repapq_plugin.export.deploy import CONTAINERS
+from repapq_plugin.core.quant_primitives import CONTAINERS, grid_bounds
+from repapq_plugin.hosts.pt2e._compat import copy_facts
 from repapq_plugin.hosts.pt2e.fake_quantize import LearnableFakeQuantize
 from repapq_plugin.hosts.pt2e.graph import quantizer_at
 from repapq_plugin.hosts.pt2e.observers import TorchaoObserver
@@ -39,10 +40,8 @@ def carry_grid(prepared: GraphModule) -> GraphModule:
         stored = CONTAINERS[cast(torch.dtype, quantizer.dtype)]
         if (quantizer.quant_min, quantizer.quant_max) == stored:
             continue
-        scale, zero_point = quantizer.calculate_qparams()
-        step, zero = float(scale), int(zero_point)
-        bounds = ((quantizer.quant_min - zero) * step, (quantizer.quant_max - zero) * step)
-        _clamp_before(prepared, node, bounds)
+        qparams = quantizer.calculate_qparams()
+        _clamp_before(prepared, node, grid_bounds(*qparams, quantizer.quant_min, quantizer.quant_max))
         name = f"{node.target}_carried"
         if name not in dict(prepared.named_modules()):
             prepared.add_submodule(name, _widened(quantizer, stored))
@@ -56,18 +55,18 @@ def _clamp_before(prepared: GraphModule, node: Node, bounds: tuple[float, float]
     source = cast(Node, node.args[0])
     with prepared.graph.inserting_before(node):
         clamp = prepared.graph.call_function(torch.ops.aten.clamp.default, (source, *bounds))
-    clamp.meta = {key: source.meta[key] for key in ("val", "tensor_meta", "nn_module_stack") if key in source.meta}
+    copy_facts(source, clamp, with_modules=True)
     node.update_arg(0, clamp)
 
 
-def _widened(quantizer: nn.Module, stored: tuple[int, int]) -> nn.Module:
+def _widened(quantizer: LearnableFakeQuantize | TorchaoObserver, stored: tuple[int, int]) -> nn.Module:
     """Return a quantizer of the same step and zero point on the whole grid of its type."""
     if isinstance(quantizer, LearnableFakeQuantize):
-        wide: Any = copy.deepcopy(quantizer)
+        wide = copy.deepcopy(quantizer)
         wide.enable_observer(False)
     else:
-        wide = LearnableFakeQuantize(dtype=cast(torch.dtype, quantizer.dtype), qscheme=quantizer.qscheme)
+        wide = LearnableFakeQuantize(dtype=quantizer.dtype, qscheme=quantizer.qscheme)
         wide.enable_observer(False)
-        wide.set_qparams(*cast(Any, quantizer).calculate_qparams())
+        wide.set_qparams(*quantizer.calculate_qparams())
     wide.quant_min, wide.quant_max = stored
-    return cast(nn.Module, wide)
+    return wide

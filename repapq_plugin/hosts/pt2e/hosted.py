@@ -1,48 +1,23 @@
-"""pt2e as an engine: a calibrated network as one converted graph for batches of any size."""
+"""pt2e behind the call that every host has: calibrate a network of images, and run it as a converted graph."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
 from repapq_plugin.config import RepAPQConfig
-from repapq_plugin.errors import ConfigError
-from repapq_plugin.hosts.hosted import HostedNetwork, calibrate_for_host
-from repapq_plugin.hosts.pt2e.learned import prepare_learned
-from repapq_plugin.job import Progress
-
-SMALLEST_EXAMPLE = 2
-"""Images in the batch that is exported: of one alone, torch.export would make a constant."""
-
-
-def converted_network(network: nn.Module, images: Sequence[Tensor]) -> nn.Module:
-    """Return the converted form of a calibrated network that takes images, ``(N, C, H, W)``, with N open.
-
-    Args:
-        network: Holds quantized layers; not changed.
-        images: The first batch is the example of the export.
-
-    Raises:
-        HostError: See `prepare_learned`.
-    """
-    example = images[0]
-    if len(example) < SMALLEST_EXAMPLE:
-        example = example.expand(SMALLEST_EXAMPLE, *example.shape[1:]).contiguous()
-    shapes = {0: torch.export.Dim("batch", min=1)}
-    converted: nn.Module = convert_pt2e(prepare_learned(network, (example,), dynamic_shapes=(shapes,)))
-    return converted
+from repapq_plugin.hosts.hosted import HostedNetwork
+from repapq_plugin.hosts.pt2e.backend import Pt2eBackend
+from repapq_plugin.job import Job, Report
 
 
 def quantize_network(
     network: nn.Module,
     images: Sequence[Tensor],
     config: RepAPQConfig,
-    progress: Callable[[Progress], None] | None = None,
-    options: Mapping[str, Any] | None = None,
+    progress: Report | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> HostedNetwork:
     """Calibrate a network and convert it with pt2e.
 
@@ -59,7 +34,6 @@ def quantize_network(
 
     Raises:
         ConfigError: An option is given.
+        CalibrationError: See `quantize_model`.
     """
-    if options:
-        raise ConfigError(f"options.{min(options)} is not a key; pt2e takes no options.")
-    return calibrate_for_host(network, images, config, progress, converted_network)
+    return Job(Pt2eBackend(options), config, report=progress).run(network, images)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -13,21 +13,26 @@ from torchao.quantization.pt2e.quantizer import Quantizer
 from repapq_plugin.errors import HostError
 from repapq_plugin.export.deploy import without_quantizers
 from repapq_plugin.export.qdq_onnx import quantized_module
+from repapq_plugin.hosts.pt2e._compat import copy_facts, module_path
 from repapq_plugin.hosts.pt2e.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
-from repapq_plugin.hosts.pt2e.graph import layer_nodes, module_path, quantizer_at
+from repapq_plugin.hosts.pt2e.graph import layer_nodes, quantizer_at
 from repapq_plugin.hosts.pt2e.grid import carry_grid
 from repapq_plugin.hosts.pt2e.observers import TorchaoObserver
 from repapq_plugin.hosts.pt2e.quantizer import RepAPQQuantizer
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize as CoreFakeQuantize
 from repapq_plugin.quantizers.layers import QuantizedLayer
+from repapq_plugin.result import Calibrated
+
+DynamicShapes = dict[str, object] | tuple[object, ...] | list[object]
+"""Open dimensions, as ``torch.export.export`` takes them."""
 
 
 def prepare_learned(
-    model_or_result: Any,
-    example_inputs: tuple[Any, ...],
+    model_or_result: nn.Module | Calibrated,
+    example_inputs: tuple[object, ...],
     *,
     quantizer: Quantizer | None = None,
-    dynamic_shapes: Any = None,
+    dynamic_shapes: DynamicShapes | None = None,
     strict: bool = False,
 ) -> GraphModule:
     """Return what pt2e prepares of a calibrated network, with the calibration's result in it.
@@ -60,7 +65,7 @@ def prepare_learned(
     return carry_over(model, prepared)
 
 
-def carry_over(model_or_result: Any, prepared: GraphModule) -> GraphModule:
+def carry_over(model_or_result: nn.Module | Calibrated, prepared: GraphModule) -> GraphModule:
     """Fill a prepared graph with learned quantizers, in place.
 
     Every layer that the calibration quantized gets its own, whatever the graph's quantizer had
@@ -109,10 +114,10 @@ def _quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     return layers
 
 
-def _observed(prepared: GraphModule, node: Any) -> Node:
+def _observed(prepared: GraphModule, node: object) -> Node:
     """Return the tensor behind observers and fake quantizers."""
     while quantizer_at(prepared, node) is not None:
-        node = node.args[0]
+        node = cast(Node, node).args[0]
     return cast(Node, node)
 
 
@@ -123,7 +128,7 @@ def _insert(prepared: GraphModule, source: Node, quantizer: CoreFakeQuantize, nu
     prepared.add_submodule(name, kind.adopt(quantizer))
     with prepared.graph.inserting_after(source):
         node = prepared.graph.call_module(name, (source,))
-    node.meta = {key: source.meta[key] for key in ("val", "tensor_meta") if key in source.meta}
+    copy_facts(source, node)
     return node
 
 

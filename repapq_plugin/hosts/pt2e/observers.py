@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torchao.quantization.pt2e import ObserverBase
 
 from repapq_plugin import observers as core
 from repapq_plugin.errors import HostError
+
+OBSERVERS: dict[str, type[TorchaoObserver]] = {}
+"""Classes of this module by the name a configuration uses."""
 
 TORCH_AO_TYPES = {torch.uint8: torch.quint8, torch.int8: torch.qint8}
 """torchao names an integer type where torch.ao has a type of its own."""
@@ -32,6 +36,8 @@ def torch_ao_type(kind: type, dtype: torch.dtype | None) -> torch.dtype:
 class TorchaoObserver(ObserverBase):  # type: ignore[misc]
     """Watches tensors for pt2e.
 
+    A subclass says whom it lets watch: ``class MAEObserver(TorchaoObserver, watches=core.MAEObserver)``.
+
     Args:
         dtype: ``torch.uint8`` or ``torch.int8``; pt2e says which.
         is_dynamic: Must be false.
@@ -44,10 +50,16 @@ class TorchaoObserver(ObserverBase):  # type: ignore[misc]
 
     watches: ClassVar[type[core.RangeObserver]]
 
-    def __init__(self, dtype: torch.dtype | None = None, is_dynamic: bool = False, **kwargs: Any) -> None:
+    def __init_subclass__(cls, watches: type[core.RangeObserver]) -> None:
+        super().__init_subclass__()
+        cls.watches = watches
+        OBSERVERS.update({name: cls for name, watched in core.OBSERVERS.items() if watched is watches})
+
+    def __init__(self, dtype: torch.dtype | None = None, is_dynamic: bool = False, **kwargs: object) -> None:
         inner = torch_ao_type(type(self), dtype)
         super().__init__(dtype=dtype, is_dynamic=is_dynamic)
-        self.observer = self.watches(dtype=inner, is_dynamic=is_dynamic, **kwargs)
+        watcher: Callable[..., core.RangeObserver] = self.watches
+        self.observer = watcher(dtype=inner, is_dynamic=is_dynamic, **kwargs)
         self.qscheme, self.ch_axis = self.observer.qscheme, self.observer.ch_axis
         self.quant_min, self.quant_max = self.observer.quant_min, self.observer.quant_max
 
@@ -56,50 +68,30 @@ class TorchaoObserver(ObserverBase):  # type: ignore[misc]
         observed: Tensor = self.observer(x)
         return observed
 
-    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
+    def calculate_qparams(self, **_: object) -> tuple[Tensor, Tensor]:
         """Return ``scale`` (float32) and ``zero_point`` (int64), ``(1,)`` or ``(channels,)``."""
         return self.observer.calculate_qparams()
 
 
-class MinMaxObserver(TorchaoObserver):
-    """`repapq_plugin.observers.MinMaxObserver` for pt2e."""
-
-    watches = core.MinMaxObserver
+class MinMaxObserver(TorchaoObserver, watches=core.MinMaxObserver):
+    """The smallest and the largest value, for pt2e."""
 
 
-class PerChannelMinMaxObserver(TorchaoObserver):
-    """`repapq_plugin.observers.PerChannelMinMaxObserver` for pt2e."""
-
-    watches = core.PerChannelMinMaxObserver
+class PerChannelMinMaxObserver(TorchaoObserver, watches=core.PerChannelMinMaxObserver):
+    """The smallest and the largest value of each channel, for pt2e."""
 
 
-class MSEObserver(TorchaoObserver):
-    """`repapq_plugin.observers.MSEObserver` for pt2e."""
-
-    watches = core.MSEObserver
+class MSEObserver(TorchaoObserver, watches=core.MSEObserver):
+    """The range of the smallest mean squared error, for pt2e."""
 
 
-class PerChannelMSEObserver(TorchaoObserver):
-    """`repapq_plugin.observers.PerChannelMSEObserver` for pt2e."""
-
-    watches = core.PerChannelMSEObserver
+class PerChannelMSEObserver(TorchaoObserver, watches=core.PerChannelMSEObserver):
+    """The range of the smallest mean squared error in each channel, for pt2e."""
 
 
-class MAEObserver(TorchaoObserver):
-    """`repapq_plugin.observers.MAEObserver` for pt2e."""
-
-    watches = core.MAEObserver
+class MAEObserver(TorchaoObserver, watches=core.MAEObserver):
+    """The range of the smallest mean absolute error, for pt2e."""
 
 
-class PercentileObserver(TorchaoObserver):
-    """`repapq_plugin.observers.PercentileObserver` for pt2e."""
-
-    watches = core.PercentileObserver
-
-
-OBSERVERS: dict[str, type[TorchaoObserver]] = {
-    name: next(kind for kind in TorchaoObserver.__subclasses__() if kind.watches is watched)
-    for name, watched in core.OBSERVERS.items()
-    if any(kind.watches is watched for kind in TorchaoObserver.__subclasses__())
-}
-"""Classes of this module by the name a configuration uses."""
+class PercentileObserver(TorchaoObserver, watches=core.PercentileObserver):
+    """The range between two percentiles, for pt2e."""

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import cast
 
 import torch
 from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
+from torchao.quantization.pt2e.quantizer import QuantizationSpec, Quantizer
 
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.quant_primitives import activation_bounds, weight_bounds
+from repapq_plugin.hosts.pt2e._compat import annotate, is_annotated, module_path, quantizer_of_inductor
 from repapq_plugin.hosts.pt2e.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
-from repapq_plugin.hosts.pt2e.graph import ends, groups, layer_nodes, module_path, output_axis
-from repapq_plugin.hosts.pt2e.observers import OBSERVERS
-
-ANNOTATION = "quantization_annotation"
-"""Key of a node's ``meta`` that pt2e reads."""
+from repapq_plugin.hosts.pt2e.graph import ends, groups, layer_nodes, output_axis
+from repapq_plugin.hosts.pt2e.observers import OBSERVERS, TorchaoObserver
+from repapq_plugin.policy import bits_of, check_patterns, is_kept_float, lone_activation_observer, observer_arguments
 
 
 class RepAPQQuantizer(Quantizer):  # type: ignore[misc]
@@ -41,36 +40,35 @@ class RepAPQQuantizer(Quantizer):  # type: ignore[misc]
         self.is_qat = is_qat
 
     def annotate(self, model: GraphModule) -> GraphModule:
-        """Say for every layer of an exported graph how its input and its weight are quantized."""
+        """Say for every layer of an exported graph how its input and its weight are quantized.
+
+        Raises:
+            ConfigError: A pattern of ``keep_float`` or ``layer_bits`` matches no layer of the graph.
+        """
+        self._check_patterns(model)
         first, last = ends(model)
         specs: dict[tuple[int, int, int], tuple[QuantizationSpec, QuantizationSpec]] = {}
         for node in layer_nodes(model):
-            bits = self._bits(node, node in first or node in last)
-            if bits is None or ANNOTATION in node.meta:
+            if is_annotated(node) or self._stays_float(node):
                 continue
+            bits = bits_of(module_path(node), node in first or node in last, self.config)
             key = (*bits, output_axis(node))
             activation, weight = specs.setdefault(key, quantization_specs(self.config, *key, is_qat=self.is_qat))
-            node.meta[ANNOTATION] = QuantizationAnnotation(
-                input_qspec_map={node.args[0]: activation, node.args[1]: weight}, _annotated=True
-            )
+            annotate(node, {cast(Node, node.args[0]): activation, cast(Node, node.args[1]): weight})
         return model
 
     def validate(self, model: GraphModule) -> None:
         """Nothing to object to: what is not annotated stays float."""
 
-    def _bits(self, node: Node, at_an_end: bool) -> tuple[int, int] | None:
-        config, name = self.config, module_path(node)
-        if any(fnmatchcase(name, pattern) or fnmatchcase(name, pattern + ".*") for pattern in config.keep_float):
-            return None
-        if output_axis(node) == 1 and groups(node) > 1:
-            return None  # its weight has no axis of output channels
-        bits = (config.weight_bits, config.activation_bits)
-        if config.first_last_bits is not None and at_an_end:
-            bits = (config.first_last_bits, config.first_last_bits)
-        for pattern, special in config.layer_bits.items():
-            if fnmatchcase(name, pattern):
-                bits = special
-        return bits
+    def _stays_float(self, node: Node) -> bool:
+        no_channel_axis = output_axis(node) == 1 and groups(node) > 1  # the case of `policy.NO_CHANNEL_AXIS`
+        return no_channel_axis or is_kept_float(module_path(node), self.config)
+
+    def _check_patterns(self, model: GraphModule) -> None:
+        layers = {module_path(node) for node in layer_nodes(model)}
+        around = {name[:end] for name in layers for end, letter in enumerate(name) if letter == "."}
+        check_patterns(self.config.keep_float, layers | around, "keep_float")
+        check_patterns(self.config.layer_bits, layers, "layer_bits")
 
 
 def quantization_specs(
@@ -85,14 +83,15 @@ def quantization_specs(
         ch_axis: Axis of the weight's output channels.
         is_qat: See `RepAPQQuantizer`.
     """
-    name = "mse" if config.activation_observer == "auto" else config.activation_observer
-    extra: dict[str, Any] = {"percentile": config.percentile} if name == "percentile" else {}
-    observer, weight_observer = OBSERVERS[name], OBSERVERS[f"per_channel_{config.weight_observer}"]
+    name = lone_activation_observer(config)
+    extra = observer_arguments(name, config)
+    observer: Callable[..., TorchaoObserver] = OBSERVERS[name]
+    weight_observer = OBSERVERS[f"per_channel_{config.weight_observer}"]
     if is_qat:
         activation = LearnableFakeQuantize.with_args(observer=partial(observer, **extra))
         weight = PerChannelLearnableFakeQuantize.with_args(observer=weight_observer)
     else:
-        activation, weight = observer.with_args(**extra), weight_observer.with_args()
+        activation, weight = OBSERVERS[name].with_args(**extra), weight_observer.with_args()
     bounds = weight_bounds(config.weight_bits_used(weight_bits))
     return (
         QuantizationSpec(torch.uint8, activation, *activation_bounds(activation_bits), torch.per_tensor_affine),
@@ -106,9 +105,6 @@ def x86_inductor_quantizer(config: RepAPQConfig | str = "w8a8", *, is_qat: bool 
     It knows one width for the whole network, and also quantizes poolings and concatenations between
     integer layers.
     """
-    from torchao.quantization.pt2e.quantizer.utils import QuantizationConfig
-    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
-
     config = RepAPQConfig.from_preset(config) if isinstance(config, str) else config
     activation, weight = quantization_specs(config, config.weight_bits, config.activation_bits, is_qat=is_qat)
-    return X86InductorQuantizer().set_global(QuantizationConfig(activation, activation, weight, None, is_qat))
+    return quantizer_of_inductor(activation, weight, is_qat=is_qat)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import TypedDict, cast
 
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
@@ -46,34 +46,53 @@ def quantized_network(prepared: GraphModule) -> GraphModule:
 
 def _module_of(network: GraphModule, node: Node) -> nn.Module:
     """Return the layer that a node computes, as a module."""
-    arguments = [*node.args, *[None] * 9]
+    arguments: list[object] = [*node.args, *[None] * 9]
     weight = _tensor(network, cast(Node, node.args[1]).args[0])
     bias = None if arguments[2] is None else _tensor(network, arguments[2])
     if node.target is aten.linear.default:
         return _filled(nn.Linear(weight.shape[1], weight.shape[0]), weight, bias)
-    settings: dict[str, Any] = {"stride": arguments[3] or 1, "padding": arguments[4] or 0}
-    size = cast("tuple[int, int]", tuple(weight.shape[2:]))
+    rows, columns = weight.shape[2:]
+    settings = _Settings(stride=_pair(arguments[3], 1), groups=int(cast(int, arguments[6] or 1)))
     if node.target is aten.conv_transpose2d.input:
-        groups = int(cast(int, arguments[6] or 1))
-        settings |= {"output_padding": arguments[5] or 0, "groups": groups, "dilation": arguments[7] or 1}
-        made: nn.Module = nn.ConvTranspose2d(weight.shape[0], weight.shape[1] * groups, size, **_tuples(settings))
+        made: nn.Module = nn.ConvTranspose2d(
+            weight.shape[0],
+            weight.shape[1] * settings["groups"],
+            (rows, columns),
+            padding=_pair(arguments[4], 0),
+            output_padding=_pair(arguments[5], 0),
+            dilation=_pair(arguments[7], 1),
+            **settings,
+        )
     else:
-        groups = int(cast(int, arguments[6] or 1))
-        settings |= {"dilation": arguments[5] or 1, "groups": groups}
-        made = nn.Conv2d(weight.shape[1] * groups, weight.shape[0], size, **_tuples(settings))
+        padding = arguments[4]
+        made = nn.Conv2d(
+            weight.shape[1] * settings["groups"],
+            weight.shape[0],
+            (rows, columns),
+            padding=padding if isinstance(padding, str) else _pair(padding, 0),
+            dilation=_pair(arguments[5], 1),
+            **settings,
+        )
     return _filled(made, weight, bias)
 
 
-def _tuples(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+class _Settings(TypedDict):
+    stride: tuple[int, int]
+    groups: int
 
 
-def _tensor(network: GraphModule, node: Any) -> Tensor:
-    path, _, name = str(node.target).rpartition(".")
+def _pair(argument: object, default: int) -> tuple[int, int]:
+    """Return a stride, a padding or a dilation for both axes; an operator leaves out what is ``default``."""
+    given = argument if isinstance(argument, list | tuple) else [argument or default]
+    return cast(int, given[0]), cast(int, given[-1])
+
+
+def _tensor(network: GraphModule, node: object) -> Tensor:
+    path, _, name = str(cast(Node, node).target).rpartition(".")
     return cast(Tensor, getattr(network.get_submodule(path), name))
 
 
-def _filled(layer: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def _filled(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-    return cast(nn.Module, layer)
+    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+    return layer

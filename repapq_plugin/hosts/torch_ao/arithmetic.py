@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,10 @@ from torch.fx import GraphModule
 
 from repapq_plugin.core.quant_primitives import quantize
 from repapq_plugin.evaluation.processor import has_vnni
+from repapq_plugin.hosts.torch_ao._compat import RECTIFIED, GridModule, layer_of
 from repapq_plugin.hosts.torch_ao.engines import INTEGER_BIAS, checked_engine, exact_engine
 from repapq_plugin.hosts.torch_ao.fx import ENGINE
-from repapq_plugin.hosts.torch_ao.grid import RECTIFIED, carry_grid, layer_of, quantizer_at, weight_quantizer_of
+from repapq_plugin.hosts.torch_ao.grid import carry_grid, quantizer_at, weight_quantizer_of
 from repapq_plugin.hosts.torch_ao.outputs import STORED_BOUNDS
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
 from repapq_plugin.quantizers.layers import QUANTIZABLE, apply_layer, output_channels_axis
@@ -71,9 +72,9 @@ class Stored(nn.Module):
         quantizer: Says scale, zero point and type.
     """
 
-    def __init__(self, quantizer: nn.Module) -> None:
+    def __init__(self, quantizer: GridModule) -> None:
         super().__init__()
-        self.grid, self.dtype = _qparams(quantizer), cast(torch.dtype, quantizer.dtype)
+        self.grid, self.dtype = _qparams(quantizer), quantizer.dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x``, float32 of any shape, on the grid."""
@@ -95,15 +96,21 @@ class IntegerSums(nn.Module):
     """
 
     def __init__(
-        self, module: nn.Module, weight: LearnableFakeQuantize, source: nn.Module, target: nn.Module, engine: str
+        self, module: nn.Module, weight: LearnableFakeQuantize, source: GridModule, target: GridModule, engine: str
     ) -> None:
         super().__init__()
-        layer = cast(Any, layer_of(module))
+        layer = layer_of(module)
+        bias = cast("Tensor | None", layer.bias)
         self.rectified = isinstance(module, RECTIFIED)
         self.rounding = _rounding(engine, layer)
         self.shape = (-1,) if isinstance(layer, nn.Linear) else (-1, 1, 1)
         codes = quantize(
-            layer.weight.detach(), weight.scale, weight.zero_point, weight.quant_min, weight.quant_max, weight.ch_axis
+            cast(Tensor, layer.weight).detach(),
+            weight.scale,
+            weight.zero_point,
+            weight.quant_min,
+            weight.quant_max,
+            weight.ch_axis,
         )
         others = [axis for axis in range(codes.dim()) if axis != output_channels_axis(layer)]
         largest = STORED_BOUNDS[1] * int(codes.abs().sum(others).max())
@@ -114,7 +121,7 @@ class IntegerSums(nn.Module):
         self.source, self.target = _qparams(source), _qparams(target)
         # Products of floats in the engines' own order: another one rounds differently.
         self.step = (self.source.scale * weight.scale.detach().flatten()).reshape(self.shape)
-        self.bias = torch.zeros(()) if layer.bias is None else layer.bias.detach().reshape(self.shape)
+        self.bias = torch.zeros(()) if bias is None else bias.detach().reshape(self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """Sum, rescale and round ``x``, float32 ``(N, C, H, W)``, or ``(..., features)`` for a linear layer."""
@@ -134,8 +141,8 @@ class QParams(NamedTuple):
     zero_point: Tensor
 
 
-def _qparams(quantizer: nn.Module) -> QParams:
-    scale, zero_point = cast(Any, quantizer).calculate_qparams()
+def _qparams(quantizer: GridModule) -> QParams:
+    scale, zero_point = quantizer.calculate_qparams()
     return QParams(scale.detach().float().reshape(()), zero_point.float().reshape(()))
 
 
@@ -159,6 +166,6 @@ def _onednn(sums: Tensor, bias: Tensor, step: Tensor, grid: QParams) -> Tensor:
 def _rounding(engine: str, layer: nn.Module) -> Rounding:
     if engine in INTEGER_BIAS:
         return _qnnpack
-    convolution = not isinstance(layer, nn.Linear)
-    by_onednn = engine == "x86" and has_vnni() and convolution and cast(Any, layer).groups <= ONEDNN_GROUPS
+    groups = None if isinstance(layer, nn.Linear) else cast(int, layer.groups)
+    by_onednn = engine == "x86" and has_vnni() and groups is not None and groups <= ONEDNN_GROUPS
     return _onednn if engine == "onednn" or by_onednn else _fbgemm

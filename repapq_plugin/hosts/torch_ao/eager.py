@@ -6,15 +6,23 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.ao.quantization import DeQuantStub, QuantStub, QuantWrapper, convert, fuse_modules, prepare
 
+from repapq_plugin.core.hooks import Hooks
+from repapq_plugin.core.running import Batch, ForwardFn, call_model
 from repapq_plugin.errors import CalibrationError, HostError
 from repapq_plugin.export.deploy import without_quantizers
 from repapq_plugin.export.qdq_onnx import quantized_module
+from repapq_plugin.hosts.torch_ao._compat import (
+    GridModule,
+    new_qconfig,
+    output_quantizer_of,
+    set_qconfig,
+)
 from repapq_plugin.hosts.torch_ao.engines import (
     CLAMPS_CONTIGUOUS,
     INTEGER_BIAS,
@@ -25,18 +33,18 @@ from repapq_plugin.hosts.torch_ao.engines import (
 )
 from repapq_plugin.hosts.torch_ao.grid import absorb_norms, grid_range, lay_bias_on_grid, lay_on_grid
 from repapq_plugin.hosts.torch_ao.outputs import find_ranges, output_quantizer
-from repapq_plugin.hosts.torch_ao.qconfig import new_qconfig
 from repapq_plugin.hosts.torch_ao.ready import Ready
-from repapq_plugin.job import call_model
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
 from repapq_plugin.quantizers.layers import QuantizedLayer
-from repapq_plugin.quantizers.trace import hooked
-
-Forward = Callable[[nn.Module, Any], Any]
+from repapq_plugin.result import Calibrated
 
 
 def prepare_learned_eager(
-    model_or_result: Any, data: Iterable[Any], *, backend: str | None = None, forward_fn: Forward | None = None
+    model_or_result: nn.Module | Calibrated,
+    data: Iterable[Batch],
+    *,
+    backend: str | None = None,
+    forward_fn: ForwardFn | None = None,
 ) -> nn.Module:
     """Return what eager ``prepare`` makes of a calibrated network, with the calibration's result in it.
 
@@ -100,11 +108,10 @@ def convert_eager(prepared: nn.Module, backend: str | None = None) -> nn.Module:
     absorb_norms(carried)
     for name, module in carried.named_modules():
         lay_on_grid(module)
-        quantizer = getattr(module, "activation_post_process", None)
-        if isinstance(quantizer, nn.Module) and not isinstance(module, LearnableFakeQuantize):
-            bounds = grid_range(quantizer)
-            if bounds is not None:
-                clamps[name] = bounds
+        quantizer = output_quantizer_of(module)
+        bounds = None if quantizer is None else grid_range(cast(GridModule, quantizer))
+        if bounds is not None:
+            clamps[name] = bounds
     with integer_engine(engine), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         converted: nn.Module = convert(carried)  # type: ignore[no-untyped-call]
@@ -136,29 +143,31 @@ class QuantizedClamp(nn.Module):
         return f"{self.low:g}, {self.high:g}"
 
 
-def _fuse_rectifiers(model: nn.Module, layers: list[str], run: Callable[[], Any]) -> nn.Module:
+def _fuse_rectifiers(model: nn.Module, layers: list[str], run: Callable[[], object]) -> nn.Module:
     """Fuse each layer with the ReLU that reads its output, where one module does so at every call."""
     makers: dict[int, tuple[str, Tensor]] = {}
     readers: dict[str, set[str]] = {}
 
-    def made_by(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: Any, output: Tensor) -> None:
+    def made_by(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def hook(_: nn.Module, args: object, output: Tensor) -> None:
             makers[id(output)] = (name, output)  # kept alive, so that the identity stays its own
 
         return hook
 
-    def read_by(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+    def read_by(name: str) -> Callable[[nn.Module, tuple[object, ...]], None]:
+        def hook(_: nn.Module, args: tuple[object, ...]) -> None:
             maker = makers.get(id(args[0]))
             if maker is not None:
                 readers.setdefault(maker[0], set()).add(name)
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(made_by(name)) for name in layers]
-    rectifiers = {name: module for name, module in model.named_modules() if type(module) is nn.ReLU}
-    handles += [module.register_forward_pre_hook(read_by(name)) for name, module in rectifiers.items()]
-    with hooked(handles), torch.no_grad():
+    with Hooks() as hooks, torch.no_grad():
+        for name in layers:
+            hooks.after(model.get_submodule(name), made_by(name))
+        for name, module in model.named_modules():
+            if type(module) is nn.ReLU:
+                hooks.before(module, read_by(name))
         run()
     fusable = (nn.Conv2d, nn.Linear)
     pairs = [
@@ -176,20 +185,20 @@ def _fuse_rectifiers(model: nn.Module, layers: list[str], run: Callable[[], Any]
 def _set_qconfigs(model: nn.Module, layers: dict[str, QuantizedLayer], engine: str) -> None:
     for module in model.modules():
         is_stub = isinstance(module, QuantStub | DeQuantStub)
-        cast(Any, module).qconfig = new_qconfig(output_quantizer, output_quantizer) if is_stub else None
+        set_qconfig(module, new_qconfig(output_quantizer, output_quantizer) if is_stub else None)
     for name, layer in layers.items():
-        module = cast(Any, model.get_submodule(name))
+        module = model.get_submodule(name)
         if has_kernel(layer, engine):
             for each in (module, *module.children()):
-                each.qconfig = new_qconfig(output_quantizer, Ready(layer.weight_fake_quant))
+                set_qconfig(each, new_qconfig(output_quantizer, Ready(layer.weight_fake_quant)))
 
 
 def _place_learned(
-    prepared: nn.Module, learned: dict[nn.Module, QuantizedLayer], run: Callable[[], Any], engine: str
+    prepared: nn.Module, learned: dict[nn.Module, QuantizedLayer], run: Callable[[], object], engine: str
 ) -> None:
     """Give each output that quantized layers read the grid that the first of them learned for it."""
     sources = _sources(prepared, learned, run)
-    held = {module.activation_post_process for module in prepared.modules() if _is_observed(module)}
+    held = {output_quantizer_of(module) for module in prepared.modules()}
     for module, layer in learned.items():
         source = sources.get(module)
         if source is not None and source in held and source.observing and layer.input_fake_quant.quantizing:
@@ -198,11 +207,6 @@ def _place_learned(
         source = sources.get(module)
         if engine in INTEGER_BIAS and source is not None and not source.observing:
             lay_bias_on_grid(module, source)
-
-
-def _is_observed(module: nn.Module) -> bool:
-    quantizer = getattr(module, "activation_post_process", None)
-    return isinstance(quantizer, LearnableFakeQuantize) and not isinstance(module, LearnableFakeQuantize)
 
 
 @torch.no_grad()
@@ -216,23 +220,26 @@ def _fill(quantizer: LearnableFakeQuantize, learned: LearnableFakeQuantize) -> N
 
 @torch.no_grad()
 def _sources(
-    prepared: nn.Module, layers: Iterable[nn.Module], run: Callable[[], Any]
+    prepared: nn.Module, layers: Iterable[nn.Module], run: Callable[[], object]
 ) -> dict[nn.Module, LearnableFakeQuantize]:
     """Return by layer the quantizer whose output it reads, if it is the same at every call."""
     made: dict[int, tuple[LearnableFakeQuantize, Tensor]] = {}
     read: dict[nn.Module, list[LearnableFakeQuantize | None]] = {}
 
-    def note_output(quantizer: nn.Module, _: Any, output: Tensor) -> None:
+    def note_output(quantizer: nn.Module, _: object, output: Tensor) -> None:
         made[id(output)] = (cast(LearnableFakeQuantize, quantizer), output)
 
-    def note_input(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    def note_input(layer: nn.Module, args: tuple[object, ...]) -> None:
         maker = made.get(id(args[0]))
         read.setdefault(layer, []).append(maker[0] if maker else None)
 
     quantizers = [module for module in prepared.modules() if isinstance(module, LearnableFakeQuantize)]
-    with hooked([quantizer.register_forward_hook(note_output) for quantizer in quantizers]):
-        with hooked([layer.register_forward_pre_hook(note_input) for layer in layers]), _looking_on(quantizers):
-            run()
+    with Hooks() as hooks, _looking_on(quantizers):
+        for quantizer in quantizers:
+            hooks.after(quantizer, note_output)
+        for layer in layers:
+            hooks.before(layer, note_input)
+        run()
     return {layer: made_by[0] for layer, made_by in read.items() if made_by[0] is not None and len(set(made_by)) == 1}
 
 

@@ -35,14 +35,14 @@ CLAMPS_CONTIGUOUS = ("qnnpack",)
 _said: set[str] = set()
 
 
-def checked_engine(name: str) -> str:
+def checked_engine(name: object) -> str:
     """Return ``name`` if torch has that engine here.
 
     Raises:
         ConfigError: It has not; the message lists those that it has.
     """
     supported = [engine for engine in ENGINES if engine in torch.backends.quantized.supported_engines]
-    if name not in supported:
+    if not isinstance(name, str) or name not in supported:
         raise ConfigError(f"backend={name!r} is not allowed; torch here has {', '.join(supported)}.")
     return name
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, cast
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 from torch.ao.quantization import QConfigMapping
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from torch.fx import Graph, GraphModule, Node, Tracer
 
+from repapq_plugin.core.running import Batch, ForwardFn, call_model
 from repapq_plugin.errors import HostError
 from repapq_plugin.export.deploy import without_quantizers
 from repapq_plugin.export.qdq_onnx import quantized_module
+from repapq_plugin.hosts.torch_ao._compat import new_qconfig
 from repapq_plugin.hosts.torch_ao.engines import (
     INTEGER_BIAS,
     checked_engine,
@@ -27,22 +28,21 @@ from repapq_plugin.hosts.torch_ao.engines import (
 )
 from repapq_plugin.hosts.torch_ao.grid import carry_grid, lay_biases_on_grid, quantizer_at, weight_quantizer_of
 from repapq_plugin.hosts.torch_ao.outputs import STORED_BOUNDS, find_ranges, output_quantizer
-from repapq_plugin.hosts.torch_ao.qconfig import new_qconfig
 from repapq_plugin.hosts.torch_ao.ready import Ready
-from repapq_plugin.job import call_model
 from repapq_plugin.quantizers.layers import QuantizedLayer
+from repapq_plugin.result import Calibrated
 
 ENGINE = "repapq_engine"
 """Under which a prepared graph's ``meta`` says what it was prepared for."""
 
 
 def prepare_learned(
-    model_or_result: Any,
-    example_inputs: tuple[Any, ...],
-    data: Iterable[Any],
+    model_or_result: nn.Module | Calibrated,
+    example_inputs: tuple[object, ...],
+    data: Iterable[Batch],
     *,
     backend: str | None = None,
-    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    forward_fn: ForwardFn | None = None,
 ) -> GraphModule:
     """Return what ``prepare_fx`` makes of a calibrated network, with the calibration's result in it.
 
@@ -118,8 +118,8 @@ def _bits(prepared: GraphModule) -> Iterator[tuple[int, int]]:
     for node in prepared.graph.nodes:
         source = quantizer_at(prepared, node.args[0]) if node.op == "call_module" and node.args else None
         weight = weight_quantizer_of(prepared.get_submodule(str(node.target))) if source is not None else None
-        if weight is not None:
-            yield weight.num_bits, int(cast(Any, source).quant_max).bit_length()
+        if source is not None and weight is not None:
+            yield weight.num_bits, int(source.quant_max).bit_length()
 
 
 class _LeafTracer(Tracer):

@@ -10,75 +10,51 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.ao.nn import intrinsic
-from torch.ao.nn.intrinsic import qat
-from torch.ao.quantization import FakeQuantizeBase, ObserverBase
-from torch.ao.quantization.fx._lower_to_native_backend import (
-    is_copy_node,
-    is_general_tensor_shape_node,
-    is_other_node,
-)
 from torch.fx import Graph, GraphModule, Node
 
-from repapq_plugin.export.deploy import CONTAINERS
+from repapq_plugin.core.quant_primitives import CONTAINERS, grid_bounds
+from repapq_plugin.hosts.torch_ao._compat import (
+    MOVING,
+    NORMED,
+    GridModule,
+    is_quantizer,
+    layer_of,
+    new_qconfig,
+    norm_of,
+    qconfig_of,
+    set_qconfig,
+    trained_weight_quantizer_of,
+)
 from repapq_plugin.hosts.torch_ao.engines import CLAMPS_CONTIGUOUS, INTEGER_BIAS, checked_engine, exact_engine
-from repapq_plugin.hosts.torch_ao.qconfig import new_qconfig
 from repapq_plugin.hosts.torch_ao.ready import Ready
 from repapq_plugin.observers import RangeObserver
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
-
-MOVING: tuple[Callable[[Node, dict[str, nn.Module]], tuple[bool, ...]], ...] = (
-    is_copy_node,
-    is_general_tensor_shape_node,
-    is_other_node,
-)
-"""torch.ao's own checks for operators that it takes to keep the grid of their input."""
-
-RECTIFIED = (
-    intrinsic.ConvReLU2d,
-    intrinsic.LinearReLU,
-    qat.ConvReLU2d,
-    qat.LinearReLU,
-    qat.ConvBnReLU2d,
-)
-"""What torch.ao fuses from a layer and its ReLU."""
-
-NORMED = (qat.ConvBn2d, qat.ConvBnReLU2d, qat.LinearBn1d)
-"""What torch.ao fuses from a layer and its batch norm to be trained; it quantizes the product of both."""
 
 STORED = {torch.quint8: CONTAINERS[torch.uint8], torch.qint8: CONTAINERS[torch.int8]}
 """Smallest and largest code of torch.ao's types."""
 
 
-def is_quantizer(module: object) -> bool:
-    """Whether torch.ao takes ``module`` for an observer or a fake quantizer."""
-    return isinstance(module, ObserverBase | FakeQuantizeBase)
-
-
-def quantizer_at(graph: GraphModule, node: Any) -> nn.Module | None:
+def quantizer_at(graph: GraphModule, node: object) -> GridModule | None:
     """Return the observer or fake quantizer that ``node`` calls, if it calls one."""
     if not isinstance(node, Node) or node.op != "call_module":
         return None
     module = graph.get_submodule(str(node.target))
-    return module if is_quantizer(module) else None
+    return cast(GridModule, module) if is_quantizer(module) else None
 
 
-def grid_range(quantizer: nn.Module) -> tuple[float, float] | None:
+def grid_range(quantizer: GridModule) -> tuple[float, float] | None:
     """Return the real range of a per-tensor grid, or ``None`` where its integers fill their type.
 
     The quantizer's ``dtype`` is quint8 or qint8.
     """
-    low, high = int(cast(Any, quantizer).quant_min), int(cast(Any, quantizer).quant_max)
-    dtype = cast(torch.dtype, quantizer.dtype)
-    if dtype not in STORED or STORED[dtype] == (low, high):
+    low, high = int(quantizer.quant_min), int(quantizer.quant_max)
+    if STORED.get(quantizer.dtype, (low, high)) == (low, high):
         return None
-    scale, zero_point = cast(Any, quantizer).calculate_qparams()
-    step, zero = float(scale), int(zero_point)
-    return (low - zero) * step, (high - zero) * step
+    return grid_bounds(*quantizer.calculate_qparams(), low, high)
 
 
 def carry_grid(prepared: GraphModule, backend: str | None = None) -> GraphModule:
@@ -135,7 +111,7 @@ def _clamp_behind(graph: Graph, node: Node, bounds: tuple[float, float], contigu
     """
     readers = list(node.users)
     last = node
-    steps: list[tuple[str, Any, tuple[float, ...]]] = [("call_function", torch.clamp, bounds)]
+    steps: list[tuple[str, Callable[..., object] | str, tuple[float, ...]]] = [("call_function", torch.clamp, bounds)]
     if contiguous:
         steps.insert(0, ("call_method", "contiguous", ()))
     for kind, target, arguments in steps:
@@ -158,13 +134,14 @@ def absorb_norms(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, NORMED):
-            layer, norm = cast(Any, module), cast(Any, module.bn)
-            factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-            bias = 0 if layer.bias is None else layer.bias
-            layer.bias = nn.Parameter(norm.bias + (bias - norm.running_mean) * factor)
-            layer.weight.copy_(layer.weight * factor.reshape(-1, *[1] * (layer.weight.dim() - 1)))
+            norm, weight = norm_of(module), cast(nn.Parameter, module.weight)
+            mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+            factor = norm.weight / torch.sqrt(variance + norm.eps)
+            bias = 0 if module.bias is None else module.bias
+            module.bias = nn.Parameter(norm.bias + (bias - mean) * factor)
+            weight.copy_(weight * factor.reshape(-1, *[1] * (weight.dim() - 1)))
             norm.eps = 0.0
-            for kept, value in ((norm.weight, 1), (norm.bias, 0), (norm.running_mean, 0), (norm.running_var, 1)):
+            for kept, value in ((norm.weight, 1), (norm.bias, 0), (mean, 0), (variance, 1)):
                 kept.fill_(value)
 
 
@@ -177,7 +154,7 @@ def lay_biases_on_grid(prepared: GraphModule) -> None:
 
 
 @torch.no_grad()
-def lay_bias_on_grid(module: nn.Module, source: nn.Module) -> None:
+def lay_bias_on_grid(module: nn.Module, source: GridModule) -> None:
     """Round a layer's bias, in place, to multiples of input scale times weight scale, in which its sums count.
 
     Args:
@@ -186,25 +163,18 @@ def lay_bias_on_grid(module: nn.Module, source: nn.Module) -> None:
     """
     bias, quantizer = getattr(layer_of(module), "bias", None), weight_quantizer_of(module)
     if quantizer is not None and isinstance(bias, nn.Parameter):
-        step = cast(Any, source).calculate_qparams()[0] * quantizer.scale
+        step = source.calculate_qparams()[0] * quantizer.scale
         bias.copy_(torch.round(bias / step) * step)
-
-
-def layer_of(module: nn.Module) -> nn.Module:
-    """Return the layer inside a module that torch.ao fused from it and what follows."""
-    # What training-aware modules hold at index 0 is no layer: they are the layer.
-    fused = isinstance(module, nn.Sequential) and not hasattr(module, "weight_fake_quant")
-    return cast(nn.Sequential, module)[0] if fused and len(cast(nn.Sequential, module)) else module
 
 
 @torch.no_grad()
 def weight_quantizer_of(module: nn.Module) -> LearnableFakeQuantize | None:
     """Return the quantizer of a layer's weight, ready and at rest; ``None`` without one of ours."""
-    qconfig = getattr(module, "qconfig", None)
+    qconfig = qconfig_of(module)
     weight = getattr(layer_of(module), "weight", None)
     if qconfig is None or not isinstance(weight, nn.Parameter):
         return None
-    quantizer = getattr(module, "weight_fake_quant", None)
+    quantizer = trained_weight_quantizer_of(module)
     if quantizer is None:
         quantizer = _finished(qconfig.weight(), weight)
     return cast(LearnableFakeQuantize, resting(quantizer)) if isinstance(quantizer, LearnableFakeQuantize) else None
@@ -219,12 +189,13 @@ def lay_on_grid(module: nn.Module) -> None:
     quantizer = weight_quantizer_of(module)
     if quantizer is None:
         return
-    layer = cast(Any, layer_of(module))
-    layer.weight.copy_(quantizer.quantize_dequantize(layer.weight))
-    if not hasattr(module, "weight_fake_quant"):
-        pinned = new_qconfig(cast(Any, module).qconfig.activation, Ready(quantizer))
-        for each in {cast(Any, module), layer}:
-            each.qconfig = pinned
+    layer, qconfig = layer_of(module), qconfig_of(module)
+    weight = cast(nn.Parameter, layer.weight)
+    weight.copy_(quantizer.quantize_dequantize(weight))
+    if qconfig is not None and trained_weight_quantizer_of(module) is None:
+        pinned = new_qconfig(qconfig.activation, Ready(quantizer))
+        for each in {module, layer}:
+            set_qconfig(each, pinned)
 
 
 def _finished(quantizer: nn.Module, weight: Tensor) -> nn.Module:

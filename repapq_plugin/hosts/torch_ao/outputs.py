@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from repapq_plugin.core.hooks import Hooks
 from repapq_plugin.core.quant_primitives import activation_bounds
+from repapq_plugin.core.running import Batch, ForwardFn
 from repapq_plugin.errors import CalibrationError
 from repapq_plugin.observers import MinMaxObserver
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
-from repapq_plugin.quantizers.trace import hooked
 
 STORED_BOUNDS = activation_bounds(8)
 """Grid of what is quantized for torch.ao's sake alone."""
@@ -22,7 +23,7 @@ OFF_TIES = 1.001
 exactly between two codes, where a float and an integer rounding part (our choice)."""
 
 
-def output_quantizer(**_: Any) -> LearnableFakeQuantize:
+def output_quantizer(**_: object) -> LearnableFakeQuantize:
     """Return a new quantizer for an output that no quantized layer reads directly."""
     low, high = STORED_BOUNDS
     return LearnableFakeQuantize(
@@ -31,8 +32,13 @@ def output_quantizer(**_: Any) -> LearnableFakeQuantize:
 
 
 @torch.no_grad()
-def find_ranges(prepared: nn.Module, data: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> None:
+def find_ranges(prepared: nn.Module, data: Iterable[Batch], forward: ForwardFn) -> None:
     """Run ``data`` for the quantizers that still observe, then end all observing.
+
+    Args:
+        prepared: Holds them; changed in place.
+        data: Batches.
+        forward: Runs the network on one.
 
     Raises:
         CalibrationError: ``data`` is empty.
@@ -42,7 +48,9 @@ def find_ranges(prepared: nn.Module, data: Iterable[Any], forward: Callable[[nn.
         quantizer.enable_observer(False)
         quantizer.enable_fake_quant(False)
     batches = 0
-    with hooked([quantizer.register_forward_pre_hook(_observe) for quantizer in waiting]):
+    with Hooks() as hooks:
+        for quantizer in waiting:
+            hooks.before(quantizer, _observe)
         for batch in data:
             forward(prepared, batch)
             batches += 1
@@ -54,5 +62,5 @@ def find_ranges(prepared: nn.Module, data: Iterable[Any], forward: Callable[[nn.
         quantizer.enable_fake_quant(True)
 
 
-def _observe(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
+def _observe(quantizer: nn.Module, args: tuple[Tensor, ...]) -> None:
     cast(LearnableFakeQuantize, quantizer).activation_post_process(args[0])

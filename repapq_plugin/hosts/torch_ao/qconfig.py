@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase, translate
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,18 +18,30 @@ from torch.nn import functional
 
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.quant_primitives import activation_bounds, weight_bounds
+from repapq_plugin.hosts.torch_ao._compat import new_qconfig
 from repapq_plugin.hosts.torch_ao.engines import checked_engine
-from repapq_plugin.observers import OBSERVERS
+from repapq_plugin.observers import OBSERVERS, RangeObserver
+from repapq_plugin.policy import (
+    bits_of,
+    check_patterns,
+    is_kept_float,
+    lone_activation_observer,
+    observer_arguments,
+)
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
+from repapq_plugin.quantizers.layers import QUANTIZABLE
 
-NO_KERNEL: tuple[Any, ...] = (
+Kind = Callable[..., object] | str
+"""What ``set_object_type`` takes: a class of modules, a function, or the name of a tensor's method."""
+
+NO_KERNEL: tuple[Kind, ...] = (
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     *(functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d),
     *(nn.LayerNorm, functional.layer_norm, nn.PReLU),
 )
 """Left float: torch.ao's usual engines have no integer kernel for them with a scale per output channel."""
 
-AVERAGES: tuple[Any, ...] = (
+AVERAGES: tuple[Kind, ...] = (
     *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
     *(torch.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d),
@@ -38,6 +50,9 @@ AVERAGES: tuple[Any, ...] = (
 )
 """Left float: a mean of a few integers often lies exactly between two codes, where integer kernels round
 otherwise than the simulation does."""
+
+BELOW_THE_NETWORK = "(?=.)"
+"""In front of a pattern: ``*`` means every module, but no function that the network itself calls."""
 
 
 def repapq_config(config: RepAPQConfig | str) -> RepAPQConfig:
@@ -62,28 +77,20 @@ def repapq_qconfig(
     """
     config = repapq_config(config)
     weight_bits, activation_bits = bits or (config.weight_bits, config.activation_bits)
-    name = "mse" if config.activation_observer == "auto" else config.activation_observer
-    observer: Any = OBSERVERS[name]
-    if name == "percentile":
-        observer = partial(observer, percentile=config.percentile)
+    name = lone_activation_observer(config)
+    observer: Callable[..., RangeObserver] = OBSERVERS[name]
+    weight_observer = OBSERVERS[f"per_channel_{config.weight_observer}"]
+    arguments = observer_arguments(name, config)
     low, high = activation_bounds(activation_bits)
     activation = {"dtype": torch.quint8, "qscheme": torch.per_tensor_affine, "quant_min": low, "quant_max": high}
     low, high = weight_bounds(config.weight_bits_used(weight_bits))
     weight = {"dtype": torch.qint8, "qscheme": torch.per_channel_symmetric, "quant_min": low, "quant_max": high}
-    weight_observer = OBSERVERS[f"per_channel_{config.weight_observer}"]
     if is_qat:
         return new_qconfig(
-            LearnableFakeQuantize.with_args(observer=observer, **activation),
+            LearnableFakeQuantize.with_args(observer=partial(observer, **arguments), **activation),
             PerChannelLearnableFakeQuantize.with_args(observer=weight_observer, **weight),
         )
-    if name == "percentile":
-        activation["percentile"] = config.percentile
-    return new_qconfig(OBSERVERS[name].with_args(**activation), weight_observer.with_args(**weight))
-
-
-def new_qconfig(activation: Any, weight: Any) -> QConfig:
-    """Return a ``QConfig`` of two factories."""
-    return QConfig(activation=activation, weight=weight)  # type: ignore[no-untyped-call]
+    return new_qconfig(OBSERVERS[name].with_args(**activation, **arguments), weight_observer.with_args(**weight))
 
 
 def repapq_qconfig_mapping(
@@ -92,18 +99,26 @@ def repapq_qconfig_mapping(
     *,
     is_qat: bool = False,
     first_last: Iterable[str] = (),
+    model: nn.Module | None = None,
 ) -> QConfigMapping:
     """Return torch.ao's default mapping for ``backend`` with our classes in it.
+
+    The configuration's ``keep_float`` and ``layer_bits`` become names in the mapping, with the meaning that they
+    have in `quantize_model`. But torch.ao quantizes what a module returns: a module's activation bits are those
+    of its output.
 
     Args:
         config: Bits and observers, or a preset's name (``"w8a8"``, ``"w6a6"``, ``"w4a4"``, ...).
         backend: Engine of torch's integer kernels: ``x86``, ``fbgemm``, ``onednn`` or ``qnnpack``.
         is_qat: For ``prepare_qat_fx`` instead of ``prepare_fx``, see `repapq_qconfig`.
         first_last: Names of modules that get the configuration's ``first_last_bits``. A mapping knows
-            no network, so it cannot find them; a module's activation bits are those of its output.
+            no network, so it cannot find them.
+        model: The network that will be prepared. Without it, it cannot be checked that the patterns of
+            ``keep_float`` and ``layer_bits`` match anything, and a pattern of ``layer_bits`` also quantizes what
+            it matches besides layers: an average pooling, a transposed convolution.
 
     Raises:
-        ConfigError: The preset is unknown, or torch has no such engine here.
+        ConfigError: The preset is unknown, torch has no such engine here, or a pattern matches nothing in ``model``.
     """
     config = repapq_config(config)
     engine = checked_engine(backend)
@@ -111,8 +126,39 @@ def repapq_qconfig_mapping(
     mapping.set_global(repapq_qconfig(config, is_qat=is_qat))
     for kind in (*NO_KERNEL, *AVERAGES):
         mapping.set_object_type(kind, None)
-    bits = config.first_last_bits
-    if bits is not None:
+    for regex, special in _named_bits(config).items():
+        qconfig = None if special is None else repapq_qconfig(config, is_qat=is_qat, bits=special)
+        mapping.set_module_name_regex(regex, qconfig)
+    if config.first_last_bits is not None:
         for name in first_last:
-            mapping.set_module_name(name, repapq_qconfig(config, is_qat=is_qat, bits=(bits, bits)))
+            if not is_kept_float(name, config):
+                bits = bits_of(name, True, config)
+                mapping.set_module_name(name, repapq_qconfig(config, is_qat=is_qat, bits=bits))
+    if model is not None:
+        for name in _checked_exceptions(config, model):
+            mapping.set_module_name(name, None)
     return mapping
+
+
+def _named_bits(config: RepAPQConfig) -> dict[str, tuple[int, int] | None]:
+    """Return ``(weight_bits, activation_bits)`` by regular expression, ``None`` for float; the first match counts."""
+    named: dict[str, tuple[int, int] | None] = {}
+    for pattern in config.keep_float:
+        named[translate(pattern)] = named[translate(f"{pattern}.*")] = None
+    for pattern, bits in reversed(list(config.layer_bits.items())):  # of those the last match counts
+        named[BELOW_THE_NETWORK + translate(pattern)] = bits
+    return named
+
+
+def _checked_exceptions(config: RepAPQConfig, model: nn.Module) -> list[str]:
+    """Check the patterns against a network; return the modules that stay float although ``layer_bits`` names them."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers = [name for name, module in modules.items() if isinstance(module, QUANTIZABLE)]
+    check_patterns(config.keep_float, modules, "keep_float")
+    check_patterns(config.layer_bits, layers, "layer_bits")
+    exceptions = (*NO_KERNEL, *AVERAGES)
+    return [
+        name
+        for name, module in modules.items()
+        if type(module) in exceptions and any(fnmatchcase(name, pattern) for pattern in config.layer_bits)
+    ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 from torch import nn
 
@@ -18,10 +17,10 @@ class Ready:
     def __init__(self, quantizer: nn.Module) -> None:
         self.quantizer = quantizer
 
-    def __call__(self, **_: Any) -> nn.Module:
+    def __call__(self, **_: object) -> nn.Module:
         """Return a copy, which stays what it is in training mode too."""
         return copy.deepcopy(self.quantizer)
 
-    def with_args(self, **_: Any) -> Ready:
+    def with_args(self, **_: object) -> Ready:
         """Return itself: nothing about a finished quantizer is left to say."""
         return self

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import cast
 
 from torch import nn
 from torch.fx import GraphModule
 
 from repapq_plugin.errors import HostError
-from repapq_plugin.hosts.torch_ao.grid import (
-    RECTIFIED,
-    absorb_norms,
-    layer_of,
-    quantizer_at,
-    resting,
-    weight_quantizer_of,
-)
+from repapq_plugin.hosts.torch_ao._compat import RECTIFIED, layer_of, plain_layer
+from repapq_plugin.hosts.torch_ao.grid import absorb_norms, quantizer_at, resting, weight_quantizer_of
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
 from repapq_plugin.quantizers.layers import QUANTIZABLE, QuantizedLayer
 
@@ -48,8 +42,8 @@ def quantized_network(prepared: GraphModule) -> GraphModule:
             continue
         key = str(node.args[0].target)
         if key not in inputs:
-            inputs[key] = cast(LearnableFakeQuantize, resting(source))
-        quantized: nn.Module = QuantizedLayer(_plain(layer), weight, inputs[key])
+            inputs[key] = cast(LearnableFakeQuantize, resting(cast(nn.Module, source)))
+        quantized: nn.Module = QuantizedLayer(plain_layer(layer), weight, inputs[key])
         rectified = isinstance(module, RECTIFIED)
         network.set_submodule(str(node.target), nn.Sequential(quantized, nn.ReLU()) if rectified else quantized)
         found += 1
@@ -62,11 +56,3 @@ def quantized_network(prepared: GraphModule) -> GraphModule:
     network.delete_all_unused_submodules()
     network.recompile()
     return network.eval()
-
-
-def _plain(layer: nn.Module) -> nn.Module:
-    """Return the layer without what torch.ao hung on it or made of it."""
-    trained = hasattr(layer, "to_float")
-    plain: Any = layer_of(cast(Any, layer).to_float()) if trained else copy.copy(layer)
-    plain.__dict__.pop("qconfig", None)
-    return cast(nn.Module, plain)
