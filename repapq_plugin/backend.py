@@ -44,6 +44,9 @@ class Backend(ABC, Generic[R]):
     phases: Sequence[str] = PHASES
     """The phases that a job runs on this backend."""
 
+    unplaced: str = "left float by the host"
+    """Why a layer stays float that the plan wanted quantized and the host did not place."""
+
     student: nn.Module
     """The network with quantizers, once it is placed; in evaluation mode."""
 

@@ -245,11 +245,12 @@ class Job(Generic[R]):
 
     def _calibrated(self, state: State, seconds: float) -> Calibrated:
         plans = self.backend.plans
-        unplaced = {name: "left float by the host" for name in state.plans if name not in plans}
+        reasons = {name: self.backend.unplaced for name in state.plans} | state.float_layers
+        float_layers = {name: reason for name, reason in reasons.items() if name not in plans}
         return Calibrated(
             model=self.backend.student,
             config=self.config,
-            plan=QuantizationPlan(state.merged.folded, plans, {**unplaced, **state.float_layers}),
+            plan=QuantizationPlan(state.merged.folded, plans, float_layers),
             units=tuple(state.units),
             merges=state.merged.records,
             seconds=seconds,

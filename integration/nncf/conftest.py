@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from repapq_plugin import RepAPQConfig
 from repapq_plugin.hosts.nncf import quantize_with_record
-from repapq_plugin.result import CalibrationResult
+from repapq_plugin.result import Calibrated
 from tests.support.networks import Chain, Pyramid, settle
 
 
@@ -39,7 +39,7 @@ class Case:
     images: list[Tensor]
     unseen: Tensor
     config: RepAPQConfig
-    result: CalibrationResult
+    result: Calibrated
 
     @property
     def dataset(self) -> nncf.Dataset:

@@ -12,10 +12,10 @@ from nncf.torch.quantization.layers import BaseQuantizer
 from torch import Tensor, nn
 
 from integration.nncf.conftest import Case
+from repapq_plugin.core.tensors import floating_tensors
 from repapq_plugin.hosts.nncf.affine import attach_affine, can_take_affine, fold_affine
 from repapq_plugin.hosts.nncf.placement import Placement, find_placement
 from repapq_plugin.quantizers.layers import ChannelAffine
-from repapq_plugin.quantizers.trace import flatten_tensors
 
 
 def place(model: nn.Module, x: Tensor) -> Placement:
@@ -24,7 +24,7 @@ def place(model: nn.Module, x: Tensor) -> Placement:
 
 def run(model: nn.Module, x: Tensor) -> list[Tensor]:
     with torch.no_grad():
-        return flatten_tensors(model(x))
+        return floating_tensors(model(x))
 
 
 @pytest.fixture(params=["eight", "pyramid"])

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from integration.nncf.conftest import Case
 from repapq_plugin import RepAPQConfig
+from repapq_plugin.core.tensors import floating_tensors
 from repapq_plugin.export.openvino import layer_kernels
 from repapq_plugin.hosts.nncf import RangeClamp, quantize
 from repapq_plugin.job import merge_for_inference
-from repapq_plugin.quantizers.trace import flatten_tensors
 from tests.support.networks import Chain, settle
 
 OURS = ("nncf.*", "repapq_plugin.*")
@@ -35,7 +35,7 @@ def hooks(model: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
 
 def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
     with torch.no_grad():
-        return flatten_tensors(model(x))
+        return floating_tensors(model(x))
 
 
 def distance(model: nn.Module, case: Case) -> float:

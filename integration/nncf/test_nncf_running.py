@@ -18,11 +18,12 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from integration.openmmlab.scenes import CONFIGS, DETECTOR, random_model
+from repapq_plugin.core.tensors import floating_tensors
 from repapq_plugin.hosts.nncf.running import counting_skipped, run_alone, watch_calls
 from repapq_plugin.hosts.openmmlab import TensorPath
 from repapq_plugin.method.partition import find_stages, find_units
 from repapq_plugin.method.replay import answering
-from repapq_plugin.quantizers.trace import flatten_tensors, trace_network
+from repapq_plugin.quantizers.trace import trace_network
 from repapq_plugin.reparam.merge import merge_branches
 from tests.support.networks import Chain, Pyramid, settle
 
@@ -81,7 +82,7 @@ def watched(request: pytest.FixtureRequest) -> dict[str, Any]:
     with torch.no_grad():
         handles = [model.get_submodule(name).register_forward_pre_hook(keep(name, inputs)) for name in names]
         handles += [model.get_submodule(name).register_forward_hook(keep(name, outputs)) for name in names]
-        whole = flatten_tensors(model(x))
+        whole = floating_tensors(model(x))
         for handle in handles:
             handle.remove()
         calls = watch_calls(model, names, lambda: model(x))
@@ -110,7 +111,7 @@ def test_a_model_whose_modules_answer_from_a_cache_equals_the_whole_model(watche
     for skipped in (names[:1], names[: len(names) // 2], names):
         stored = {name: [y.clone() for y in watched["outputs"][name]] for name in skipped}
         with torch.no_grad(), counting_skipped(model, calls), answering(modules, stored):
-            outputs = flatten_tensors(model(watched["x"]))
+            outputs = floating_tensors(model(watched["x"]))
         assert [float((a - b).abs().max()) for a, b in zip(outputs, watched["whole"], strict=True)] == [0.0] * len(
             outputs
         )
@@ -121,7 +122,7 @@ def test_the_model_itself_stays_usable_after_an_error_inside_a_part(watched: dic
     with pytest.raises(RuntimeError), torch.no_grad():
         run_alone(model, name, [torch.zeros(1, 1, 1, 1, 1)] * len(watched["calls"][name]), watched["calls"][name])
     with torch.no_grad():
-        outputs = flatten_tensors(model(watched["x"]))
+        outputs = floating_tensors(model(watched["x"]))
     assert all(torch.equal(a, b) for a, b in zip(outputs, watched["whole"], strict=True))
 
 

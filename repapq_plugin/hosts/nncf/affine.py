@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from nncf.torch.function_hook import get_hook_storage
-from nncf.torch.function_hook.hook_storage import HookStorage
-from nncf.torch.quantization.layers import SymmetricQuantizer
-from torch import nn
+from typing import cast
 
+import torch
+from torch import Tensor, nn
+
+from repapq_plugin.hosts.nncf._compat import SymmetricQuantizer, hooks_of
 from repapq_plugin.hosts.nncf.placement import PlacedWeight
 from repapq_plugin.hosts.nncf.quantizers import channel_axis, set_qparams, step_of
+from repapq_plugin.method.qpr import affine_for, folded_bias, folded_scale
 from repapq_plugin.quantizers.layers import ChannelAffine, output_channels_axis
 
 
@@ -28,12 +29,9 @@ def can_take_affine(placed: PlacedWeight) -> bool:
 
 def attach_affine(model: nn.Module, placed: PlacedWeight) -> ChannelAffine:
     """Put an identity affine layer behind every call of a layer, in front of what NNCF hooked there."""
-    layer = placed.module
-    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
-    channels = weight.shape[output_channels_axis(layer)]
-    affine = ChannelAffine(channels, channels_last=isinstance(layer, nn.Linear), like=weight)
+    affine = affine_for(placed.module)
     for operation in placed.operations:
-        put_first(get_hook_storage(model).post_hooks, HookStorage._generate_key(operation, 0), affine)
+        put_first(*hooks_of(model, "post_hooks", operation, 0), affine)
     return affine
 
 
@@ -60,13 +58,11 @@ def fold_affine(model: nn.Module, placed: PlacedWeight, affine: ChannelAffine) -
     """
     layer, quantizer = placed.module, placed.quantizer
     for operation in placed.operations:
-        take_out(get_hook_storage(model).post_hooks, HookStorage._generate_key(operation, 0), affine)
-    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
-    bias: torch.Tensor = layer.bias  # type: ignore[assignment]
+        take_out(*hooks_of(model, "post_hooks", operation, 0), affine)
+    weight, bias = cast(Tensor, layer.weight), cast(Tensor, layer.bias)
     shape = [1] * weight.dim()
     shape[output_channels_axis(layer)] = -1
-    gamma = affine.gamma.reshape(shape)
+    weight.mul_(affine.gamma.reshape(shape))
+    bias.copy_(folded_bias(affine, bias))
     step = step_of(quantizer)
-    weight.mul_(gamma)
-    bias.mul_(affine.gamma).add_(affine.beta)
-    set_qparams(quantizer, step * gamma.abs().reshape(step.shape), torch.zeros_like(step))
+    set_qparams(quantizer, folded_scale(affine, step.flatten()).reshape(step.shape), torch.zeros_like(step))

@@ -5,22 +5,22 @@ from __future__ import annotations
 import copy
 
 import nncf
-import torch
-from nncf.common.graph.graph import NNCFGraph
-from nncf.common.tensor_statistics.statistic_point import StatisticPointsContainer
-from nncf.common.utils.backend import BackendType
-from nncf.quantization.algorithms.algorithm import Algorithm
-from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
-from nncf.torch.function_hook.wrapper import ATR_HOOK_STORAGE
 from torch import nn
 
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.errors import HostError
-from repapq_plugin.hosts.nncf.calibrate import calibrate
-from repapq_plugin.hosts.nncf.data import calibration_items, forward, joined
-from repapq_plugin.job import counted
-from repapq_plugin.quantizers.trace import trace_network
-from repapq_plugin.result import UnitResult
+from repapq_plugin.hosts.nncf._compat import (
+    ATR_HOOK_STORAGE,
+    Algorithm,
+    BackendType,
+    GraphModelWrapper,
+    NNCFGraph,
+    StatisticPointsContainer,
+)
+from repapq_plugin.hosts.nncf.backend import PlacedBackend
+from repapq_plugin.hosts.nncf.data import calibration_items, forward
+from repapq_plugin.job import Job
+from repapq_plugin.method.across_block import UnitResult
 
 
 class RepAPQAlgorithm(Algorithm):  # type: ignore[misc]
@@ -70,8 +70,8 @@ class RepAPQAlgorithm(Algorithm):  # type: ignore[misc]
 
         Raises:
             HostError: The teacher has other modules than the model.
-            ConfigError: See `calibrate`, as for the next.
-            CalibrationError: See there.
+            ConfigError: The configuration names what the teacher has not, or asks for what NNCF cannot do.
+            CalibrationError: No layer is quantized, or activations are not finite.
         """
         student = model.model
         teacher = copy.deepcopy(self.teacher).eval()
@@ -81,19 +81,11 @@ class RepAPQAlgorithm(Algorithm):  # type: ignore[misc]
                 f"The teacher has no module {missing[0]!r}, which the model has; give the float network that the "
                 "pipeline was run on."
             )
-        for parameter in teacher.parameters():
-            parameter.requires_grad_(False)
-        torch_seed = torch.random.get_rng_state()
         training = student.training
         try:
-            torch.manual_seed(self.config.seed)
-            student.eval()
-            batches = joined(teacher, self.items)
-            trace = trace_network(teacher, lambda: forward(teacher, batches[0]))
-            done = calibrate(student, teacher, trace, batches, self.config, lambda p, total: counted(p, total, None))
+            done = Job(PlacedBackend(student.eval()), self.config, forward).run(teacher, self.items)
         finally:
             student.train(training)
-            torch.random.set_rng_state(torch_seed)
         self.units = done.units
         model.reset_graph()
         return model

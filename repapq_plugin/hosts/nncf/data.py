@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import cast
 
 import nncf
 import torch
 from torch import Tensor, nn
 
+from repapq_plugin.core.running import Batch
+from repapq_plugin.core.tensors import floating_tensors
 from repapq_plugin.errors import CalibrationError, ConfigError
-from repapq_plugin.quantizers.trace import flatten_tensors
 
 BATCH = 32
 """Samples that are calibrated together; items of fewer are joined (our choice)."""
@@ -19,7 +20,7 @@ BATCH = 32
 _SAME = 1e-4
 
 
-def forward(model: nn.Module, item: Any) -> Any:
+def forward(model: nn.Module, item: Batch) -> object:
     """Run ``model`` on an item of a dataset the way NNCF does: a dict of keywords, a tuple of arguments, or one."""
     if isinstance(item, dict):
         return model(**item)
@@ -28,7 +29,7 @@ def forward(model: nn.Module, item: Any) -> Any:
     return model(item)
 
 
-def calibration_items(dataset: nncf.Dataset, subset_size: int) -> list[Any]:
+def calibration_items(dataset: nncf.Dataset, subset_size: int) -> list[Batch]:
     """Return the first ``subset_size`` items of a dataset.
 
     Raises:
@@ -49,7 +50,7 @@ def calibration_items(dataset: nncf.Dataset, subset_size: int) -> list[Any]:
 
 
 @torch.no_grad()
-def check_items(model: nn.Module, items: list[Any]) -> None:
+def check_items(model: nn.Module, items: Sequence[Batch]) -> None:
     """Run the model on the first item, and on one of every other shape.
 
     Raises:
@@ -70,7 +71,7 @@ def check_items(model: nn.Module, items: list[Any]) -> None:
             ) from error
 
 
-def described(item: Any) -> str:
+def described(item: Batch) -> str:
     """Return types and shapes of an item, for messages."""
     if isinstance(item, Tensor):
         return f"{str(item.dtype).removeprefix('torch.')} {tuple(item.shape)}"
@@ -82,7 +83,7 @@ def described(item: Any) -> str:
 
 
 @torch.no_grad()
-def joined(model: nn.Module, items: list[Any], size: int = BATCH) -> list[Any]:
+def joined(model: nn.Module, items: Sequence[Batch], size: int = BATCH) -> Sequence[Batch]:
     """Join small items into batches of about ``size`` samples, if the model treats samples one by one.
 
     Learning from single images takes as many steps and sees less in each. Items are joined along their first axis
@@ -98,8 +99,8 @@ def joined(model: nn.Module, items: list[Any], size: int = BATCH) -> list[Any]:
     """
     if len(items) < 2 or _samples(items[0]) >= size or not _independent(model, items[0], items[1]):
         return items
-    batches: list[Any] = []
-    group: list[Any] = []
+    batches: list[Batch] = []
+    group: list[Batch] = []
     for item in items:
         if group and (_kind(item) != _kind(group[0]) or sum(map(_samples, group)) >= size):
             batches.append(_concatenated(group))
@@ -108,12 +109,12 @@ def joined(model: nn.Module, items: list[Any], size: int = BATCH) -> list[Any]:
     return [*batches, _concatenated(group)]
 
 
-def _samples(item: Any) -> int:
-    tensors = flatten_tensors(item)
+def _samples(item: Batch) -> int:
+    tensors = floating_tensors(item)
     return tensors[0].shape[0] if tensors and tensors[0].dim() else 0
 
 
-def _kind(item: Any) -> str:
+def _kind(item: Batch) -> str:
     """What items must share to be joined: structure, dtypes and all axes but the first."""
     if isinstance(item, Tensor):
         return f"{item.dtype}{tuple(item.shape[1:])}" if item.dim() else f"scalar {item.item()}"
@@ -124,27 +125,28 @@ def _kind(item: Any) -> str:
     return repr(item)
 
 
-def _concatenated(items: list[Any]) -> Any:
+def _concatenated(items: list[Batch]) -> Batch:
     first = items[0]
     if len(items) == 1:
         return first
     if isinstance(first, Tensor):
-        return torch.cat(items) if first.dim() else first
+        return torch.cat(cast("list[Tensor]", items)) if first.dim() else first
     if isinstance(first, Mapping):
-        return {key: _concatenated([item[key] for item in items]) for key in first}
+        mappings = cast("list[Mapping[object, Batch]]", items)
+        return {key: _concatenated([item[key] for item in mappings]) for key in first}
     if isinstance(first, tuple | list):
-        return type(first)(_concatenated(list(values)) for values in zip(*items, strict=True))
+        rows = cast("list[tuple[Batch, ...]]", items)
+        return type(first)(_concatenated(list(values)) for values in zip(*rows, strict=True))
     return first
 
 
-def _independent(model: nn.Module, one: Any, other: Any) -> bool:
+def _independent(model: nn.Module, one: Batch, other: Batch) -> bool:
     """Whether two items joined give what each gives alone."""
     if _kind(one) != _kind(other) or not _samples(one):
         return False
-    together = flatten_tensors(forward(model, _concatenated([one, other])))
-    apart = [
-        pair for pair in zip(flatten_tensors(forward(model, one)), flatten_tensors(forward(model, other)), strict=True)
-    ]
+    together = floating_tensors(forward(model, _concatenated([one, other])))
+    alone = (floating_tensors(forward(model, item)) for item in (one, other))
+    apart = list(zip(*alone, strict=True))
     if len(together) != len(apart) or not together:
         return False
     for both, (first, second) in zip(together, apart, strict=True):

@@ -1,11 +1,12 @@
-"""NNCF as an engine for hosts that hand over a network and prepared images."""
+"""NNCF for hosts that hand over a network and prepared images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import nncf
 import nncf.torch
@@ -13,29 +14,31 @@ import torch
 from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core.files import atomically
+from repapq_plugin.core.tensors import tensors_of
 from repapq_plugin.errors import ConfigError, ExportError
+from repapq_plugin.export.onnx_verify import relative_difference
 from repapq_plugin.export.openvino import OpenVINOSummary, layer_kernels, require_openvino
-from repapq_plugin.export.qdq_onnx import relative_difference, tensors_in
-from repapq_plugin.hosts.nncf.quantization import quantize_with_record
-from repapq_plugin.job import Progress
-from repapq_plugin.result import CalibrationResult
+from repapq_plugin.hosts.nncf.backend import NNCFBackend, NNCFOptions
+from repapq_plugin.hosts.nncf.data import forward
+from repapq_plugin.hosts.nncf.quantization import check
+from repapq_plugin.job import Job, Report
+from repapq_plugin.result import Calibrated
 
 STATE_FILE = "nncf.pth"
 """Holds ``config`` for `nncf.torch.load_from_config` and ``state_dict``."""
 
-ENUMS: dict[str, Any] = {
-    "target_device": nncf.TargetDevice,
-    "preset": nncf.QuantizationPreset,
-    "model_type": nncf.ModelType,
-}
-"""Options that a config gives by the name of a member."""
+OPTIONS = ("target_device", "preset", "model_type")
+"""Arguments of `nncf.quantize` that a config gives by the name of an enum's member."""
+
+E = TypeVar("E", bound=Enum)
 
 
 @dataclass(frozen=True)
 class NNCFNetwork:
     """A network that NNCF quantized, and the record of it."""
 
-    result: CalibrationResult
+    result: Calibrated
 
     @property
     def network(self) -> nn.Module:
@@ -45,15 +48,12 @@ class NNCFNetwork:
     def save(self, folder: Path) -> list[Path]:
         """Write `STATE_FILE`, whole or not at all."""
         path = folder / STATE_FILE
-        temporary = path.with_suffix(".part")
         state = {"config": nncf.torch.get_config(self.network), "state_dict": self.network.state_dict()}
         try:
-            torch.save(state, temporary)
-            temporary.replace(path)
+            with atomically(path) as partial:
+                torch.save(state, partial)
         except (OSError, RuntimeError) as error:
             raise ExportError(f"Cannot write {path}: {error}.") from error
-        finally:
-            temporary.unlink(missing_ok=True)
         return [path]
 
     def export(self, kind: str, example: Tensor, path: Path) -> OpenVINOSummary:
@@ -70,7 +70,7 @@ class NNCFNetwork:
         ov = require_openvino()
         target = path.with_name(path.name + ".xml")
         with torch.no_grad():
-            expected = list(tensors_in(self.network(example)))
+            expected = tensors_of(self.network(example))
         try:
             converted = ov.convert_model(self.network, example_input=example)
             ov.save_model(converted, target, compress_to_fp16=False)
@@ -94,8 +94,8 @@ def quantize_network(
     network: nn.Module,
     images: Sequence[Tensor],
     config: RepAPQConfig,
-    progress: Callable[[Progress], None] | None,
-    options: Mapping[str, Any],
+    progress: Report | None,
+    options: Mapping[str, object],
 ) -> NNCFNetwork:
     """Quantize a network on prepared images with NNCF's placement.
 
@@ -109,17 +109,25 @@ def quantize_network(
     Raises:
         ConfigError: An option is not allowed; and see `quantize`.
     """
-    arguments = {key: _member(key, value) for key, value in options.items()}
-    result = quantize_with_record(
-        network, nncf.Dataset(list(images)), subset_size=len(images), repapq=config, progress=progress, **arguments
+    for key in options:
+        if key not in OPTIONS:
+            raise ConfigError(
+                f"quantizer.options.{key} is not a key of the NNCF host; known keys: {', '.join(OPTIONS)}."
+            )
+    told = NNCFOptions(
+        preset=_member(nncf.QuantizationPreset, "preset", options),
+        target_device=_member(nncf.TargetDevice, "target_device", options) or nncf.TargetDevice.ANY,
+        model_type=_member(nncf.ModelType, "model_type", options),
     )
-    return NNCFNetwork(result)
+    check(network, told, config)
+    return NNCFNetwork(Job(NNCFBackend(told), config, forward, progress).run(network, images))
 
 
-def _member(key: str, value: Any) -> Any:
-    if key not in ENUMS:
-        raise ConfigError(f"quantizer.options.{key} is not a key of the NNCF engine; known keys: {', '.join(ENUMS)}.")
-    names = [member.name for member in ENUMS[key]]
-    if str(value).upper() not in names:
-        raise ConfigError(f"quantizer.options.{key}={value!r} is not allowed; choose one of {', '.join(names)}.")
-    return ENUMS[key][str(value).upper()]
+def _member(kind: type[E], key: str, options: Mapping[str, object]) -> E | None:
+    """Return the member of an enum that an option names; ``None`` where it is not given."""
+    if key not in options:
+        return None
+    name, names = str(options[key]).upper(), [member.name for member in kind]
+    if name not in names:
+        raise ConfigError(f"quantizer.options.{key}={options[key]!r} is not allowed; choose one of {', '.join(names)}.")
+    return kind[name]

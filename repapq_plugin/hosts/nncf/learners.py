@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
-from nncf.torch.quantization.layers import BaseQuantizer
 from torch import Tensor, nn
 
 from repapq_plugin.config import LearningRates
+from repapq_plugin.hosts.nncf._compat import BaseQuantizer
 from repapq_plugin.hosts.nncf.quantizers import learnable, step_of
-from repapq_plugin.method.learners import weight_groups
+from repapq_plugin.method.learners import Learnable, learnables_of_affine, learnables_of_layer
 from repapq_plugin.quantizers.layers import ChannelAffine
 
 
@@ -28,16 +28,14 @@ class WeightLearner:
     quantizer: BaseQuantizer
     affine: ChannelAffine | None
 
-    def parameter_groups(self, magnitude: float, rates: LearningRates) -> list[dict[str, Any]]:
+    def learnables(self, magnitude: float, rates: LearningRates) -> list[Learnable]:
         """See `repapq_plugin.method.learners.Learner`."""
-        weight, bias = _parameter(self.module, "weight"), _parameter(self.module, "bias")
-        groups = weight_groups(weight, bias, float(step_of(self.quantizer).mean()), magnitude, rates)
-        groups += range_groups(self.quantizer, rates)
-        if self.affine is not None:
-            rate = rates.affine / self.quantizer.level_high
-            groups.append({"params": [self.affine.gamma], "lr": rate})
-            groups.append({"params": [self.affine.beta], "lr": rate * magnitude})
-        return groups
+        step = float(step_of(self.quantizer).mean())
+        return [
+            *learnables_of_layer(self.module, step, magnitude, rates),
+            *learnables_of_range(self.quantizer, rates),
+            *learnables_of_affine(self.affine, rates.affine / self.quantizer.level_high, magnitude),
+        ]
 
     def offsets(self) -> list[Tensor]:
         """See `repapq_plugin.method.learners.Learner`."""
@@ -73,9 +71,9 @@ class ActivationLearner:
 
     module: BaseQuantizer
 
-    def parameter_groups(self, magnitude: float, rates: LearningRates) -> list[dict[str, Any]]:
+    def learnables(self, magnitude: float, rates: LearningRates) -> list[Learnable]:
         """See `repapq_plugin.method.learners.Learner`."""
-        return range_groups(self.module, rates)
+        return learnables_of_range(self.module, rates)
 
     def offsets(self) -> list[Tensor]:
         """A quantizer adds nothing."""
@@ -90,17 +88,17 @@ class ActivationLearner:
         self.module.enabled.fill_(int(enabled))
 
     def set_dropping(self, enabled: bool) -> None:
-        """NNCF's quantizers drop nothing; `calibrate` refuses a configuration that asks for it."""
+        """NNCF's quantizers drop nothing; `NNCFBackend` refuses a configuration that asks for it."""
 
 
-def range_groups(quantizer: BaseQuantizer, rates: LearningRates) -> list[dict[str, Any]]:
-    """Return the parameter groups of a quantizer whose length is stored as its logarithm."""
+def learnables_of_range(quantizer: BaseQuantizer, rates: LearningRates) -> list[Learnable]:
+    """Return what learns of a quantizer whose length is stored as its logarithm."""
     parameters = learnable(quantizer)
-    groups = [{"params": [parameters["length"]], "lr": rates.scale / quantizer.level_high}]
+    found = [Learnable(parameters["length"], rates.scale / quantizer.level_high)]
     if "input_low" in parameters:
-        groups.append({"params": [parameters["input_low"]], "lr": rates.scale * float(step_of(quantizer).mean())})
-    return groups
+        found.append(Learnable(parameters["input_low"], rates.scale * float(step_of(quantizer).mean())))
+    return found
 
 
-def _parameter(layer: nn.Module, name: str) -> Any:
-    return getattr(layer, name)
+def _parameter(layer: nn.Module, name: str) -> nn.Parameter | None:
+    return cast("nn.Parameter | None", getattr(layer, name))

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from os.path import commonprefix
-from typing import Any
 
 import torch
-from nncf.common.graph.graph import NNCFGraph
-from nncf.torch.function_hook import get_hook_storage
-from nncf.torch.function_hook.hook_storage import decode_hook_name
-from nncf.torch.quantization.layers import AsymmetricQuantizer, BaseQuantizer, SymmetricQuantizer
-from torch import nn
+from torch import Tensor, nn
 
-from repapq_plugin.hosts.nncf.running import current_mode
+from repapq_plugin.core.hooks import Hooks
+from repapq_plugin.hosts.nncf._compat import (
+    QUANTIZE_NODES,
+    AsymmetricQuantizer,
+    BaseQuantizer,
+    NNCFGraph,
+    SymmetricQuantizer,
+    current_mode,
+    decode_hook_name,
+    get_hook_storage,
+    replace_hook,
+)
 from repapq_plugin.quantizers.layers import QUANTIZABLE
-
-QUANTIZE_NODES = ("symmetric_quantize", "asymmetric_quantize")
-"""Types of the nodes that NNCF's quantizers make in its graph."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Placement:
         return of_weights + [placed.quantizer for placed in self.activations]
 
 
-def find_placement(model: nn.Module, graph: NNCFGraph, run: Callable[[], Any]) -> Placement:
+def find_placement(model: nn.Module, graph: NNCFGraph, run: Callable[[], object]) -> Placement:
     """Find all quantizers of a model that `nncf.quantize` returned.
 
     NNCF gives a weight that is read by several operations, because its layer is called several times or shares it
@@ -90,7 +92,7 @@ def find_placement(model: nn.Module, graph: NNCFGraph, run: Callable[[], Any]) -
             for hook in hooks[quantizer]:
                 operations.append(decode_hook_name(hook)[1])
                 if quantizer is not first:
-                    _replace(model, hook, first)
+                    replace_hook(model, hook, first)
         placement.weights[paths[layer]] = PlacedWeight(layer, first, tuple(operations))
     layer_of = {operation: name for name, placed in placement.weights.items() for operation in placed.operations}
     for_weights = {id(quantizer) for quantizers in weights_of.values() for quantizer in quantizers}
@@ -103,7 +105,7 @@ def find_placement(model: nn.Module, graph: NNCFGraph, run: Callable[[], Any]) -
 
 
 def _watch(
-    model: nn.Module, run: Callable[[], Any]
+    model: nn.Module, run: Callable[[], object]
 ) -> tuple[dict[BaseQuantizer, list[str]], dict[BaseQuantizer, list[nn.Module]], dict[nn.Module, list[BaseQuantizer]]]:
     """Return every quantizer's hooks, the modules in which it runs, and the quantizers of every layer's weight."""
     hooks: dict[BaseQuantizer, list[str]] = {}
@@ -113,7 +115,7 @@ def _watch(
     owners: dict[BaseQuantizer, list[nn.Module]] = {}
     weights: dict[nn.Module, list[BaseQuantizer]] = {}
 
-    def before(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
+    def before(quantizer: nn.Module, args: tuple[Tensor, ...]) -> None:
         mode = current_mode(model)
         if mode is None:
             return
@@ -125,15 +127,11 @@ def _watch(
         elif owner not in owners.setdefault(quantizer, []):
             owners[quantizer].append(owner)
 
-    with ExitStack() as stack, torch.no_grad():
+    with Hooks() as watching, torch.no_grad():
         for quantizer in hooks:
-            stack.callback(quantizer.register_forward_pre_hook(before).remove)
+            watching.before(quantizer, before)
         run()
     return hooks, owners, weights
-
-
-def _replace(model: nn.Module, hook: str, quantizer: BaseQuantizer) -> None:
-    get_hook_storage(model).set_submodule(hook, quantizer)
 
 
 def _common(paths: list[str]) -> str:

@@ -9,15 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from nncf.torch.layer_utils import StatefulModuleInterface
-from nncf.torch.quantization.layers import AsymmetricQuantizer, BaseQuantizer, SymmetricQuantizer
 from torch import Tensor, nn
 
-from repapq_plugin.observers import OBSERVERS
-from repapq_plugin.observers.base import RangeObserver
+from repapq_plugin.hosts.nncf._compat import (
+    AsymmetricQuantizer,
+    BaseQuantizer,
+    StatefulModuleInterface,
+    SymmetricQuantizer,
+    length_of,
+    store_as_logarithm,
+)
+from repapq_plugin.method.sites import Quantizer
+from repapq_plugin.observers import RangeObserver
+from repapq_plugin.policy import observer_class
 
 CARRIER_BITS = 8
 """What runtimes have kernels for; grids of fewer bits are carried inside."""
@@ -40,9 +46,9 @@ def set_qparams(quantizer: BaseQuantizer, scale: Tensor, zero_point: Tensor) -> 
     if isinstance(quantizer, AsymmetricQuantizer):
         zero = zero_point.reshape(quantizer.scale_shape).to(step)
         quantizer.input_low.copy_((quantizer.level_low - zero) * step)
-        _length(quantizer).copy_(step * (quantizer.levels - 1))
+        length_of(quantizer).copy_(step * (quantizer.levels - 1))
     else:
-        _length(quantizer).copy_(step * quantizer.level_high)
+        length_of(quantizer).copy_(step * quantizer.level_high)
 
 
 @torch.no_grad()
@@ -51,12 +57,12 @@ def set_num_bits(quantizer: BaseQuantizer, num_bits: int) -> None:
     quantizer.num_bits = num_bits
 
 
-def observer_for(quantizer: BaseQuantizer, name: str, **extra: Any) -> RangeObserver:
+def observer_for(quantizer: BaseQuantizer, name: str, **extra: float) -> RangeObserver:
     """Return an observer of the quantizer's own grid.
 
     Args:
         quantizer: Per tensor, or per channel along one axis.
-        name: A name in `OBSERVERS`, without ``per_channel_``.
+        name: A name that a configuration uses.
         **extra: Further arguments of the observer.
     """
     per_channel = quantizer.scale_shape != (1,)
@@ -64,7 +70,7 @@ def observer_for(quantizer: BaseQuantizer, name: str, **extra: Any) -> RangeObse
     signed = quantizer.level_low < 0
     symmetric = isinstance(quantizer, SymmetricQuantizer) and signed
     scheme: torch.qscheme = getattr(torch, f"{kind}_{'symmetric' if symmetric else 'affine'}")
-    observer: RangeObserver = OBSERVERS[f"per_channel_{name}" if per_channel else name](
+    observer = observer_class(name, per_channel=per_channel)(
         dtype=torch.qint8 if signed else torch.quint8,
         qscheme=scheme,
         quant_min=quantizer.level_low,
@@ -84,7 +90,7 @@ def channel_axis(quantizer: BaseQuantizer) -> int | None:
 
 def learnable(quantizer: BaseQuantizer) -> dict[str, nn.Parameter]:
     """Return the parameters of the quantizer that learn, by name."""
-    found = {"length": _length(quantizer)}
+    found = {"length": length_of(quantizer)}
     if isinstance(quantizer, AsymmetricQuantizer):
         found["input_low"] = quantizer.input_low
     return found
@@ -96,21 +102,63 @@ def in_logarithms(quantizers: Iterable[BaseQuantizer]) -> Iterator[None]:
     chosen = [quantizer for quantizer in quantizers if not quantizer.is_using_log_scale_storage]
     with torch.no_grad():
         for quantizer in chosen:
-            _length(quantizer).abs_().clamp_min_(_TINY).log_()
-            quantizer._is_using_log_scale_storage = True
+            length_of(quantizer).abs_().clamp_min_(_TINY).log_()
+            store_as_logarithm(quantizer, True)
     try:
         yield
     finally:
         with torch.no_grad():
             for quantizer in chosen:
-                quantizer._is_using_log_scale_storage = False
-                _length(quantizer).exp_()
+                store_as_logarithm(quantizer, False)
+                length_of(quantizer).exp_()
 
 
-def _length(quantizer: BaseQuantizer) -> nn.Parameter:
-    name = "_input_range_param_storage" if isinstance(quantizer, AsymmetricQuantizer) else "_scale_param_storage"
-    parameter: nn.Parameter = getattr(quantizer, name)
-    return parameter
+class NNCFQuantizer(Quantizer):
+    """One of NNCF's quantizers as a `Quantizer` of the method."""
+
+    def __init__(self, quantizer: BaseQuantizer) -> None:
+        self.quantizer = quantizer
+
+    @property
+    def module(self) -> nn.Module:
+        """See `Quantizer`."""
+        module: nn.Module = self.quantizer
+        return module
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """See `Quantizer`."""
+        return self.quantizer.level_low, self.quantizer.level_high
+
+    @property
+    def ch_axis(self) -> int | None:
+        """See `Quantizer`."""
+        return channel_axis(self.quantizer)
+
+    def observer(self, name: str, **arguments: float) -> RangeObserver:
+        """See `Quantizer`."""
+        return observer_for(self.quantizer, name, **arguments)
+
+    def qparams(self) -> tuple[Tensor, Tensor]:
+        """See `Quantizer`."""
+        step = step_of(self.quantizer)
+        zero_point = torch.zeros_like(step)
+        if isinstance(self.quantizer, AsymmetricQuantizer):
+            zero_point = self.quantizer.level_low - torch.round(self.quantizer.input_low.detach() / step)
+        return step.flatten(), zero_point.flatten().to(torch.int64)
+
+    def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
+        """See `Quantizer`."""
+        set_qparams(self.quantizer, scale, zero_point)
+
+    @property
+    def quantizing(self) -> bool:
+        """See `Quantizer`."""
+        return bool(self.quantizer.enabled.item())
+
+    @quantizing.setter
+    def quantizing(self, enabled: bool) -> None:
+        self.quantizer.enabled.fill_(int(enabled))
 
 
 class RangeClamp(StatefulModuleInterface, nn.Module):  # type: ignore[misc]
@@ -129,12 +177,12 @@ class RangeClamp(StatefulModuleInterface, nn.Module):  # type: ignore[misc]
         """Clamp ``x``, any shape."""
         return torch.clamp(x, self.min_val, self.max_val)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> dict[str, float]:
         """Return what `from_config` builds an equal one from."""
         return {"min_val": self.min_val, "max_val": self.max_val}
 
     @classmethod
-    def from_config(cls, state: dict[str, Any]) -> RangeClamp:
+    def from_config(cls, state: dict[str, float]) -> RangeClamp:
         """Build one from what `get_config` returned."""
         return cls(**state)
 

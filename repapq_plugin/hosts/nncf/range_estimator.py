@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from enum import Enum
-from typing import Any
 
 import torch
-from nncf.common.tensor_statistics import collectors
-from nncf.common.tensor_statistics.collectors import AggregatorBase, TensorReducerBase
 from nncf.quantization.range_estimator import RangeEstimatorParameters, StatisticsCollectorParameters
 from nncf.tensor import Tensor
 
 from repapq_plugin.errors import HostError
+from repapq_plugin.hosts.nncf._compat import AggregatorBase, TensorReducerBase, collectors
 from repapq_plugin.observers import MAEObserver
 
 
@@ -67,7 +65,7 @@ class _MAEAggregator(AggregatorBase):  # type: ignore[misc]
 
     symmetric = False
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: object) -> None:
         super().__init__(**kwargs)
         self.reset()
 
@@ -117,10 +115,8 @@ class _SymmetricHigh(_High):
 
 def register() -> None:
     """Teach NNCF the names; again is harmless."""
-    reducers: dict[Any, Any] = collectors.REDUCERS_MAP
-    aggregators: dict[Any, Any] = collectors.AGGREGATORS_MAP
-    reducers[WholeTensor.RAW] = _Whole
-    aggregators.update(
+    collectors.REDUCERS_MAP[WholeTensor.RAW] = _Whole
+    collectors.AGGREGATORS_MAP.update(
         {
             MAERange.MIN: _Low,
             MAERange.MAX: _High,

@@ -9,15 +9,15 @@ brought back whenever a part runs by itself or is skipped.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from nncf.torch.function_hook import get_hook_storage
-from nncf.torch.function_hook.hook_executor_mode import FunctionHookMode
 from torch import Tensor, nn
+
+from repapq_plugin.core.hooks import Hooks
+from repapq_plugin.hosts.nncf._compat import FunctionHookMode, current_mode, get_hook_storage, set_counters
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,7 @@ class Call:
     after: Mapping[str, int]
 
 
-def current_mode(model: nn.Module) -> FunctionHookMode | None:
-    """Return the mode that runs the hooks of ``model`` right now, if one does."""
-    modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    return next((mode for mode in modes if isinstance(mode, FunctionHookMode) and mode.model is model), None)
-
-
-def watch_calls(model: nn.Module, names: Collection[str], run: Callable[[], Any]) -> dict[str, list[Call]]:
+def watch_calls(model: nn.Module, names: Collection[str], run: Callable[[], object]) -> dict[str, list[Call]]:
     """Return how one pass of ``model`` calls the named modules.
 
     Args:
@@ -52,26 +46,25 @@ def watch_calls(model: nn.Module, names: Collection[str], run: Callable[[], Any]
     calls: dict[str, list[Call]] = {name: [] for name in names}
     begun: list[tuple[tuple[nn.Module, ...], dict[str, int]]] = []
 
-    def before(module: nn.Module, args: Any) -> None:
+    def before(module: nn.Module, args: object) -> None:
         mode = current_mode(model)
         if mode is not None:
             begun.append((tuple(mode.module_call_stack[1:-1]), dict(mode.op_calls)))
 
     def after(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: object, output: object) -> None:
             mode = current_mode(model)
             if mode is not None:
                 calls[name].append(Call(*begun.pop(), dict(mode.op_calls)))
 
         return hook
 
-    with ExitStack() as stack:
+    with Hooks() as hooks, torch.no_grad():
         for name in calls:
             module = model.get_submodule(name)
-            stack.callback(module.register_forward_pre_hook(before).remove)
-            stack.callback(module.register_forward_hook(after(name)).remove)
-        with torch.no_grad():
-            run()
+            hooks.before(module, before)
+            hooks.after(module, after(name))
+        run()
     return calls
 
 
@@ -84,20 +77,20 @@ def counting_skipped(model: nn.Module, calls: Mapping[str, Sequence[Call]]) -> I
     done: WeakKeyDictionary[FunctionHookMode, dict[str, int]] = WeakKeyDictionary()
 
     def after(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: object, output: object) -> None:
             mode = current_mode(model)
             if mode is None:
                 return
             counts = done.setdefault(mode, {})
             index = counts.get(name, 0)
             counts[name] = index + 1
-            _set_counters(mode, calls[name][index].after)
+            set_counters(mode, calls[name][index].after)
 
         return hook
 
-    with ExitStack() as stack:
+    with Hooks() as hooks:
         for name in calls:
-            stack.callback(model.get_submodule(name).register_forward_hook(after(name)).remove)
+            hooks.after(model.get_submodule(name), after(name))
         yield
 
 
@@ -118,15 +111,10 @@ def run_alone(model: nn.Module, name: str, inputs: Sequence[Tensor], calls: Sequ
     # One mode for all calls, as in the whole model: weights that several calls read are quantized once in it.
     with FunctionHookMode(model=model, hook_storage=get_hook_storage(model)) as mode:
         for x, call in zip(inputs, calls, strict=True):
-            _set_counters(mode, call.before)
+            set_counters(mode, call.before)
             for outer in call.around:
                 mode.push_module_call_stack(outer)
             outputs.append(module(x))
             for _ in call.around:
                 mode.pop_module_call_stack()
     return outputs
-
-
-def _set_counters(mode: FunctionHookMode, counters: Mapping[str, int]) -> None:
-    mode.op_calls.clear()
-    mode.op_calls.update(counters)

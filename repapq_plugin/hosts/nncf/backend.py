@@ -1,0 +1,256 @@
+"""`NNCFBackend`: NNCF places its own quantizers, the one job gives them ranges and lets them learn."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import nncf
+from torch import Tensor, nn
+
+from repapq_plugin.backend import PHASES, Backend
+from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core.running import Batch, ForwardFn
+from repapq_plugin.errors import CalibrationError, ConfigError, HostError
+from repapq_plugin.hosts.nncf._compat import EXTENSION_TIMEOUT, build_nncf_graph, wrap_model
+from repapq_plugin.hosts.nncf.affine import attach_affine, can_take_affine, fold_affine
+from repapq_plugin.hosts.nncf.data import check_items, joined
+from repapq_plugin.hosts.nncf.few_bits import carry_few_bits, set_bits
+from repapq_plugin.hosts.nncf.learners import ActivationLearner, WeightLearner
+from repapq_plugin.hosts.nncf.placement import find_placement
+from repapq_plugin.hosts.nncf.quantizers import NNCFQuantizer, in_logarithms
+from repapq_plugin.hosts.nncf.running import Call, counting_skipped, run_alone, watch_calls
+from repapq_plugin.method.learners import Learner
+from repapq_plugin.method.sites import ActivationSite, Sites, WeightSite
+from repapq_plugin.quantizers.layers import ChannelAffine
+from repapq_plugin.quantizers.plan import LayerPlan
+from repapq_plugin.quantizers.trace import Trace
+from repapq_plugin.result import Calibrated
+
+
+@dataclass(frozen=True)
+class NNCFOptions:
+    """What `nncf.quantize` is told; see there."""
+
+    preset: nncf.QuantizationPreset | None = None
+    target_device: nncf.TargetDevice = nncf.TargetDevice.ANY
+    fast_bias_correction: bool = True
+    model_type: nncf.ModelType | None = None
+    ignored_scope: nncf.IgnoredScope | None = None
+    advanced_parameters: nncf.AdvancedQuantizationParameters | None = None
+
+
+class PlacedBackend(Backend[Calibrated]):
+    """Calibrates a model that NNCF has quantized already, in place.
+
+    NNCF's choice of what is quantized, its signs and its shared quantizers stay. Weights and inputs of layers get the
+    bits of the configuration; activations that no layer reads keep 8.
+
+    Args:
+        student: The model, in evaluation mode.
+    """
+
+    phases = tuple(phase for phase in PHASES if phase not in ("merge", "condition"))
+    unplaced = "left float by NNCF"
+
+    def __init__(self, student: nn.Module) -> None:
+        self.student = student
+
+    def check(self, model: nn.Module, batches: Sequence[Batch], config: RepAPQConfig) -> None:
+        """Refuse dropped quantization, and data that the model cannot be run on."""
+        if config.drop_probability:
+            raise ConfigError(
+                f"drop_probability={config.drop_probability} is not allowed with NNCF, whose quantizers drop nothing; "
+                "choose 0."
+            )
+        check_items(copy.deepcopy(model).eval(), batches)
+
+    def join(self, teacher: nn.Module, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Join small items into batches, see `joined`."""
+        return joined(teacher, batches)
+
+    def place(
+        self,
+        teacher: nn.Module,
+        trace: Trace,
+        plans: Mapping[str, LayerPlan],
+        batches: Sequence[Batch],
+        forward: ForwardFn,
+        config: RepAPQConfig,
+    ) -> None:
+        """Find NNCF's quantizers and give them their bits.
+
+        Raises:
+            CalibrationError: NNCF quantized no layer.
+        """
+        student = self.student
+        self._trained = [(parameter, parameter.requires_grad) for parameter in student.parameters()]
+        for parameter, _ in self._trained:
+            parameter.requires_grad_(False)
+
+        def run() -> object:
+            return forward(student, batches[0])
+
+        self._run = run
+        self.placement = find_placement(student, build_nncf_graph(student, batches[0]), run)
+        if not self.placement.weights:
+            raise CalibrationError("NNCF quantized no convolution or linear layer; widen what ignored_scope leaves.")
+        self._plans = set_bits(self.placement, trace, config)
+        self._enabled = [(quantizer, quantizer.enabled.clone()) for quantizer in self.placement.quantizers]
+        self._affines: dict[str, ChannelAffine] = {}
+
+    @property
+    def sites(self) -> Sites:
+        """See `Backend`."""
+        weights = {
+            name: WeightSite(name, placed.module, placed.module, NNCFQuantizer(placed.quantizer))
+            for name, placed in self.placement.weights.items()
+        }
+        activations = (
+            ActivationSite(f"The activation at {placed.hooks[0]!r}", NNCFQuantizer(placed.quantizer))
+            for placed in self.placement.activations
+        )
+        return Sites(weights, tuple(activations))
+
+    @property
+    def plans(self) -> dict[str, LayerPlan]:
+        """See `Backend`; a layer's group is the number of the quantizer in front of it."""
+        return dict(self._plans)
+
+    def attach_affine(self) -> None:
+        """See `Backend`; a weight that two layers share cannot take two affine layers in."""
+        layers = [placed.module for placed in self.placement.weights.values()]
+        owners = Counter(id(parameter) for layer in layers for parameter in layer.parameters(recurse=False))
+        self._affines = {
+            name: attach_affine(self.student, placed)
+            for name, placed in self.placement.weights.items()
+            if can_take_affine(placed)
+            and all(owners[id(parameter)] == 1 for parameter in placed.module.parameters(recurse=False))
+        }
+
+    def learners(self) -> dict[str, Learner]:
+        """See `Backend`."""
+        found: dict[str, Learner] = {
+            name: WeightLearner(placed.module, placed.quantizer, self._affines.get(name))
+            for name, placed in self.placement.weights.items()
+        }
+        for placed in self.placement.activations:
+            # The name of the hook makes the path unique; what counts is the module that it begins with.
+            found[f"{placed.inside}.{placed.hooks[0]}"] = ActivationLearner(placed.quantizer)
+        return found
+
+    @contextmanager
+    def learning(self, names: Sequence[str]) -> Iterator[None]:
+        """Let ranges learn as logarithms, and parts run alone or be skipped as NNCF counts them."""
+        self._calls: dict[str, list[Call]] = watch_calls(self.student, dict.fromkeys(names), self._run)
+        with in_logarithms(self.placement.quantizers), counting_skipped(self.student, self._calls):
+            yield
+
+    def run_alone(self, name: str, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """See `Backend`."""
+        return run_alone(self.student, name, inputs, self._calls[name])
+
+    def fold(self, teacher: nn.Module, left_float: Mapping[str, str]) -> None:
+        """Fold the affine layers and carry few bits in 8; what could not be run alone stays as NNCF quantized it."""
+        for name, affine in self._affines.items():
+            fold_affine(self.student, self.placement.weights[name], affine)
+        for quantizer, enabled in self._enabled:
+            quantizer.enabled.copy_(enabled)
+        carry_few_bits(self.student, self.placement)
+        for parameter, required in self._trained:
+            parameter.requires_grad_(required)
+
+    def deliver(self, calibrated: Calibrated, batches: Sequence[Batch]) -> Calibrated:
+        """Return the model as `nncf.quantize` would, with the record of it."""
+        return calibrated
+
+
+class NNCFBackend(PlacedBackend):
+    """Lets `nncf.quantize` place quantizers on the merged network, and calibrates them.
+
+    Args:
+        options: What `nncf.quantize` is told.
+    """
+
+    phases = PHASES
+
+    def __init__(self, options: NNCFOptions | None = None) -> None:
+        self.options = options or NNCFOptions()
+
+    def place(
+        self,
+        teacher: nn.Module,
+        trace: Trace,
+        plans: Mapping[str, LayerPlan],
+        batches: Sequence[Batch],
+        forward: ForwardFn,
+        config: RepAPQConfig,
+    ) -> None:
+        """Quantize a copy of the teacher with NNCF, all but the layers that are not planned.
+
+        Raises:
+            ConfigError: ``ignored_scope`` names what the model has not.
+            HostError: NNCF cannot trace or quantize the model.
+        """
+        self.student = self._quantized(teacher, batches, [name for name in trace.layers if name not in plans])
+        super().place(teacher, trace, plans, batches, forward, config)
+
+    def _quantized(self, teacher: nn.Module, batches: Sequence[Batch], float_layers: Collection[str]) -> nn.Module:
+        options, names = self.options, list[str]()
+        scope = options.ignored_scope
+        try:
+            with _time_to_compile():
+                operations = _operations(teacher, batches[0])
+                names = [name for of_layer in operations.values() for name in of_layer]
+                if float_layers:
+                    scope = copy.deepcopy(scope) if scope is not None else nncf.IgnoredScope()
+                    scope.names += [name for layer in float_layers for name in operations.get(layer, ())]
+                placed: nn.Module = nncf.quantize(
+                    teacher,
+                    nncf.Dataset(list(batches)),
+                    preset=options.preset,
+                    target_device=options.target_device,
+                    subset_size=len(batches),
+                    fast_bias_correction=options.fast_bias_correction,
+                    model_type=options.model_type,
+                    ignored_scope=scope,
+                    advanced_parameters=options.advanced_parameters,
+                )
+        except nncf.ValidationError as error:
+            raise ConfigError(
+                f"{str(error).strip()} Change ignored_scope; names in it are those of the merged model, such as "
+                f"{', '.join(names[:3])}."
+            ) from error
+        except Exception as error:  # whatever a model does that NNCF did not foresee
+            raise HostError(
+                f"NNCF cannot quantize {type(teacher).__name__}: {type(error).__name__}: {error} Leave out the part "
+                "that it cannot trace, or quantize with repapq_plugin.quantize_model, which does not trace."
+            ) from error
+        return placed
+
+
+def _operations(model: nn.Module, item: Batch) -> dict[str, list[str]]:
+    """Return NNCF's names of the operations of each layer, by the layer's module path."""
+    graph = build_nncf_graph(wrap_model(copy.deepcopy(model)), item)
+    suffix = ".weight"
+    return {
+        node.node_name.removesuffix(suffix): [reader.node_name for reader in graph.get_next_nodes(node)]
+        for node in graph.get_all_nodes()
+        if node.node_name.endswith(suffix)
+    }
+
+
+@contextmanager
+def _time_to_compile() -> Iterator[None]:
+    """Let NNCF compile its kernels, which it does once per machine, for as long as a slow machine takes."""
+    before = os.environ.get(EXTENSION_TIMEOUT)
+    os.environ.setdefault(EXTENSION_TIMEOUT, "0")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[EXTENSION_TIMEOUT]
