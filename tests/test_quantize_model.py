@@ -7,9 +7,9 @@ from torch import nn
 
 from repapq_plugin import CalibrationResult, RepAPQConfig, quantize_model
 from repapq_plugin.core.losses import mae_loss
+from repapq_plugin.core.tensors import floating_tensors
 from repapq_plugin.errors import CalibrationError, ConfigError
 from repapq_plugin.quantizers.layers import QuantizedLayer
-from repapq_plugin.quantizers.trace import flatten_tensors
 from tests.support.networks import Chain, Pyramid, TwoBranchBlock, batches, settle
 
 SCHEDULES = ("unit", "stage", "network")
@@ -21,7 +21,7 @@ def config(preset: str = "w4a4", **overrides) -> RepAPQConfig:
 
 def error(result: CalibrationResult, model: nn.Module, x: torch.Tensor) -> float:
     with torch.no_grad():
-        pairs = zip(flatten_tensors(result.model(x)), flatten_tensors(model(x)), strict=True)
+        pairs = zip(floating_tensors(result.model(x)), floating_tensors(model(x)), strict=True)
         return sum(float(mae_loss(a, b)) for a, b in pairs)
 
 

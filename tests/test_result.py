@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from repapq_plugin import CalibrationResult, RepAPQConfig, quantize_model
+from repapq_plugin.core.tensors import floating_tensors
 from repapq_plugin.errors import ResultError
-from repapq_plugin.quantizers.trace import flatten_tensors
 from tests.support.networks import Chain, Pyramid, batches, settle
 
 
@@ -25,7 +25,7 @@ def test_a_saved_result_comes_back_equal(pair, tmp_path):
     loaded = CalibrationResult.load(result.save(tmp_path / "a" / "result.safetensors"), model)
     x = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
-        for a, b in zip(flatten_tensors(loaded.model(x)), flatten_tensors(result.model(x)), strict=True):
+        for a, b in zip(floating_tensors(loaded.model(x)), floating_tensors(result.model(x)), strict=True):
             assert torch.equal(a, b)
     assert loaded.summary() == result.summary()
     assert loaded.config == result.config

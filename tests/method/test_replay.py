@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from repapq_plugin.core.tensors import floating_tensors
 from repapq_plugin.method.replay import answering, inputs_of, outputs_of, recording
-from repapq_plugin.quantizers.trace import flatten_tensors
 from tests.support.networks import Pyramid, settle
 
 
@@ -17,13 +17,13 @@ def test_a_network_whose_modules_answer_from_the_cache_gives_the_same_outputs(mo
     modules = dict(model.named_modules())
     with torch.no_grad():
         with recording(modules, names) as outputs:
-            wanted = flatten_tensors(model(x))
+            wanted = floating_tensors(model(x))
         stored = {name: [tensor.clone() for tensor in tensors] for name, tensors in outputs.items()}
         assert len(stored["tower"]) == 2
         with answering(modules, stored):
-            replayed = flatten_tensors(model(torch.zeros_like(x)))
+            replayed = floating_tensors(model(torch.zeros_like(x)))
         assert all(torch.equal(a, b) for a, b in zip(replayed, wanted, strict=True))
-        again = flatten_tensors(model(x))
+        again = floating_tensors(model(x))
     assert all(torch.equal(a, b) for a, b in zip(again, wanted, strict=True))
 
 

@@ -1,8 +1,9 @@
 import torch
 from torch import nn
 
+from repapq_plugin.core.tensors import floating_tensors
 from repapq_plugin.job import merge_for_inference
-from repapq_plugin.quantizers.trace import flatten_tensors, trace_network
+from repapq_plugin.quantizers.trace import trace_network
 from tests.support.networks import Chain, Pyramid, settle
 
 
@@ -32,12 +33,12 @@ def test_tracing_leaves_gradients_hooks_and_outputs_alone():
     model.up.weight.requires_grad_(False)
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     x = torch.randn(2, 3, 16, 16)
-    wanted = flatten_tensors(model(x))
+    wanted = floating_tensors(model(x))
     trace_network(model, lambda: model(x))
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
-    assert all(torch.equal(a, b) for a, b in zip(flatten_tensors(model(x)), wanted, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(floating_tensors(model(x)), wanted, strict=True))
 
 
 def test_without_gradients_the_last_layer_called_is_taken():

@@ -59,15 +59,17 @@ class Chain(nn.Module):
 class Pyramid(nn.Module):
     """A backbone of two levels, Python glue between them, a head shared by both, a tuple of outputs."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.down1 = nn.Sequential(TwoBranchBlock(3, 8, 2), TwoBranchBlock(8, 8))
-        self.down2 = nn.Sequential(TwoBranchBlock(8, 8, 2), TwoBranchBlock(8, 8))
-        self.up = nn.ConvTranspose2d(8, 8, 2, 2)
-        self.lateral = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8), nn.SiLU(inplace=True))
-        self.tower = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(inplace=True))
-        self.classes = nn.Conv2d(8, 4, 1)
-        self.boxes = nn.Conv2d(8, 4, 1)
+        self.down1 = nn.Sequential(TwoBranchBlock(3, width, 2), TwoBranchBlock(width, width))
+        self.down2 = nn.Sequential(TwoBranchBlock(width, width, 2), TwoBranchBlock(width, width))
+        self.up = nn.ConvTranspose2d(width, width, 2, 2)
+        self.lateral = nn.Sequential(
+            nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), nn.SiLU(inplace=True)
+        )
+        self.tower = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True))
+        self.classes = nn.Conv2d(width, 4, 1)
+        self.boxes = nn.Conv2d(width, 4, 1)
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         fine = self.down1(x)
