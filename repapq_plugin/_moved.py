@@ -45,12 +45,14 @@ MOVED = {
     "repapq_plugin.reparam.qpr": "repapq_plugin.method.qpr",
     "repapq_plugin.reparam.unknown": "repapq_plugin.reparam.by_algebra.unknown",
     "repapq_plugin.hosts.nncf_torch": "repapq_plugin.hosts.nncf",
+    "repapq_plugin.hosts.nncf_torch.calibrate": "repapq_plugin.hosts.nncf.backend",
     "repapq_plugin.hosts.nncf_torch.engine": "repapq_plugin.hosts.nncf.hosted",
+    "repapq_plugin.hosts.nncf_torch.ranges": "repapq_plugin.method.starting_ranges",
     "repapq_plugin.hosts.openmmlab.engines": "repapq_plugin.hosts.openmmlab.other_hosts",
     "repapq_plugin.hosts.openmmlab.pipeline": "repapq_plugin.hosts.openmmlab.workbench",
-    "repapq_plugin.hosts.torch_ao.engine": "repapq_plugin.hosts.torch_ao.hosted",
+    "repapq_plugin.hosts.torch_ao.engine": "repapq_plugin.hosts.torch_ao.backend",
     "repapq_plugin.hosts.torchao_pt2e": "repapq_plugin.hosts.pt2e",
-    "repapq_plugin.hosts.torchao_pt2e.engine": "repapq_plugin.hosts.pt2e.hosted",
+    "repapq_plugin.hosts.torchao_pt2e.engine": "repapq_plugin.hosts.pt2e.backend",
 }
 """Old path of a module -> its new path. A module of a moved package that is not listed kept its name there."""
 
