@@ -2,10 +2,12 @@ import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from repapq_plugin import CalibrationResult, RepAPQConfig, quantize_model
 from repapq_plugin.core.tensors import floating_tensors
@@ -91,3 +93,57 @@ def test_a_full_disk_leaves_the_older_file_and_nothing_else(tmp_path):
     assert "refused: Cannot write" in done.stdout, done.stderr
     assert target.read_text() == "older"
     assert [path.name for path in tmp_path.iterdir()] == ["result.safetensors"]
+
+
+# Made by version 0.1.0, before the rooms of the package were laid out anew:
+#   torch.manual_seed(0)
+#   keys = {"steps": 6, "schedule": "unit", "network_steps": 2, "keep_float": ("up",), "layer_bits": {"tower*": (6, 5)}}
+#   quantize_model(settle(Pyramid(width=4)), batches(2), RepAPQConfig.from_preset("w4a4", **keys)).save(EARLIER)
+# OUTPUTS holds what its model returned for `some_input()`.
+EARLIER = Path(__file__).parent / "data" / "pyramid_result_1.safetensors"
+OUTPUTS = EARLIER.with_name("pyramid_result_1_outputs.safetensors")
+
+
+def some_input() -> torch.Tensor:
+    return torch.linspace(-2, 2, 3 * 16 * 16).sin().reshape(1, 3, 16, 16)
+
+
+def contents(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    return load_file(path), {**header, "result": json.loads(header["result"])}
+
+
+def test_a_result_of_the_version_before_loads_bit_for_bit():
+    loaded = CalibrationResult.load(EARLIER, Pyramid(width=4))
+    tensors, header = contents(EARLIER)
+    state = loaded.model.state_dict()
+    assert tensors.keys() <= state.keys()
+    assert all(torch.equal(state[key], value) and state[key].dtype == value.dtype for key, value in tensors.items())
+    assert json.loads(json.dumps(loaded.summary())) == header["result"]
+    assert loaded.float_layers == {"up": "kept float by the configuration"}
+    assert loaded.layers["tower.0"] == (6, 5)
+    assert sum(unit.kept for unit in loaded.units) == 6
+    layers = dict(loaded.model.named_modules())
+    assert layers["classes"].input_fake_quant is layers["boxes"].input_fake_quant
+
+
+def test_a_result_of_the_version_before_computes_what_it_did_and_is_saved_as_it_was(tmp_path):
+    loaded = CalibrationResult.load(EARLIER, Pyramid(width=4))
+    with torch.no_grad():
+        outputs = floating_tensors(loaded.model(some_input()))
+    wanted = [value for _, value in sorted(load_file(OUTPUTS).items())]
+    for output, value in zip(outputs, wanted, strict=True):
+        # Convolutions add up in another order on another processor.
+        torch.testing.assert_close(output, value, rtol=1e-5, atol=1e-6)
+    (tensors, header), (again, header_again) = contents(EARLIER), contents(loaded.save(tmp_path / "again.safetensors"))
+    assert header_again == header
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[key], tensors[key]) for key in tensors)
+
+
+@pytest.mark.parametrize("size", ["width", "kind"])
+def test_a_result_of_the_version_before_is_still_refused_by_other_models(size):
+    other = Pyramid(width=6) if size == "width" else Chain()
+    with pytest.raises(ResultError, match="does not fit this model"):
+        CalibrationResult.load(EARLIER, other)
