@@ -3,15 +3,17 @@
 Importing this package loads no host toolbox and registers nothing; `repapq_plugin.hosts` does.
 """
 
+from repapq_plugin import _moved as _moved
 from repapq_plugin.config import LearningRates, RepAPQConfig
 from repapq_plugin.errors import RepAPQError
 from repapq_plugin.export.openvino import export_openvino
 from repapq_plugin.export.qdq_onnx import export_onnx
 from repapq_plugin.job import Progress, quantize_model
+from repapq_plugin.method.across_block import UnitResult
 from repapq_plugin.observers import MAEObserver, MinMaxObserver, MSEObserver, PercentileObserver
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
 from repapq_plugin.reparam.branches import Branch, BranchSpec, register_branches
-from repapq_plugin.result import CalibrationResult, UnitResult
+from repapq_plugin.result import CalibrationResult
 
 __version__ = "0.1.0"
 

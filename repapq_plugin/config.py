@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -18,8 +18,11 @@ T = TypeVar("T")
 
 Schedule = Literal["unit", "stage", "network"]
 LossName = Literal["mae", "mse"]
-ObserverName = Literal["min_max", "mse", "mae", "percentile", "auto"]
-WeightObserverName = Literal["min_max", "mse"]
+OBSERVER_NAMES = ["min_max", "mse", "mae", "percentile"]
+"""Names that ``activation_observer`` takes besides ``auto``; observers add theirs as they are registered."""
+
+WEIGHT_OBSERVER_NAMES = ["min_max", "mse"]
+"""Names that ``weight_observer`` takes: those of observers that can give each channel a range."""
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -45,6 +48,11 @@ def _check_choices(instance: object) -> None:
         value = getattr(instance, key)
         if choices and value not in choices:
             raise _reject(key, value, "one of " + ", ".join(map(repr, choices)))
+
+
+def _check_name(key: str, value: object, names: Collection[str]) -> None:
+    if value not in names:
+        raise _reject(key, value, "one of " + ", ".join(map(repr, names)))
 
 
 def _check_bits(key: str, value: object) -> None:
@@ -138,8 +146,8 @@ class RepAPQConfig:
     activation_bits: int = 8
     first_last_bits: int | None = 8
     reduce_range: bool = False
-    activation_observer: ObserverName = "auto"
-    weight_observer: WeightObserverName = "mse"
+    activation_observer: str = "auto"
+    weight_observer: str = "mse"
     percentile: float = 99.99
     fold_constants: bool = True
     equalize: bool = True
@@ -161,6 +169,8 @@ class RepAPQConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
+        _check_name("activation_observer", self.activation_observer, [*OBSERVER_NAMES, "auto"])
+        _check_name("weight_observer", self.weight_observer, WEIGHT_OBSERVER_NAMES)
         _check_bits("weight_bits", self.weight_bits)
         _check_bits("activation_bits", self.activation_bits)
         if self.first_last_bits is not None:

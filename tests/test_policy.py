@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from repapq_plugin.config import ObserverName, RepAPQConfig, WeightObserverName
+from repapq_plugin.config import OBSERVER_NAMES, WEIGHT_OBSERVER_NAMES, RepAPQConfig
 from repapq_plugin.errors import ConfigError
 from repapq_plugin.observers import OBSERVERS
 from repapq_plugin.policy import (
@@ -133,7 +132,7 @@ def test_bits_are_given_to_layers() -> None:
         check_names(RepAPQConfig(layer_bits={"stem": (4, 4)}), MODULES, LAYERS)
 
 
-@pytest.mark.parametrize("name", get_args(ObserverName))
+@pytest.mark.parametrize("name", [*OBSERVER_NAMES, "auto"])
 def test_every_name_of_an_activation_observer_is_one_that_is_registered(name: str) -> None:
     config = RepAPQConfig(activation_observer=name, percentile=99.0)
     watching = activation_observers(config)
@@ -146,7 +145,7 @@ def test_every_name_of_an_activation_observer_is_one_that_is_registered(name: st
         assert watching == (name,) and lone_activation_observer(config) == name
 
 
-@pytest.mark.parametrize("name", get_args(WeightObserverName))
+@pytest.mark.parametrize("name", WEIGHT_OBSERVER_NAMES)
 def test_every_name_of_a_weight_observer_is_registered_per_channel(name: str) -> None:
     assert f"per_channel_{name}" in OBSERVERS
     assert name in OBSERVERS
@@ -156,4 +155,4 @@ def test_every_name_of_a_weight_observer_is_registered_per_channel(name: str) ->
 def test_only_the_percentile_is_told_more_than_its_grid() -> None:
     config = RepAPQConfig(percentile=98.5)
     assert observer_arguments("percentile", config) == {"percentile": 98.5}
-    assert all(observer_arguments(name, config) == {} for name in get_args(ObserverName) if name != "percentile")
+    assert all(observer_arguments(name, config) == {} for name in [*OBSERVER_NAMES, "auto"] if name != "percentile")

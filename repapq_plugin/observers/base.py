@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.ao.quantization.observer import ObserverBase
 
+from repapq_plugin.config import OBSERVER_NAMES, WEIGHT_OBSERVER_NAMES
 from repapq_plugin.core.quant_primitives import choose_qparams
 from repapq_plugin.errors import CalibrationError, ConfigError, HostError
 
@@ -19,6 +20,9 @@ PER_CHANNEL_SCHEMES = (torch.per_channel_affine, torch.per_channel_symmetric)
 
 OBSERVERS: dict[str, type[RangeObserver]] = {}
 """Observer classes by the name a configuration uses; per-channel ones as ``per_channel_<name>``."""
+
+PER_CHANNEL = "per_channel_"
+"""How the names of classes begin that give each channel a range of its own."""
 
 _Class = TypeVar("_Class", bound="type[RangeObserver]")
 _Made = TypeVar("_Made")
@@ -57,9 +61,8 @@ def register_observer(name: str) -> Callable[[_Class], _Class]:
                 return 1.1 * self.min_val, 1.1 * self.max_val
 
     Then `LearnableFakeQuantize(observer=RoomyObserver)` and torch.ao's ``QConfig`` take the class as it is.
-    For a `RepAPQConfig` to take its name, import the file in ``observers/__init__.py`` and add the name to
-    ``ObserverName`` in ``config.py``. A class with a range per channel is registered as
-    ``per_channel_<name>``, and ``<name>`` is added to ``WeightObserverName``.
+    So does ``RepAPQConfig(activation_observer="roomy")``, once the file is imported. A class with a range per
+    channel is registered as ``per_channel_<name>``; ``weight_observer`` then takes ``<name>``.
 
     Args:
         name: What a configuration calls it.
@@ -70,6 +73,9 @@ def register_observer(name: str) -> Callable[[_Class], _Class]:
 
     def add(cls: _Class) -> _Class:
         OBSERVERS[name] = cls
+        names = WEIGHT_OBSERVER_NAMES if name.startswith(PER_CHANNEL) else OBSERVER_NAMES
+        if name.removeprefix(PER_CHANNEL) not in names:
+            names.append(name.removeprefix(PER_CHANNEL))
         return cls
 
     return add

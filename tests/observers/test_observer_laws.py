@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from repapq_plugin.config import ObserverName, WeightObserverName
+from repapq_plugin.config import OBSERVER_NAMES, WEIGHT_OBSERVER_NAMES, RepAPQConfig
 from repapq_plugin.core.quant_primitives import EPS, activation_bounds, fake_quantize, weight_bounds
 from repapq_plugin.errors import CalibrationError, ConfigError
 from repapq_plugin.observers import (
@@ -65,14 +65,15 @@ def batches(seed: int, count: int = 5) -> list[Tensor]:
 
 
 def test_configurations_name_registered_observers() -> None:
-    names = set(ObserverName.__args__) - {"auto"}  # type: ignore[attr-defined]
-    weights = {f"per_channel_{name}" for name in WeightObserverName.__args__}  # type: ignore[attr-defined]
+    names = set(OBSERVER_NAMES)
+    weights = {f"per_channel_{name}" for name in WEIGHT_OBSERVER_NAMES}
     assert names | weights == set(OBSERVERS)
     assert all(OBSERVERS[name].per_channel == name.startswith("per_channel_") for name in OBSERVERS)
 
 
 def test_a_foreign_observer_is_registered_by_its_decorator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("repapq_plugin.observers.base.OBSERVERS", registry := {})
+    monkeypatch.setattr("repapq_plugin.observers.base.OBSERVER_NAMES", [])
 
     @register_observer("twice_min_max")
     class TwiceMinMax(MinMaxObserver):
@@ -302,3 +303,15 @@ def test_a_histogram_needs_bins_that_pair_up(bins: int) -> None:
 def test_a_percentile_is_between_half_and_all(percentile: float) -> None:
     with pytest.raises(ConfigError, match="percentile"):
         PercentileObserver(percentile=percentile)
+
+
+def test_a_registered_observer_is_a_name_that_a_configuration_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("repapq_plugin.observers.base.OBSERVERS", {})
+    monkeypatch.setattr("repapq_plugin.observers.base.OBSERVER_NAMES", names := ["mse"])
+    monkeypatch.setattr("repapq_plugin.observers.base.WEIGHT_OBSERVER_NAMES", weight_names := ["mse"])
+    register_observer("roomy")(MinMaxObserver)
+    register_observer("per_channel_roomy")(PerChannelMinMaxObserver)
+    register_observer("mse")(MinMaxObserver)
+    assert names == ["mse", "roomy"] and weight_names == ["mse", "roomy"]
+    with pytest.raises(ConfigError, match="activation_observer='roomier' is not allowed; choose one of 'min_max'"):
+        RepAPQConfig(activation_observer="roomier")
