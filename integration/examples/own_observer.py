@@ -1,34 +1,31 @@
-"""An observer of one's own: it says how a range is found, and stands wherever torch.ao takes an observer."""
+"""An observer of one's own: it says how a range is found, and the configuration names it."""
 
 import torch
 from torch import nn
-from torch.ao.quantization import QConfig, QConfigMapping
-from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
-from repapq_plugin import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
-from repapq_plugin.observers import PerChannelMSEObserver, RangeObserver
+from repapq_plugin import RepAPQConfig, quantize_model
+from repapq_plugin.observers import HistogramRangeObserver, register_observer
 
 
-class DeviationObserver(RangeObserver):
+@register_observer("deviation")
+class DeviationObserver(HistogramRangeObserver):
     """Four standard deviations to each side of the mean, or what was seen if that is less."""
 
-    def observe(self, x):
-        mean, reach = x.mean(), 4 * x.std()
-        self._widen(torch.maximum(x.min(), mean - reach), torch.minimum(x.max(), mean + reach))
+    def find_range(self):
+        values, counts = self.points()  # all values seen so far, and how often
+        mean = (values * counts).sum() / counts.sum()
+        reach = 4 * ((values - mean).square() * counts).sum().div(counts.sum()).sqrt()
+        low, high = (mean - reach).float(), (mean + reach).float()
+        return torch.maximum(low, self.min_val), torch.minimum(high, self.max_val)
 
-
-activation = LearnableFakeQuantize.with_args(
-    observer=DeviationObserver, dtype=torch.quint8, qscheme=torch.per_tensor_affine, quant_min=0, quant_max=15
-)
-weight = PerChannelLearnableFakeQuantize.with_args(
-    observer=PerChannelMSEObserver, dtype=torch.qint8, qscheme=torch.per_channel_symmetric, quant_min=-7, quant_max=7
-)
 
 torch.manual_seed(0)
-model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()).train()
-images = torch.randn(8, 3, 16, 16)
-prepared = prepare_qat_fx(model, QConfigMapping().set_global(QConfig(activation, weight)), (images,))
-prepared(images)
-for name, module in prepared.named_modules():
-    if isinstance(module, DeviationObserver):
-        print(f"{name}: {float(module.min_val):.3f} to {float(module.max_val):.3f}")
+model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+batches = [torch.randn(8, 3, 16, 16) for _ in range(4)]
+
+config = RepAPQConfig.from_preset("w4a4", activation_observer="deviation", steps=5)
+result = quantize_model(model, batches, config)
+print(result.config.scheme)
+# The class also stands in a QConfig of torch.ao: QConfig(activation=DeviationObserver.with_args(...), weight=...).
+for name, layer in result.plan.layers.items():
+    print(f"{name}: {layer}")

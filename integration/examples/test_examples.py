@@ -17,7 +17,7 @@ SAYS = {
     "torch_ao_fx": "QuantizedLinear(",
     "pt2e_export": "integer weights: [",
     "own_block": "2: relative error of the merge",
-    "own_observer": "activation_post_process_1.activation_post_process:",
+    "own_observer": "activations per tensor affine unsigned (deviation)",
 }
 """What an example prints, if it did what it is there for."""
 
