@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
-from typing import Any
+from typing import TypeVar
 
 from torch import Tensor, nn
 
+from repapq_plugin.core.hooks import Hooks
 
-def largest_weights(layer: Any) -> Tensor:
+Layer = nn.Conv2d | nn.Linear
+"""A layer whose channels can be changed."""
+
+B = TypeVar("B")
+L = TypeVar("L", bound=nn.Module)
+
+
+def largest_weights(layer: Layer) -> Tensor:
     """Return the largest absolute weight that reads each input channel, float64 ``[in_channels]``.
 
     Args:
@@ -17,15 +24,14 @@ def largest_weights(layer: Any) -> Tensor:
     """
     weight = layer.weight.detach().abs().double()
     groups = getattr(layer, "groups", 1)
-    columns: Tensor = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1).amax(dim=(1, 3)).flatten()
-    return columns
+    return weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1).amax(dim=(1, 3)).flatten()
 
 
 def read_channels(
-    layers: Collection[nn.Module],
-    run: Callable[[Any], Any],
-    batches: Sequence[Any],
-    see: Callable[[nn.Module, Tensor], None],
+    layers: Collection[L],
+    run: Callable[[B], object],
+    batches: Sequence[B],
+    see: Callable[[L, Tensor], None],
 ) -> None:
     """Run batches and show, call after call, what layers read; calls without images are left out.
 
@@ -36,7 +42,7 @@ def read_channels(
         see: ``see(layer, values)`` is given ``[in_channels, values of a channel]``.
     """
 
-    def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    def hook(layer: L, args: tuple[Tensor, ...]) -> None:
         x = args[0].detach()
         if x.numel():
             # A linear layer's channels lie in the last axis.
@@ -44,8 +50,8 @@ def read_channels(
 
     if not layers:
         return
-    with ExitStack() as stack:
+    with Hooks() as hooks:
         for layer in layers:
-            stack.callback(layer.register_forward_pre_hook(hook).remove)
+            hooks.before(layer, hook)
         for batch in batches:
             run(batch)

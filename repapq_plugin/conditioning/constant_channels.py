@@ -12,15 +12,15 @@ equalized, W6A6 scores 89.86 % with them and 92.82 % without, float 93.06 %).
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from repapq_plugin.conditioning.channels import largest_weights, read_channels
+from repapq_plugin.conditioning.channels import B, L, Layer, largest_weights, read_channels
+from repapq_plugin.core.modules import parameter_uses
 
 logger = logging.getLogger(__name__)
 
@@ -42,17 +42,17 @@ class _Range:
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
 
 
-def _reads_channels_together(layer: Any) -> bool:
+def _reads_channels_together(layer: nn.Module) -> TypeGuard[Layer]:
     return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
 
 
-def _zero_padded(layer: Any) -> bool:
+def _zero_padded(layer: Layer) -> bool:
     return isinstance(layer, nn.Conv2d) and (isinstance(layer.padding, str) or any(layer.padding))
 
 
 @torch.no_grad()
 def fold_constant_channels(
-    model: nn.Module, run: Callable[[Any], Any], batches: Sequence[Any], names: Collection[str]
+    model: nn.Module, run: Callable[[B], object], batches: Sequence[B], names: Collection[str]
 ) -> dict[str, int]:
     """Move what constant channels contribute into biases, in place; on ``batches`` nothing else changes.
 
@@ -69,10 +69,10 @@ def fold_constant_channels(
         Number of folded channels by layer name, in no case zero.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    uses = Counter(id(p) for m in dict.fromkeys(model.modules()) for p in m._parameters.values() if p is not None)
-    layers: dict[nn.Module, str] = {}
+    uses = parameter_uses(model)
+    layers: dict[Layer, str] = {}
     for name in names:
-        layer: Any = modules[name]
+        layer = modules[name]
         own = "weight" in layer._parameters and uses[id(layer.weight)] == 1
         if own and _reads_channels_together(layer) and bool(_stands_out(layer).any()):
             layers[layer] = name
@@ -86,18 +86,15 @@ def fold_constant_channels(
     return folded
 
 
-def _stands_out(layer: Any) -> Tensor:
+def _stands_out(layer: Layer) -> Tensor:
     columns = largest_weights(layer)
-    stands_out: Tensor = columns > OUTLIER * columns.median()
-    return stands_out
+    return columns > OUTLIER * columns.median()
 
 
-def _channel_ranges(
-    layers: Collection[nn.Module], run: Callable[[Any], Any], batches: Sequence[Any]
-) -> dict[nn.Module, _Range]:
-    ranges: dict[nn.Module, _Range] = {}
+def _channel_ranges(layers: Collection[L], run: Callable[[B], object], batches: Sequence[B]) -> dict[L, _Range]:
+    ranges: dict[L, _Range] = {}
 
-    def see(layer: nn.Module, values: Tensor) -> None:
+    def see(layer: L, values: Tensor) -> None:
         low, high = values.aminmax(dim=1)
         if layer in ranges:
             ranges[layer].widen(low, high)
@@ -108,7 +105,7 @@ def _channel_ranges(
     return ranges
 
 
-def _fold(layer: Any, seen: _Range) -> int:
+def _fold(layer: Layer, seen: _Range) -> int:
     constant = seen.high - seen.low <= _TOLERANCE * seen.high.abs().max()
     if _zero_padded(layer):
         constant &= seen.high.abs() <= _TOLERANCE * seen.high.abs().max()

@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from repapq_plugin.conditioning.channels import largest_weights, read_channels
-from repapq_plugin.core.tensor_notes import TensorNotes
+from repapq_plugin.conditioning.channels import B, Layer, largest_weights, read_channels
+from repapq_plugin.core.compare import equal_within
+from repapq_plugin.core.hooks import Hooks
+from repapq_plugin.core.modules import parameter_uses
 from repapq_plugin.core.tensors import tensors_of
+from repapq_plugin.core.watch import MakersWatch
 
 logger = logging.getLogger(__name__)
 
@@ -37,70 +37,46 @@ HOMOGENEOUS = (
 LIMIT = 256.0
 """A channel is scaled by at most this against the typical one of its tensor: noise of dead channels stays small."""
 
-_TOLERANCE = 1e-4
 # Batches on which the size of channels is measured; a maximum over some hundred images is typical enough.
 _BATCHES = 8
 
 
-class _Readers(TorchFunctionMode):
+class _Readers(MakersWatch):
     """Sees, over one run, which layers read each layer's output, and whether anything else did."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: Counter[nn.Module] = Counter()
         self.readers: dict[nn.Module, set[nn.Module]] = {}
-        self.used_elsewhere: set[nn.Module] = set()
         self.given: dict[nn.Module, nn.Module | None] = {}
-        self._makers: TensorNotes[nn.Module] = TensorNotes()
-        self._reading: list[Tensor] = []
 
-    def module_runs(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def module_runs(self, module: nn.Module, args: tuple[object, ...]) -> None:
         if args and isinstance(args[0], Tensor):
-            self._reading.append(args[0])
-            self.given[module] = self._makers.get(args[0])
+            self.reading.append(args[0])
+            self.given[module] = self.maker_of(args[0])
         else:
             self.given[module] = None
 
-    def layer_ran(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def layer_ran(self, layer: nn.Module, args: tuple[object, ...], output: object) -> None:
         self.calls[layer] += 1
         maker = self._finish(layer, args)
         if maker is not None:
             self.readers.setdefault(maker, set()).add(layer)
-        if isinstance(output, Tensor):
-            self._makers.put(output, layer)
+        self.made(layer, output)
 
-    def homogeneous_ran(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def homogeneous_ran(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         maker = self._finish(module, args)
-        if maker is not None and isinstance(output, Tensor):
-            self._makers.put(output, maker)
+        if maker is not None:
+            self.made(maker, output)
 
-    def _finish(self, module: nn.Module, args: tuple[Any, ...]) -> nn.Module | None:
-        if args and isinstance(args[0], Tensor) and self._reading:
-            self._reading.pop()
+    def _finish(self, module: nn.Module, args: tuple[object, ...]) -> nn.Module | None:
+        if args and isinstance(args[0], Tensor) and self.reading:
+            self.reading.pop()
         return self.given.pop(module, None)
-
-    def note_use(self, values: Any) -> None:
-        for tensor in tensors_of(values):
-            layer = None if any(tensor is read for read in self._reading) else self._makers.get(tensor)
-            if layer is not None:
-                self.used_elsewhere.add(layer)
-
-    def __torch_function__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if tensors_of(result):  # reading a shape or a dtype gives none
-            self.note_use([args, kwargs or {}])
-        return result
-
-
-def _can_scale(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Conv2d | nn.Linear) and "weight" in layer._parameters
 
 
 def find_links(
-    model: nn.Module, run: Callable[[], Any], layers: Collection[nn.Module]
-) -> list[tuple[nn.Module, list[nn.Module]]]:
+    model: nn.Module, run: Callable[[], object], layers: Collection[nn.Module]
+) -> list[tuple[Layer, list[Layer]]]:
     """Return each layer whose output nothing but other layers read, with those layers, in call order.
 
     Args:
@@ -109,42 +85,40 @@ def find_links(
         layers: Those that may be changed.
     """
     watch = _Readers()
-    with ExitStack() as stack:
+    with Hooks() as hooks:
         for module in model.modules():
-            if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
-                after: Any = watch.layer_ran
-            elif isinstance(module, HOMOGENEOUS):
-                after = watch.homogeneous_ran
-            else:
-                continue
-            stack.callback(module.register_forward_pre_hook(watch.module_runs).remove)
-            stack.callback(module.register_forward_hook(after).remove)
+            is_layer = isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
+            if is_layer or isinstance(module, HOMOGENEOUS):
+                hooks.before(module, watch.module_runs)
+                hooks.after(module, watch.layer_ran if is_layer else watch.homogeneous_ran)
         with watch:
             result = run()
         watch.note_use(result)
-    shared = Counter(id(p) for m in dict.fromkeys(model.modules()) for p in m._parameters.values() if p is not None)
+    uses = parameter_uses(model)
 
-    def changeable(layer: nn.Module) -> bool:
-        own = all(shared[id(p)] == 1 for p in layer._parameters.values() if p is not None)
-        return layer in layers and _can_scale(layer) and watch.calls[layer] == 1 and own
+    def changeable(layer: nn.Module) -> TypeGuard[Layer]:
+        own = all(uses[id(p)] == 1 for p in layer._parameters.values() if p is not None)
+        plain = isinstance(layer, Layer) and "weight" in layer._parameters
+        return layer in layers and plain and watch.calls[layer] == 1 and own
 
-    return [
-        (maker, sorted(readers, key=list(watch.calls).index))
-        for maker, readers in watch.readers.items()
-        if maker not in watch.used_elsewhere
-        and changeable(maker)
+    order = list(watch.calls)
+    links = []
+    for maker, readers in watch.readers.items():
+        if maker in watch.used_elsewhere or not changeable(maker):
+            continue
+        chosen = [reader for reader in sorted(readers, key=order.index) if changeable(reader)]
         # A convolution's channels lie in the second axis, a linear layer's in the last.
-        and all(
-            changeable(reader) and isinstance(reader, nn.Linear) == isinstance(maker, nn.Linear) for reader in readers
-        )
-    ]
+        alike = all(isinstance(reader, nn.Linear) == isinstance(maker, nn.Linear) for reader in chosen)
+        if alike and len(chosen) == len(readers):
+            links.append((maker, chosen))
+    return links
 
 
-def _is_depthwise(layer: Any) -> bool:
+def _is_depthwise(layer: Layer) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1
 
 
-def channel_scales(sizes: Tensor, readers: Sequence[nn.Module]) -> Tensor:
+def channel_scales(sizes: Tensor, readers: Sequence[Layer]) -> Tensor:
     """Return the number by which each channel is divided, float64 ``[channels]``.
 
     Behind depthwise layers, each channel has a weight scale of its own and takes any factor for free: all channels
@@ -169,21 +143,21 @@ def channel_scales(sizes: Tensor, readers: Sequence[nn.Module]) -> Tensor:
 
 
 @torch.no_grad()
-def _scale(maker: Any, readers: Iterable[Any], scales: Tensor) -> None:
+def _scale(maker: Layer, readers: Iterable[Layer], scales: Tensor) -> None:
     dtype = maker.weight.dtype
     maker.weight.copy_((maker.weight.double() / scales.reshape(-1, *[1] * (maker.weight.dim() - 1))).to(dtype))
     if maker.bias is not None:
         maker.bias.copy_((maker.bias.double() / scales).to(dtype))
     for reader in readers:
         groups = getattr(reader, "groups", 1)
-        weight = reader.weight.double().unflatten(0, (groups, -1))
+        weight = reader.weight.double().reshape(groups, -1, *reader.weight.shape[1:])
         by_group = scales.reshape(groups, 1, -1, *[1] * (reader.weight.dim() - 2))
         reader.weight.copy_((weight * by_group).flatten(0, 1).to(dtype))
 
 
 @torch.no_grad()
 def equalize_channels(
-    model: nn.Module, run: Callable[[Any], Any], batches: Sequence[Any], names: Collection[str]
+    model: nn.Module, run: Callable[[B], object], batches: Sequence[B], names: Collection[str]
 ) -> tuple[str, ...]:
     """Equalize the channels of ``model`` in place; it computes what it did before, to float rounding.
 
@@ -206,24 +180,16 @@ def equalize_channels(
     for maker, readers in links:
         if readers[0] in sizes:
             _scale(maker, readers, channel_scales(sizes[readers[0]], readers))
-    outputs = tensors_of(run(batches[0]))
-    for actual, expected in zip(outputs, wanted, strict=True):
-        if not _equal(actual, expected):
-            model.load_state_dict(before)
-            logger.warning("Equalizing channels changes what the network computes; it is left as it was.")
-            return ()
+    if not equal_within(tensors_of(run(batches[0])), wanted):
+        model.load_state_dict(before)
+        logger.warning("Equalizing channels changes what the network computes; it is left as it was.")
+        return ()
     paths = {module: name for name, module in named.items()}
     return tuple(paths[maker] for maker, _ in links)
 
 
-def _equal(actual: Tensor, expected: Tensor) -> bool:
-    if not expected.numel():
-        return True
-    return bool(((actual - expected).abs().max() <= _TOLERANCE * expected.abs().max()).item())
-
-
 def _channel_sizes(
-    readers: Sequence[nn.Module], run: Callable[[Any], Any], batches: Sequence[Any]
+    readers: Sequence[Layer], run: Callable[[B], object], batches: Sequence[B]
 ) -> dict[nn.Module, Tensor]:
     """Return the mean over batches of the largest absolute value of each channel that a layer reads."""
     sizes: dict[nn.Module, Tensor] = {}

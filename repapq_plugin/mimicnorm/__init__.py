@@ -1,6 +1,6 @@
 """MimicNorm (arXiv:2010.09278): train without batch normalisation, but for one last norm before the loss."""
 
-from repapq_plugin.mimicnorm.convert import Conversion, convert, prepare
+from repapq_plugin.mimicnorm.convert import Conversion, convert, finish
 from repapq_plugin.mimicnorm.layers import LastBatchNorm, MimicNorm2d
 from repapq_plugin.mimicnorm.weight_mean import (
     WeightMean,
@@ -9,14 +9,18 @@ from repapq_plugin.mimicnorm.weight_mean import (
     takes_weight_mean,
 )
 
+prepare = finish
+"""The former name of `finish`."""
+
 __all__ = [
     "Conversion",
     "LastBatchNorm",
     "MimicNorm2d",
     "WeightMean",
     "convert",
-    "prepare",
+    "finish",
     "parametrize_weight_mean",
+    "prepare",
     "remove_weight_mean",
     "takes_weight_mean",
 ]

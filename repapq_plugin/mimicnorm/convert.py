@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
 
+from repapq_plugin.core.modules import replace_modules
 from repapq_plugin.mimicnorm.initialise import initialise_weights
 from repapq_plugin.mimicnorm.layers import LastBatchNorm, MimicNorm2d
 from repapq_plugin.mimicnorm.structure import branch_scales, last_layer, observe
+from repapq_plugin.mimicnorm.weight_mean import Layer
 from repapq_plugin.reparam.norms import tail_of
+
+B = TypeVar("B")
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,9 @@ class Conversion:
 
 def convert(
     model: nn.Module,
-    example: Any,
+    example: B,
     *,
-    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    forward_fn: Callable[[nn.Module, B], object] | None = None,
     last: str | None = None,
     initialise: bool = True,
 ) -> Conversion:
@@ -50,7 +54,7 @@ def convert(
     norm into the last layer; `quantize_model` does so by itself.
 
     Args:
-        model: Any network with batch norms; not changed.
+        model: A network with batch norms; not changed.
         example: A batch of real or random samples; it shows how the network is put together, and how large
             activations are.
         forward_fn: ``forward_fn(model, example)`` runs it; default: ``model(example)``.
@@ -64,12 +68,12 @@ def convert(
     forward = forward_fn or _call
     last_layer(converted, observe(converted, lambda: forward(converted, example)), last)  # an error before any work
     replaced, kept = replace_batch_norms(converted, example, forward_fn=forward_fn)
-    finished = prepare(converted, example, forward_fn=forward_fn, last=last, initialise=initialise)
+    finished = finish(converted, example, forward_fn=forward_fn, last=last, initialise=initialise)
     return replace(finished, replaced=replaced, kept=kept)
 
 
 def replace_batch_norms(
-    model: nn.Module, example: Any, *, forward_fn: Callable[[nn.Module, Any], Any] | None = None
+    model: nn.Module, example: B, *, forward_fn: Callable[[nn.Module, B], object] | None = None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Put a `MimicNorm2d`, in place, where a batch norm stands; its bias parameter goes on at zero.
 
@@ -84,24 +88,14 @@ def replace_batch_norms(
     """
     forward = forward_fn or _call
     names = {module: name for name, module in model.named_modules()}
-    layer_before: dict[nn.Module, Any] = {
+    layer_before = {
         norm: layer
         for norm, layer in observe(model, lambda: forward(model, example)).layer_before.items()
         if isinstance(norm, nn.modules.batchnorm._BatchNorm)
     }
-    frozen = {norm for norm, layer in layer_before.items() if layer is not None and _frozen(layer)}
-    gone = [norm for norm in layer_before if norm not in frozen]
-    replacements: dict[nn.Module, nn.Module] = {}
-    for norm in gone:
-        layer = layer_before[norm]
-        new = MimicNorm2d(norm.num_features, bias=getattr(layer, "bias", None) is None)  # type: ignore[arg-type]
-        if new.bias is not None and isinstance(norm.bias, nn.Parameter):
-            new.bias = norm.bias  # an optimizer knows it already
-            nn.init.zeros_(new.bias)
-        # Some norms carry their own activation.
-        whole = nn.Sequential(new, *tail_of(norm)) if tail_of(norm) else new
-        replacements[norm] = whole.to(_device_of(norm, layer)).train(norm.training)
-    _replace(model, replacements)
+    gone = [norm for norm, layer in layer_before.items() if layer is None or not _frozen(layer)]
+    replacements: dict[nn.Module, nn.Module] = {norm: _mimic(norm, layer_before[norm]) for norm in gone}
+    replace_modules(model, replacements)
     kept = [
         name
         for module, name in names.items()
@@ -110,11 +104,22 @@ def replace_batch_norms(
     return tuple(names[norm] for norm in gone), tuple(kept)
 
 
-def prepare(
+def _mimic(norm: nn.modules.batchnorm._BatchNorm, layer: Layer | None) -> nn.Module:
+    """Return what stands in the place of a norm behind ``layer``."""
+    new = MimicNorm2d(norm.num_features, bias=layer is None or layer.bias is None)
+    if new.bias is not None and isinstance(norm.bias, nn.Parameter):
+        new.bias = norm.bias  # an optimizer knows it already
+        nn.init.zeros_(new.bias)
+    # Some norms carry their own activation.
+    whole = nn.Sequential(new, *tail_of(norm)) if tail_of(norm) else new
+    return whole.to(_device_of(norm, layer)).train(norm.training)
+
+
+def finish(
     model: nn.Module,
-    example: Any,
+    example: B,
     *,
-    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    forward_fn: Callable[[nn.Module, B], object] | None = None,
     last: str | Sequence[str] | None = None,
     initialise: bool = True,
 ) -> Conversion:
@@ -141,9 +146,9 @@ def prepare(
         norm.scale = nn.Parameter(next(model.parameters()).new_tensor([start]))
     replacements: dict[nn.Module, nn.Module] = {}
     for layer in lasts:
-        norm = LastBatchNorm(layer.weight.shape[0]).to(layer.weight.device).train(layer.training)
-        replacements[layer] = nn.Sequential(layer, norm)
-    _replace(model, replacements)
+        last_norm = LastBatchNorm(layer.weight.shape[0]).to(layer.weight.device).train(layer.training)
+        replacements[layer] = nn.Sequential(layer, last_norm)
+    replace_modules(model, replacements)
     if initialise:
         initialise_weights(model, [layer for layer in run.order if not _frozen(layer)], forward, example)
     return Conversion(
@@ -151,21 +156,14 @@ def prepare(
     )
 
 
-def _call(network: nn.Module, batch: Any) -> Any:
-    return network(batch)
+def _call(network: nn.Module, batch: object) -> object:
+    return cast(object, network(batch))
 
 
-def _device_of(norm: Any, layer: Any) -> torch.device:
-    known = (getattr(layer, "weight", None), norm.running_mean, norm.weight)
+def _device_of(norm: nn.modules.batchnorm._BatchNorm, layer: Layer | None) -> torch.device:
+    known = (None if layer is None else layer.weight, norm.running_mean, norm.weight)
     return next((tensor.device for tensor in known if tensor is not None), torch.device("cpu"))
 
 
-def _frozen(layer: Any) -> bool:
+def _frozen(layer: Layer) -> bool:
     return not layer.weight.requires_grad
-
-
-def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    for parent in list(model.modules()):
-        for key, child in list(parent._modules.items()):
-            if child is not None and child in replacements:
-                parent._modules[key] = replacements[child]

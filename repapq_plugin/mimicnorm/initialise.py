@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from repapq_plugin.core.hooks import Hooks
 from repapq_plugin.core.running import inference
-from repapq_plugin.mimicnorm.weight_mean import WeightMean, fan_in, takes_weight_mean
+from repapq_plugin.mimicnorm.weight_mean import Layer, WeightMean, fan_in, takes_weight_mean
+
+B = TypeVar("B")
 
 RELU_GAIN = 2.0
 MEAN_FREE_GAIN = 2 * math.pi / (math.pi - 1)
@@ -24,9 +26,9 @@ authors take 2.8 to 2.88)."""
 @torch.no_grad()
 def initialise_weights(
     model: nn.Module,
-    layers: Sequence[nn.Module],
-    forward: Callable[[nn.Module, Any], Any],
-    example: Any,
+    layers: Sequence[Layer],
+    forward: Callable[[nn.Module, B], object],
+    example: B,
 ) -> None:
     """Draw He-normal weights, project them, and scale each layer so that its output varies by one.
 
@@ -41,13 +43,13 @@ def initialise_weights(
     """
     for layer in dict.fromkeys(layers):
         gain = MEAN_FREE_GAIN if takes_weight_mean(layer) else RELU_GAIN
-        nn.init.normal_(layer.weight, std=math.sqrt(gain / fan_in(layer)))  # type: ignore[arg-type]
-        if getattr(layer, "bias", None) is not None:
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        nn.init.normal_(layer.weight, std=math.sqrt(gain / fan_in(layer)))
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
     WeightMean(model).apply()
     calls: Counter[nn.Module] = Counter()
 
-    def scale(layer: Any, _: Any, output: Tensor) -> Tensor | None:
+    def scale(layer: Layer, _: object, output: Tensor) -> Tensor | None:
         calls[layer] += 1
         spread = output.float().std()
         if calls[layer] > 1 or not bool(spread.isfinite()) or float(spread) == 0:
@@ -55,7 +57,7 @@ def initialise_weights(
         layer.weight /= spread
         return output / spread
 
-    with ExitStack() as stack, inference(model):
+    with Hooks() as hooks, inference(model):
         for layer in dict.fromkeys(layers):
-            stack.callback(layer.register_forward_hook(scale).remove)
+            hooks.after(layer, scale)
         forward(model, example)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +23,7 @@ class MimicNorm2d(nn.Module):
 
     _abbr_ = "bn"  # mmengine names the attribute after it, so state dicts keep their keys
 
-    def __init__(self, num_features: int, bias: bool = True, scale: float | None = None, **_: Any) -> None:
+    def __init__(self, num_features: int, bias: bool = True, scale: float | None = None, **_: object) -> None:
         super().__init__()
         self.num_features = num_features
         self.register_parameter("scale", None if scale is None else nn.Parameter(torch.tensor([float(scale)])))

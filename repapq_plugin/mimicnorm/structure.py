@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from repapq_plugin.core.hooks import Hooks
 from repapq_plugin.core.running import inference
 from repapq_plugin.core.tensor_notes import TensorNotes
 from repapq_plugin.core.tensors import tensors_of
+from repapq_plugin.core.watch import FunctionWatch
 from repapq_plugin.errors import ConfigError
 from repapq_plugin.mimicnorm.layers import MimicNorm2d
-
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+from repapq_plugin.mimicnorm.weight_mean import Layer
 
 RESIDUAL_GAIN = 1.2
 """The k-th residual branch starts at this to the power of its layers, divided by k (the authors' code)."""
@@ -33,10 +31,10 @@ class Seen:
 
     depth: int  # most layers on a way to it from the input
     terms: tuple[tuple[nn.Module | None, int], ...] = ()  # norms it adds up, and their depths
-    layer: nn.Module | None = None  # whose output it is
+    layer: Layer | None = None  # whose output it is
 
 
-class Run(TorchFunctionMode):
+class Run(FunctionWatch):
     """Follows tensors through one run: depths, sums of norms' outputs, which layer made what.
 
     A sum of three is two additions, and the first result is read by the second alone. A sum that something else read
@@ -46,31 +44,31 @@ class Run(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.sums: list[tuple[tuple[nn.Module | None, int], ...]] = []
-        self.layer_before: dict[nn.Module, nn.Module | None] = {}
-        self.order: list[nn.Module] = []
-        self.output: Any = None
+        self.layer_before: dict[nn.Module, Layer | None] = {}
+        self.order: list[Layer] = []
+        self.output: object = None
         self._seen: TensorNotes[Seen] = TensorNotes()
         self._inside: nn.Module | None = None
 
-    def seen(self, tensor: Any) -> Seen:
+    def seen(self, tensor: object) -> Seen:
         """Return what is known of a tensor; one that nothing made is an input."""
         return self._seen.get(tensor) or Seen(0)
 
-    def note(self, tensor: Any, seen: Seen) -> None:
+    def note(self, tensor: object, seen: Seen) -> None:
         """Note what is known of a result, if it is a tensor."""
         if isinstance(tensor, Tensor):
             self._seen.put(tensor, seen)
 
-    def layer_ran(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def layer_ran(self, layer: Layer, args: tuple[object, ...], output: object) -> None:
         """Hook behind a convolution or linear layer."""
         self.order.append(layer)
         self.note(output, Seen(self.seen(args[0]).depth + 1, layer=layer))
 
-    def norm_runs(self, norm: nn.Module, _: tuple[Any, ...]) -> None:
+    def norm_runs(self, norm: nn.Module, _: tuple[object, ...]) -> None:
         """Hook in front of a norm, whose own sums are no branches."""
         self._inside = norm
 
-    def norm_ran(self, norm: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def norm_ran(self, norm: nn.Module, args: tuple[object, ...], output: object) -> None:
         """Hook behind a norm."""
         self._inside = None
         before = self.seen(args[0])
@@ -78,15 +76,25 @@ class Run(TorchFunctionMode):
         self._read([args[0]])
         self.note(output, Seen(before.depth, ((norm, before.depth),)))
 
-    def __torch_function__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        tensors = [value for value in tensors_of([args, kwargs or {}]) if not isinstance(value, nn.Parameter)]
-        inputs = [self.seen(tensor) for tensor in tensors]
-        result = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "")
+    def before(
+        self, name: str, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> tuple[list[Tensor], list[Seen]]:
+        """Read what is known of the arguments, which a function may overwrite."""
+        tensors = [value for value in tensors_of([args, kwargs]) if not isinstance(value, nn.Parameter)]
+        return tensors, [self.seen(tensor) for tensor in tensors]
+
+    def after(
+        self,
+        name: str,
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+        result: object,
+        note: tuple[list[Tensor], list[Seen]],
+    ) -> None:
+        """Note what is known of a result; inside a norm nothing is."""
+        tensors, inputs = note
         if self._inside is not None or not isinstance(result, Tensor) or not inputs:
-            return result
+            return
         depth = max(seen.depth for seen in inputs)
         if name in _PASSING:
             self.note(result, inputs[0])
@@ -99,16 +107,15 @@ class Run(TorchFunctionMode):
         else:
             self._read(tensors)
             self.note(result, Seen(depth))
-        return result
 
-    def _read(self, tensors: Iterable[Tensor]) -> None:
+    def _read(self, tensors: Iterable[object]) -> None:
         for tensor in tensors:
             seen = self.seen(tensor)
             if len(seen.terms) > 1:
                 self.note(tensor, replace(seen, terms=()))
 
 
-def observe(model: nn.Module, forward: Callable[[], Any]) -> Run:
+def observe(model: nn.Module, forward: Callable[[], object]) -> Run:
     """Watch ``forward()`` run ``model``, as at inference.
 
     Raises:
@@ -119,29 +126,29 @@ def observe(model: nn.Module, forward: Callable[[], Any]) -> Run:
         if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(recurse=False)):
             raise ConfigError(f"{name!r} has no weights yet; run the model once on a batch before converting it.")
     # As at inference: a batch of one sample will do, and no statistics change.
-    with ExitStack() as stack, inference(model):
+    with Hooks() as hooks, inference(model):
         for module in model.modules():
-            if isinstance(module, LAYERS):
-                stack.callback(module.register_forward_hook(run.layer_ran).remove)
+            if isinstance(module, Layer):
+                hooks.after(module, run.layer_ran)
             elif isinstance(module, nn.modules.batchnorm._BatchNorm | MimicNorm2d):
-                stack.callback(module.register_forward_pre_hook(run.norm_runs).remove)
-                stack.callback(module.register_forward_hook(run.norm_ran).remove)
+                hooks.before(module, run.norm_runs)
+                hooks.after(module, run.norm_ran)
         with run:
             run.output = forward()
     return run
 
 
-def last_layer(model: nn.Module, run: Run, last: str | None) -> Any:
+def last_layer(model: nn.Module, run: Run, last: str | None) -> Layer:
     """Return the layer of that path, or the one whose output the network returned.
 
     Raises:
         ConfigError: There is no such layer.
     """
     if last is not None:
-        modules = dict(model.named_modules())
-        if not isinstance(modules.get(last), LAYERS):
+        named = dict(model.named_modules()).get(last)
+        if not isinstance(named, Layer):
             raise ConfigError(f"last={last!r} is not a convolution or linear layer of the model.")
-        return modules[last]
+        return named
     outputs = run.output if isinstance(run.output, list | tuple) else [run.output]
     makers = [run.seen(tensor).layer for tensor in outputs]
     if len(makers) != 1 or makers[0] is None:
@@ -152,13 +159,13 @@ def last_layer(model: nn.Module, run: Run, last: str | None) -> Any:
     return makers[0]
 
 
-def branch_scales(run: Run) -> dict[Any, float]:
+def branch_scales(run: Run) -> dict[MimicNorm2d, float]:
     """Return the starting scalar of each `MimicNorm2d` that ends a branch of a sum.
 
     The shallowest way into a sum is its shortcut and stays. Where all ways are equally deep there is none: each of n
     is divided by the square root of n, so that their sum is as large as one.
     """
-    scales: dict[nn.Module, float] = {}
+    scales: dict[MimicNorm2d, float] = {}
     block = 0
     for terms in run.sums:
         deepest, shallowest = max(depth for _, depth in terms), min(depth for _, depth in terms)
@@ -174,7 +181,7 @@ def branch_scales(run: Run) -> dict[Any, float]:
     return scales
 
 
-def layers_with_norms(model: nn.Module, forward: Callable[[], Any]) -> list[nn.Module]:
+def layers_with_norms(model: nn.Module, forward: Callable[[], object]) -> list[Layer]:
     """Return the convolutions and linear layers right in front of a norm, in the order in which ``forward()`` runs."""
     run = observe(model, forward)
     with_norms = {run.layer_before[norm] for norm in run.layer_before}

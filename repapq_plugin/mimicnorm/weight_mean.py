@@ -9,30 +9,34 @@ after each step, `parametrize_weight_mean` projects them whenever they are read.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from repapq_plugin.errors import ConfigError
+
+Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+"""What MimicNorm counts as a layer."""
 
 MIN_FAN_IN = 50
 """Filters with as many inputs or fewer are left alone: so few weights cannot spare a degree of freedom (paper)."""
 
 
-def fan_in(layer: Any) -> int:
+def fan_in(layer: Layer) -> int:
     """Return how many products a convolution or linear layer sums for one output."""
     return math.prod(layer.weight.shape[1:])
 
 
-def takes_weight_mean(module: nn.Module) -> bool:
+def takes_weight_mean(module: nn.Module) -> TypeGuard[Layer]:
     """Tell whether a module is a convolution or linear layer with a fan-in above `MIN_FAN_IN`, not depthwise.
 
     Raises:
         ConfigError: It is lazy, so its fan-in is not known yet.
     """
-    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
+    if not isinstance(module, Layer):
         return False
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         raise ConfigError(
@@ -64,7 +68,7 @@ class WeightMean:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        layers: dict[int, Any] = {}
+        layers: dict[int, Layer] = {}
         for name, layer in model.named_modules():
             if not takes_weight_mean(layer):
                 continue
@@ -84,7 +88,7 @@ class WeightMean:
             if layer.weight.requires_grad:
                 layer.weight.copy_(without_filter_means(layer.weight))
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> Any:
+    def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Subtract the means now and after each step.
 
         Returns:
@@ -106,10 +110,15 @@ class FilterMeanFree(nn.Module):
         return without_filter_means(weight)
 
 
-def _projected(layer: Any) -> bool:
-    if not parametrize.is_parametrized(layer, "weight"):
-        return False
-    return isinstance(list(layer.parametrizations.weight)[-1], FilterMeanFree)
+def _parametrizations(module: nn.Module) -> list[nn.Module]:
+    """Return what computes a module's ``weight``, in order; nothing where it is stored."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return []
+    return list(cast(nn.ModuleList, cast(nn.ModuleDict, module.parametrizations)["weight"]))
+
+
+def _projected(module: nn.Module) -> bool:
+    return any(isinstance(last, FilterMeanFree) for last in _parametrizations(module)[-1:])
 
 
 def parametrize_weight_mean(model: nn.Module) -> list[str]:
@@ -144,7 +153,5 @@ def parametrize_weight_mean(model: nn.Module) -> list[str]:
 def remove_weight_mean(model: nn.Module) -> None:
     """Turn parametrized weights into plain ones of the same values, in place."""
     for module in list(model.modules()):
-        if parametrize.is_parametrized(module, "weight"):
-            projections: Any = module.parametrizations.weight  # type: ignore[union-attr]
-            if len(projections) == 1 and isinstance(projections[0], FilterMeanFree):
-                parametrize.remove_parametrizations(module, "weight")
+        if len(_parametrizations(module)) == 1 and _projected(module):
+            parametrize.remove_parametrizations(module, "weight")
