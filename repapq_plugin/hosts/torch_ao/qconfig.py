@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.quant_primitives import activation_bounds, weight_bounds
+from repapq_plugin.errors import ConfigError
 from repapq_plugin.hosts.torch_ao._compat import new_qconfig
 from repapq_plugin.hosts.torch_ao.engines import checked_engine
 from repapq_plugin.observers import OBSERVERS, RangeObserver
@@ -113,12 +114,13 @@ def repapq_qconfig_mapping(
         is_qat: For ``prepare_qat_fx`` instead of ``prepare_fx``, see `repapq_qconfig`.
         first_last: Names of modules that get the configuration's ``first_last_bits``. A mapping knows
             no network, so it cannot find them.
-        model: The network that will be prepared. Without it, it cannot be checked that the patterns of
-            ``keep_float`` and ``layer_bits`` match anything, and a pattern of ``layer_bits`` also quantizes what
-            it matches besides layers: an average pooling, a transposed convolution.
+        model: The network that will be prepared, so that patterns become names of its modules. Without it they
+            become regular expressions: it cannot be checked that they match anything, and ``layer_bits`` also
+            quantizes what it matches besides layers (an average pooling, a transposed convolution).
 
     Raises:
-        ConfigError: The preset is unknown, torch has no such engine here, or a pattern matches nothing in ``model``.
+        ConfigError: The preset is unknown, torch has no such engine here, a pattern matches nothing in ``model``,
+            or ``is_qat`` and patterns come without ``model``.
     """
     config = repapq_config(config)
     engine = checked_engine(backend)
@@ -126,39 +128,51 @@ def repapq_qconfig_mapping(
     mapping.set_global(repapq_qconfig(config, is_qat=is_qat))
     for kind in (*NO_KERNEL, *AVERAGES):
         mapping.set_object_type(kind, None)
-    for regex, special in _named_bits(config).items():
-        qconfig = None if special is None else repapq_qconfig(config, is_qat=is_qat, bits=special)
-        mapping.set_module_name_regex(regex, qconfig)
+
+    def qconfig(bits: tuple[int, int] | None) -> QConfig | None:
+        return None if bits is None else repapq_qconfig(config, is_qat=is_qat, bits=bits)
+
+    if model is not None:
+        for name, bits in _named_bits(config, model).items():
+            mapping.set_module_name(name, qconfig(bits))
+    elif is_qat and (config.keep_float or config.layer_bits):
+        raise ConfigError(
+            "model=None is not allowed with is_qat=True and keep_float or layer_bits: torch.ao makes the layers that "
+            "are trained before it looks at patterns of names. Give the network as model."
+        )
+    else:
+        for regex, bits in _matched_bits(config).items():
+            mapping.set_module_name_regex(regex, qconfig(bits))
     if config.first_last_bits is not None:
         for name in first_last:
             if not is_kept_float(name, config):
-                bits = bits_of(name, True, config)
-                mapping.set_module_name(name, repapq_qconfig(config, is_qat=is_qat, bits=bits))
-    if model is not None:
-        for name in _checked_exceptions(config, model):
-            mapping.set_module_name(name, None)
+                mapping.set_module_name(name, qconfig(bits_of(name, True, config)))
     return mapping
 
 
-def _named_bits(config: RepAPQConfig) -> dict[str, tuple[int, int] | None]:
-    """Return ``(weight_bits, activation_bits)`` by regular expression, ``None`` for float; the first match counts."""
-    named: dict[str, tuple[int, int] | None] = {}
-    for pattern in config.keep_float:
-        named[translate(pattern)] = named[translate(f"{pattern}.*")] = None
-    for pattern, bits in reversed(list(config.layer_bits.items())):  # of those the last match counts
-        named[BELOW_THE_NETWORK + translate(pattern)] = bits
-    return named
+def _named_bits(config: RepAPQConfig, model: nn.Module) -> dict[str, tuple[int, int] | None]:
+    """Return ``(weight_bits, activation_bits)`` of what the patterns match, by module path; ``None`` for float.
 
-
-def _checked_exceptions(config: RepAPQConfig, model: nn.Module) -> list[str]:
-    """Check the patterns against a network; return the modules that stay float although ``layer_bits`` names them."""
+    Raises:
+        ConfigError: A pattern matches nothing.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     layers = [name for name, module in modules.items() if isinstance(module, QUANTIZABLE)]
     check_patterns(config.keep_float, modules, "keep_float")
     check_patterns(config.layer_bits, layers, "layer_bits")
-    exceptions = (*NO_KERNEL, *AVERAGES)
-    return [
-        name
-        for name, module in modules.items()
-        if type(module) in exceptions and any(fnmatchcase(name, pattern) for pattern in config.layer_bits)
-    ]
+    named: dict[str, tuple[int, int] | None] = {
+        name: bits_of(name, False, config)
+        for name in layers
+        if type(modules[name]) not in NO_KERNEL and any(fnmatchcase(name, pattern) for pattern in config.layer_bits)
+    }
+    return named | {name: None for name in modules if name and is_kept_float(name, config)}
+
+
+def _matched_bits(config: RepAPQConfig) -> dict[str, tuple[int, int] | None]:
+    """Return ``(weight_bits, activation_bits)`` by regular expression, ``None`` for float; the first match counts."""
+    matched: dict[str, tuple[int, int] | None] = {}
+    for pattern in config.keep_float:
+        matched[translate(pattern)] = matched[translate(f"{pattern}.*")] = None
+    for pattern, bits in reversed(list(config.layer_bits.items())):  # of those the last match counts
+        matched[BELOW_THE_NETWORK + translate(pattern)] = bits
+    return matched

@@ -1,4 +1,4 @@
-"""pt2e as an engine: calibrate, convert, and stay simulated with a reason where that fails."""
+"""pt2e as a backend of the job: calibrate, convert, and stay simulated with a reason where that fails."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from integration.torch_ao.test_torch_ao_engine import CONFIG, Fickle
+from integration.torch_ao.test_torch_ao_backend import CONFIG, Fickle
 from repapq_plugin import CalibrationResult
 from repapq_plugin.errors import ConfigError
 from repapq_plugin.hosts.pt2e.hosted import quantize_network
