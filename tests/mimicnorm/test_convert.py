@@ -6,7 +6,7 @@ import torchvision
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from repapq_plugin import RepAPQConfig, quantize_model
+from repapq_plugin import RepAPQConfig, mimicnorm, quantize_model
 from repapq_plugin.errors import ConfigError
 from repapq_plugin.mimicnorm import LastBatchNorm, MimicNorm2d, WeightMean, convert, parametrize_weight_mean
 from repapq_plugin.reparam import QARepVGGBlock
@@ -269,3 +269,7 @@ def test_training_needs_less_memory_for_backward():
 
     model = NETWORKS["resnet18"](num_classes=10).train()
     assert saved_bytes(convert(model, images()).model.train()) < 0.85 * saved_bytes(model)
+
+
+def test_the_former_name_of_finish_stays() -> None:
+    assert mimicnorm.prepare is mimicnorm.finish

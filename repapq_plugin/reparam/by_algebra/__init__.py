@@ -1,1 +1,1 @@
-"""Merging blocks of any class: what is affine and shift-invariant is a convolution. See the README beside this file."""
+"""Merging blocks of any class: what is affine and shift-invariant is a convolution (see README.md here)."""

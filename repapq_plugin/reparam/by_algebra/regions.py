@@ -151,9 +151,8 @@ class RegionSearch:
         for other in inside:
             rule = self.graph.rule(other)
             if isinstance(rule, Layer):
-                weights += self.forward.step(
-                    other, self.forward.term(rule.node, source, channels).linear.out_channels
-                ).weight.numel()
+                read = self.forward.term(rule.node, source, channels).linear.out_channels
+                weights += self.forward.step(other, read).weight.numel()
         if not any(self._holds_convolution(other) for other in inside):
             raise NotAffineError(f"{node}: holds no convolution.")
         parameters = [parameter for other in inside for parameter in self._parameters(other)]
