@@ -19,7 +19,6 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -56,7 +55,7 @@ RANGE_BATCHES = 8
 """Calibration batches that give torch.ao's extra output quantizers their range."""
 
 
-def keep(part: str, key: str, row: dict[str, Any]) -> None:
+def keep(part: str, key: str, row: dict[str, object]) -> None:
     """Write one row into ``results/torch_ao.json``."""
     path = RESULTS / "torch_ao.json"
     content = json.loads(path.read_text()) if path.exists() else {}
@@ -101,9 +100,9 @@ def engine_for(reduce_range: bool) -> str:
     return torch_ao.exact_engine([(7 if reduce_range else 8, 8)])
 
 
-def differences(outputs: dict[str, Tensor]) -> dict[str, Any]:
+def differences(outputs: dict[str, Tensor]) -> dict[str, object]:
     """Compare each integer form with what simulates it."""
-    row: dict[str, Any] = {}
+    row: dict[str, object] = {}
     for one, other in COMPARED:
         gap = (outputs[one] - outputs[other]).abs()
         row[f"{one} against {other}"] = {
@@ -150,7 +149,7 @@ def classifiers(
             config = RepAPQConfig.from_preset(preset, seed=seed, reduce_range=reduce_range, **changes)
             result = quantize_model(model, batches, config, forward_fn=forward)
             network = SingleOutput(result.model)
-            row: dict[str, Any] = {"split": split, "seed": seed, "engine": engine, "config": config.to_dict()}
+            row: dict[str, object] = {"split": split, "seed": seed, "engine": engine, "config": config.to_dict()}
             outputs = {
                 form: run(each, images, engine)
                 for form, each in forms(network, batches[:RANGE_BATCHES], engine).items()
@@ -196,12 +195,13 @@ def detector(presets: tuple[str, ...], split: str, steps: int | None, seed: int,
             result = bench.calibrate(config)
             images = [preprocess(bench.model, batch)["inputs"] for batch in bench.batches[:RANGE_BATCHES]]
             networks = forms(TensorPath(result.model).eval(), images, engine)
-            row: dict[str, Any] = {"split": split, "seed": seed, "engine": engine, "config": config.to_dict()}
-            row["mAP"] = {}
+            row: dict[str, object] = {"split": split, "seed": seed, "engine": engine, "config": config.to_dict()}
+            scores: dict[str, float] = {}
             for form, network in networks.items():
                 with torch_ao.integer_engine(engine):
                     served = None if form == "calibrated" else network
-                    row["mAP"][form] = bench.score(result.model, served)["coco/bbox_mAP"]
+                    scores[form] = bench.score(result.model, served)["coco/bbox_mAP"]
+            row["mAP"] = scores
             some = torch.cat(images)[:32]
             row |= differences({form: run(network, some, engine) for form, network in networks.items()})
             key = f"yolov6-n {preset}" + (", reduce_range" if reduce_range else "")
@@ -223,13 +223,13 @@ def latency(name: str, size: int, threads: int, rounds: int, seed: int) -> None:
     torch.manual_seed(seed)
     network, batches = make_network(name, size)
     image = batches[0][:1]
-    merged, *_ = merge_for_inference(network, lambda m: m(image))
+    merged = merge_for_inference(network, lambda m: m(image)).network
     ranges = RepAPQConfig.from_preset("w8a8", first_last_bits=None, seed=seed).plain()
     result = quantize_model(network, batches, ranges)
     converted = convert_pt2e(pt2e.prepare_learned(result, (image,)))
     torch.set_num_threads(threads)
     inductor.freezing = True
-    runs: dict[str, Callable[[], Any]] = {}
+    runs: dict[str, Callable[[], Tensor]] = {}
     seconds: dict[str, float] = {}
     with torch.no_grad():
         for kind, each in (("float", merged.eval()), ("int8", converted)):

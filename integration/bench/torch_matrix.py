@@ -15,8 +15,9 @@ import platform
 import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import click
 
@@ -33,10 +34,8 @@ SUITES: dict[str, tuple[str, tuple[str, ...]]] = {
     "plain PyTorch": (
         "import repapq_plugin",
         (
-            *("tests/core", "tests/observers/test_observer_parity.py", "tests/test_fake_quantize.py"),
-            *("tests/test_layers.py", "tests/test_config.py", "tests/calibration/test_replay.py"),
-            *("tests/calibration/test_result.py", "tests/calibration/test_trace.py"),
-            "tests/calibration/test_quantize_model.py",
+            *("tests/core", "tests/observers/test_observer_parity.py", "tests/quantizers", "tests/method"),
+            *("tests/test_config.py", "tests/test_result.py", "tests/test_quantize_model.py"),
         ),
     ),
     "ONNX": ("import onnx, onnxruntime", ("tests/export/test_qdq_onnx.py", "tests/export/test_deploy.py")),
@@ -46,36 +45,48 @@ SUITES: dict[str, tuple[str, tuple[str, ...]]] = {
 """Per suite: what must be importable, and its paths."""
 
 
-def run(command: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
+class Counts(TypedDict, total=False):
+    """How one suite went, or why it was not run."""
+
+    not_run: str
+    tests: int
+    failures: int
+    errors: int
+    skipped: int
+    seconds: float
+    failed: list[str]
+
+
+def run(command: list[str], env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command from the repository's root and keep what it says."""
-    return subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **settings)
+    return subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env)
 
 
 def build(folder: Path, version: str) -> tuple[Path, str]:
     """Return the interpreter of a new environment and, if it could not be built, why."""
-    settings = {"env": {**os.environ, "UV_LINK_MODE": "hardlink"}}
+    env = {**os.environ, "UV_LINK_MODE": "hardlink"}
     python = folder / "environment" / "bin" / "python"
     for command in (
         ["uv", "venv", "--quiet", "--python", platform.python_version(), str(folder / "environment")],
         ["uv", "pip", "install", "--quiet", "--python", str(python), f"torch=={version}", *PACKAGES],
         ["uv", "pip", "install", "--quiet", "--python", str(python), "--no-deps", TORCHAO],
     ):
-        done = run(command, **settings)
+        done = run(command, env)
         if done.returncode:
             return python, done.stdout.strip().splitlines()[-1]
     return python, ""
 
 
-def run_suite(python: Path, folder: Path, needs: str, paths: tuple[str, ...]) -> dict[str, Any]:
+def run_suite(python: Path, folder: Path, needs: str, paths: tuple[str, ...]) -> Counts:
     """Return counts of one suite, or why it is not run."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    imported = run([str(python), "-c", needs], env=env)
+    imported = run([str(python), "-c", needs], env)
     if imported.returncode:
         return {"not_run": imported.stdout.strip().splitlines()[-1]}
     report = folder / "report.xml"
     # timm brings torchvision, whose builds do not follow every torch of this list.
     options = [
-        "--ignore=tests/calibration/test_partition.py",
+        "--ignore=tests/method/test_partition.py",
         "-q",
         "-p",
         "no:cacheprovider",
@@ -85,7 +96,7 @@ def run_suite(python: Path, folder: Path, needs: str, paths: tuple[str, ...]) ->
     ]
     # What integration tests share belongs to toolboxes that are not installed here.
     options += ["--noconftest"] if paths[0].startswith("integration") else []
-    done = run([str(python), "-m", "pytest", *options, *paths], env=env)
+    done = run([str(python), "-m", "pytest", *options, *paths], env)
     if not report.exists():
         return {"not_run": done.stdout.strip().splitlines()[-1]}
     suite = ElementTree.parse(report).getroot()[0]
@@ -96,10 +107,11 @@ def run_suite(python: Path, folder: Path, needs: str, paths: tuple[str, ...]) ->
         if (found := [*case.iter("failure"), *case.iter("error")])
     ]
     report.unlink()
-    return {**counts, "seconds": round(float(suite.get("time", 0)), 1), "failed": failed}
+    seconds = round(float(suite.get("time", 0)), 1)
+    return cast(Counts, {**counts, "seconds": seconds, "failed": failed})
 
 
-def cell(result: dict[str, Any]) -> str:
+def cell(result: Counts) -> str:
     """Return what the table says about one suite."""
     if "not_run" in result:
         return "-"
@@ -107,12 +119,12 @@ def cell(result: dict[str, Any]) -> str:
     return f"{passed} of {result['tests']}"
 
 
-def run_suites(python: Path, folder: Path, suites: tuple[str, ...], row: dict[str, Any]) -> None:
+def run_suites(python: Path, folder: Path, suites: tuple[str, ...], row: dict[str, Counts | str]) -> None:
     """Run suites with one interpreter and say how each went."""
     for name in suites:
-        row[name] = run_suite(python, folder, *SUITES[name])
-        click.echo(f"  {name}: {cell(row[name])} {row[name].get('not_run', '')}")
-        for failed in row[name].get("failed", []):
+        row[name] = counts = run_suite(python, folder, *SUITES[name])
+        click.echo(f"  {name}: {cell(counts)} {counts.get('not_run', '')}")
+        for failed in counts.get("failed", []):
             click.echo(f"    {failed}")
 
 
@@ -130,7 +142,7 @@ def torch_version(python: Path) -> str:
 def main(folder: Path, versions: tuple[str, ...], suites: tuple[str, ...], python: Path | None) -> None:
     """Run the suites on every version and print one table."""
     path = RESULTS / "torch_matrix.json"
-    rows: dict[str, dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else {}
+    rows: dict[str, dict[str, Counts | str]] = json.loads(path.read_text())["rows"] if path.exists() else {}
     for version in (torch_version(python),) if python else versions:
         place = folder / version
         place.mkdir(parents=True, exist_ok=True)
@@ -149,7 +161,7 @@ def main(folder: Path, versions: tuple[str, ...], suites: tuple[str, ...], pytho
             write_result("torch_matrix", {**settings, "rows": rows})
     click.echo("".join(f"{title:>16}" for title in ("torch", *SUITES)))
     for version, row in sorted(rows.items(), key=lambda item: [int(part) for part in item[0].split(".")]):
-        cells = (cell(row[name]) if name in row else "-" for name in SUITES)
+        cells = (cell(cast(Counts, row[name])) if name in row else "-" for name in SUITES)
         click.echo("".join(f"{text:>16}" for text in (version, *cells)))
 
 

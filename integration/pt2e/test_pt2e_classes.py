@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -29,11 +29,11 @@ OBSERVERS = [
 FAKE_QUANTIZERS = ["LearnableFakeQuantize", "PerChannelLearnableFakeQuantize"]
 
 
-def core_class(name: str) -> Any:
+def core_class(name: str) -> type[nn.Module]:
     return getattr(core_observers if "Observer" in name else core_fake_quantize, name)
 
 
-def made(name: str, **kwargs: Any) -> Any:
+def made(name: str, **kwargs: object) -> nn.Module:
     per_channel = "PerChannel" in name
     dtype = torch.int8 if per_channel else torch.uint8
     qscheme = torch.per_channel_symmetric if per_channel else torch.per_tensor_affine
@@ -89,7 +89,7 @@ def test_an_observer_of_ours_can_be_named_in_a_fake_quantizer() -> None:
 class Names(Quantizer):
     """A quantizer that names classes."""
 
-    def __init__(self, activation: Any, weight: Any) -> None:
+    def __init__(self, activation: Callable[..., nn.Module], weight: Callable[..., nn.Module]) -> None:
         self.activation = QuantizationSpec(torch.uint8, activation, 0, 255, torch.per_tensor_affine)
         self.weight = QuantizationSpec(torch.int8, weight, -127, 127, torch.per_channel_symmetric, 0)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,9 +11,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.lowering import lower_pt2e_quantized_to_x86
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
-from torchao.quantization.pt2e.quantizer import ComposableQuantizer
+from torchao.quantization.pt2e.quantizer import ComposableQuantizer, Quantizer
 
 from repapq_plugin import CalibrationResult, RepAPQConfig, export_onnx, quantize_model
+from repapq_plugin.core.tensors import tensors_of
 from repapq_plugin.errors import ConfigError, HostError
 from repapq_plugin.export.deploy import without_quantizers
 from repapq_plugin.hosts import pt2e
@@ -57,13 +57,9 @@ def results(networks: dict[str, nn.Module], data: list[Tensor]) -> dict[tuple[st
     return {key: quantize_model(networks[key[0]], data, config) for key, config in configs.items()}
 
 
-def flat(outputs: Any) -> list[Tensor]:
-    return [outputs] if isinstance(outputs, Tensor) else [tensor for item in outputs for tensor in flat(item)]
-
-
 @torch.no_grad()
 def difference(one: nn.Module, other: nn.Module, x: Tensor) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(flat(one(x)), flat(other(x)), strict=True))
+    return max(float((a - b).abs().max()) for a, b in zip(tensors_of(one(x)), tensors_of(other(x)), strict=True))
 
 
 def integer_weights(converted: GraphModule) -> int:
@@ -157,7 +153,7 @@ def merged(results: dict[tuple[str, str], CalibrationResult]) -> nn.Module:
     return without_quantizers(results["Chain", "w7a7"].model)
 
 
-def prepared_by(quantizer: Any, network: nn.Module, data: list[Tensor], is_qat: bool = False) -> GraphModule:
+def prepared_by(quantizer: Quantizer, network: nn.Module, data: list[Tensor], is_qat: bool = False) -> GraphModule:
     program = torch.export.export(copy.deepcopy(network), (data[0],)).module()
     prepared = (prepare_qat_pt2e if is_qat else prepare_pt2e)(program, quantizer)
     with torch.no_grad():
@@ -194,7 +190,7 @@ def test_the_quantizer_alone(is_qat: bool, merged: nn.Module, data: list[Tensor]
 
 
 @pytest.mark.parametrize("observer", ["min_max", "mse", "mae", "percentile", "auto"])
-def test_every_observer(observer: Any, merged: nn.Module, data: list[Tensor]) -> None:
+def test_every_observer(observer: str, merged: nn.Module, data: list[Tensor]) -> None:
     config = RepAPQConfig(activation_observer=observer, weight_observer="mse")
     converted = convert_pt2e(prepared_by(pt2e.RepAPQQuantizer(config), merged, data))
     assert integer_weights(converted) == 8

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from repapq_plugin import CalibrationResult, RepAPQConfig, quantize_model
 from repapq_plugin.errors import CalibrationError, ConfigError, HostError
 from repapq_plugin.export.deploy import without_quantizers
 from repapq_plugin.hosts import torch_ao
+from repapq_plugin.hosts.torch_ao._compat import set_qconfig
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
 from repapq_plugin.quantizers.layers import QuantizedLayer
 from tests.support.networks import Chain, TwoBranchBlock, batches, settle
@@ -115,8 +115,8 @@ def test_a_network_without_stubs_is_wrapped(data: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
 def test_training_by_name(bits: str, results: dict[str, CalibrationResult], data: list[Tensor]) -> None:
-    network: Any = without_quantizers(results["w7a7"].model).train()
-    network.qconfig = torch_ao.repapq_qconfig(bits, is_qat=True)
+    network = without_quantizers(results["w7a7"].model).train()
+    set_qconfig(network, torch_ao.repapq_qconfig(bits, is_qat=True))
     prepared = prepare_qat(network)
     for batch in data:
         prepared(batch)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.ao.nn import quantized as nnq
-from torch.ao.quantization import disable_observer
+from torch.ao.quantization import QConfig, QConfigMapping, disable_observer
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 from torch.fx import GraphModule, symbolic_trace
 
 from repapq_plugin import CalibrationResult, RepAPQConfig, export_onnx, quantize_model
+from repapq_plugin.core.tensors import tensors_of
 from repapq_plugin.errors import CalibrationError, ConfigError, HostError
 from repapq_plugin.export.deploy import without_quantizers
 from repapq_plugin.hosts import torch_ao
@@ -63,14 +63,10 @@ def results(float_networks: dict[str, nn.Module], data: list[Tensor]) -> dict[tu
     return {key: quantize_model(float_networks[key[0]], data, config) for key, config in configs.items()}
 
 
-def flat(outputs: Any) -> list[Tensor]:
-    return [outputs] if isinstance(outputs, Tensor) else [tensor for item in outputs for tensor in flat(item)]
-
-
 @torch.no_grad()
 def run(network: nn.Module, x: Tensor, engine: str) -> list[Tensor]:
     with torch_ao.integer_engine(engine):
-        return flat(network(x))
+        return tensors_of(network(x))
 
 
 def parted_images(simulated: list[Tensor], integer: list[Tensor]) -> int:
@@ -221,7 +217,7 @@ def test_the_engine_is_restored() -> None:
 # By name in a QConfigMapping, with torch.ao's own calls
 
 
-def calibrated(network: nn.Module, mapping: Any, data: list[Tensor], is_qat: bool) -> GraphModule:
+def calibrated(network: nn.Module, mapping: QConfigMapping, data: list[Tensor], is_qat: bool) -> GraphModule:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if is_qat:
@@ -291,7 +287,7 @@ def test_norms_that_are_trained_with_their_layer(bits: str, engine: str, data: l
 
 
 @pytest.mark.parametrize("observer", ["min_max", "mse", "mae", "percentile", "auto"])
-def test_observers_alone_by_name(observer: Any, merged: nn.Module, data: list[Tensor]) -> None:
+def test_observers_alone_by_name(observer: str, merged: nn.Module, data: list[Tensor]) -> None:
     config = RepAPQConfig(activation_observer=observer, weight_bits=6, activation_bits=6)
     prepared = calibrated(merged, torch_ao.repapq_qconfig_mapping(config, "x86"), data, is_qat=False)
     converted = torch_ao.convert_to_int8(prepared, "x86")
@@ -317,8 +313,6 @@ def test_without_the_carried_grid_four_bits_are_forgotten(merged: nn.Module, dat
 
 
 def test_a_plain_qconfig(merged: nn.Module, data: list[Tensor]) -> None:
-    from torch.ao.quantization import QConfig, QConfigMapping
-
     qconfig = torch_ao.repapq_qconfig("w4a4", is_qat=True)
     assert isinstance(qconfig, QConfig)
     prepared = calibrated(merged, QConfigMapping().set_global(qconfig), data, is_qat=True)

@@ -8,7 +8,7 @@ and loaded before, while and after observing.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from repapq_plugin.observers import MinMaxObserver, PerChannelMinMaxObserver
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
 
 TYPES = [torch.quint8, torch.qint8]
-GRIDS: dict[torch.dtype, list[dict[str, Any]]] = {
+GRIDS: dict[torch.dtype, list[dict[str, int]]] = {
     torch.quint8: [{}, *({"quant_min": 0, "quant_max": 2**bits - 1} for bits in (2, 4, 5, 7))],
     torch.qint8: [
         {},
@@ -49,13 +49,13 @@ CHANNELS = torch.tensor(
 )
 
 
-def assert_equal_qparams(ours: Any, theirs: Any) -> None:
+def assert_equal_qparams(ours: nn.Module, theirs: nn.Module) -> None:
     (scale, zero_point), (their_scale, their_zero_point) = ours.calculate_qparams(), theirs.calculate_qparams()
     assert torch.equal(scale, their_scale)
     assert zero_point.tolist() == their_zero_point.tolist()
 
 
-def assert_equal_ranges(ours: Any, theirs: Any) -> None:
+def assert_equal_ranges(ours: nn.Module, theirs: nn.Module) -> None:
     assert torch.equal(ours.min_val.reshape(-1), theirs.min_val.reshape(-1))
     assert torch.equal(ours.max_val.reshape(-1), theirs.max_val.reshape(-1))
     assert_equal_qparams(ours, theirs)
@@ -100,7 +100,7 @@ def test_shapes(shape: tuple[int, ...]) -> None:
         assert_equal_after(PerChannelMinMaxObserver(**settings), observer.PerChannelMinMaxObserver(**settings), x)
 
 
-def assert_equal_after(ours: Any, theirs: Any, x: Tensor) -> None:
+def assert_equal_after(ours: nn.Module, theirs: nn.Module, x: Tensor) -> None:
     for each in (x, x.transpose(0, 1), x[..., ::2], x.half().float()):
         if ours.min_val.numel() > 1 and each.shape[ours.ch_axis] != x.shape[ours.ch_axis]:
             continue
@@ -189,7 +189,7 @@ def test_a_converted_network_is_the_same_with_either_observer() -> None:
 # What becomes of a converted network
 
 
-def test_a_converted_network_is_saved_scripted_and_traced(tmp_path: Any) -> None:
+def test_a_converted_network_is_saved_scripted_and_traced(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
     data = torch.randn(4, 3, 8, 8)
