@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Generic, TypeVar
@@ -15,7 +16,6 @@ from typing import Generic, TypeVar
 from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
-from repapq_plugin.core.modules import replace_modules
 from repapq_plugin.core.running import Batch, ForwardFn
 from repapq_plugin.method.learners import LayerLearner, Learner
 from repapq_plugin.method.qpr import attach_affine, fold_affine
@@ -23,7 +23,7 @@ from repapq_plugin.method.sites import ActivationSite, Quantizer, Sites, WeightS
 from repapq_plugin.observers import RangeObserver
 from repapq_plugin.policy import observer_class
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
-from repapq_plugin.quantizers.layers import QuantizedLayer
+from repapq_plugin.quantizers.layers import QuantizedLayer, float_layer, weight_of
 from repapq_plugin.quantizers.plan import LayerPlan, insert_quantizers
 from repapq_plugin.quantizers.trace import Trace
 from repapq_plugin.result import Calibrated, CalibrationResult
@@ -186,7 +186,7 @@ class OwnQuantizer(Quantizer):
 
 
 class PlainBackend(Backend[R]):
-    """Carries the plugin's own quantizers: a `QuantizedLayer` stands where each layer stood."""
+    """Carries the plugin's own quantizers: each layer plays the role of a `QuantizedLayer`."""
 
     def place(
         self,
@@ -212,7 +212,7 @@ class PlainBackend(Backend[R]):
             inputs.setdefault(layer.input_fake_quant, name)
         return Sites(
             {
-                name: WeightSite(name, layer, layer.layer, OwnQuantizer(layer.weight_fake_quant))
+                name: WeightSite(name, layer, OwnQuantizer(layer.weight_fake_quant), layer.float_forward)
                 for name, layer in self.layers.items()
             },
             tuple(ActivationSite(f"The input of {name!r}", OwnQuantizer(each)) for each, name in inputs.items()),
@@ -224,9 +224,11 @@ class PlainBackend(Backend[R]):
         return dict(self._plans)
 
     def attach_affine(self) -> None:
-        """See `Backend`."""
+        """See `Backend`; a weight that two layers share cannot take two affine layers in."""
+        owners = Counter(id(p) for layer in self.layers.values() for p in (weight_of(layer), layer.bias))
         for layer in self.layers.values():
-            attach_affine(layer)
+            if owners[id(weight_of(layer))] == 1 and owners[id(layer.bias)] == 1:
+                attach_affine(layer)
 
     def learners(self) -> dict[str, Learner]:
         """See `Backend`."""
@@ -234,10 +236,10 @@ class PlainBackend(Backend[R]):
 
     def fold(self, teacher: nn.Module, left_float: Mapping[str, str]) -> None:
         """Fold the affine layers, lay weights on their grid, and give failed layers their float weights back."""
-        originals: dict[nn.Module, nn.Module] = {self.layers[name]: teacher.get_submodule(name) for name in left_float}
-        self.student = replace_modules(self.student, originals)
         for name in left_float:
             self._plans.pop(name)
+            layer, original = float_layer(self.layers[name]), teacher.get_submodule(name)
+            layer._parameters.update(copy.deepcopy(original)._parameters)
         for layer in dict.fromkeys(layer for name, layer in self.layers.items() if name not in left_float):
             fold_affine(layer)
             for quantizer in (layer.weight_fake_quant, layer.input_fake_quant):

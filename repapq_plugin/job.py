@@ -26,6 +26,7 @@ from repapq_plugin.method.cache import ActivationCache
 from repapq_plugin.method.partition import Stage, find_stages, find_units
 from repapq_plugin.method.schedules import Activation
 from repapq_plugin.method.starting_ranges import set_starting_ranges
+from repapq_plugin.quantizers.own_forward import bake_weights
 from repapq_plugin.quantizers.plan import LayerPlan, QuantizationPlan, plan_layers
 from repapq_plugin.quantizers.trace import Trace, trace_network
 from repapq_plugin.reparam.by_algebra.unknown import find_unknown_multibranch
@@ -80,12 +81,14 @@ class Merged(NamedTuple):
         folded: Pairs (layer, norm) of module paths whose norm went into the layer.
         records: One entry per multi-branch block.
         notes: Blocks that look as if they had branches, but are unknown.
+        baked: Layers whose weight became what their own forward had made of it.
     """
 
     network: nn.Module
     folded: tuple[tuple[str, str], ...] = ()
     records: tuple[MergeRecord, ...] = ()
     notes: tuple[str, ...] = ()
+    baked: tuple[str, ...] = ()
 
 
 @torch.no_grad()
@@ -98,6 +101,7 @@ def merge_for_inference(model: nn.Module, run: Callable[[nn.Module], object]) ->
     """
     merged = copy.deepcopy(model).eval()
     bake_parametrizations(merged)
+    baked = bake_weights(merged, lambda: run(merged))
     merged, records = merge_branches(merged, inplace=True)
     folded = fold_conv_norm_pairs(merged, run, inplace=True)
     notes = []
@@ -108,7 +112,7 @@ def merge_for_inference(model: nn.Module, run: Callable[[nn.Module], object]) ->
             f"convolutions. Teach it with repapq_plugin.register_branches."
         )
         logger.warning(notes[-1])
-    return Merged(merged, tuple(folded), tuple(records), tuple(notes))
+    return Merged(merged, tuple(folded), tuple(records), tuple(notes), baked)
 
 
 @dataclass
@@ -250,7 +254,7 @@ class Job(Generic[R]):
         return Calibrated(
             model=self.backend.student,
             config=self.config,
-            plan=QuantizationPlan(state.merged.folded, plans, float_layers),
+            plan=QuantizationPlan(state.merged.folded, plans, float_layers, state.merged.baked),
             units=tuple(state.units),
             merges=state.merged.records,
             seconds=seconds,

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,20 @@ from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.files import atomically
+from repapq_plugin.core.modules import become
 from repapq_plugin.errors import MergeError, ResultError
 from repapq_plugin.method.across_block import UnitResult
+from repapq_plugin.quantizers.layers import BakedLayer
 from repapq_plugin.quantizers.plan import LayerPlan, QuantizationPlan, insert_quantizers
 from repapq_plugin.reparam.fold import fold_named_pairs
 from repapq_plugin.reparam.merge import MergeRecord, merge_branches
+from repapq_plugin.reparam.parametrized import bake_parametrizations
 
-FORMAT = "repapq-result-1"
+FORMAT = "repapq-result-2"
+"""Version 2 keeps a layer's weight under the layer's own name."""
+
+OLDER_FORMAT = "repapq-result-1"
+"""Version 1 kept it one level below, under ``layer``."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,11 @@ class CalibrationResult(Calibrated):
 def rebuild(model: nn.Module, plan: QuantizationPlan, merges: Sequence[MergeRecord], config: RepAPQConfig) -> nn.Module:
     """Return a copy of ``model``, merged, folded and with quantizers as ``plan`` and ``merges`` say."""
     skip = [record.name for record in merges if not record.merged]
-    merged, _ = merge_branches(copy.deepcopy(model).eval(), inplace=True, verify=False, skip=skip)
+    copied = copy.deepcopy(model).eval()
+    bake_parametrizations(copied)
+    for name in plan.baked:
+        become(copied.get_submodule(name), BakedLayer)
+    merged, _ = merge_branches(copied, inplace=True, verify=False, skip=skip)
     fold_named_pairs(merged, plan.folded)
     insert_quantizers(merged, plan.layers, config)
     return merged
@@ -166,9 +177,18 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (OSError, SafetensorError) as error:
         raise ResultError(f"Cannot read {path}: {error}.") from error
-    if header.get("format") != FORMAT:
+    if header.get("format") not in (FORMAT, OLDER_FORMAT):
         raise ResultError(f"{path} is not a result of this plugin: format {header.get('format')!r}, not {FORMAT!r}.")
-    return tensors, json.loads(header["result"])
+    saved = json.loads(header["result"])
+    if header["format"] == OLDER_FORMAT:
+        tensors = {_own_key(key, saved["plan"]["layers"]): value for key, value in tensors.items()}
+    return tensors, saved
+
+
+def _own_key(key: str, layers: Collection[str]) -> str:
+    """Return the key of version 2 for one of version 1."""
+    owner, below, name = key.rpartition(".layer.")
+    return f"{owner}.{name}" if below and owner in layers else key
 
 
 def _plan(saved: dict[str, Any]) -> QuantizationPlan:
@@ -176,6 +196,7 @@ def _plan(saved: dict[str, Any]) -> QuantizationPlan:
         folded=tuple((layer, norm) for layer, norm in saved["folded"]),
         layers={name: LayerPlan(**values) for name, values in saved["layers"].items()},
         float_layers=dict(saved["float_layers"]),
+        baked=tuple(saved.get("baked", ())),
     )
 
 

@@ -185,7 +185,7 @@ def test_the_graph_has_what_was_learned_and_little_more(
     assert len(placed) == len(learned) + 2  # in front of the pooling, and the logits
     for quantizer in learned:
         assert quantizer.scale.item() in scales
-    weights = {m.layer.weight.flatten()[0].item() for m in result.model.modules() if isinstance(m, QuantizedLayer)}
+    weights = {m.weight.flatten()[0].item() for m in result.model.modules() if isinstance(m, QuantizedLayer)}
     kept = {m.weight.flatten()[0].item() for m in prepared.modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     assert weights == kept
     # Those two outputs alone part the graph from the calibrated network, on data whose range they know.

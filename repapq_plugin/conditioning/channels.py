@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import Tensor, nn
 
 from repapq_plugin.core.hooks import Hooks
+from repapq_plugin.core.tensors import first_tensor
 
 Layer = nn.Conv2d | nn.Linear
 """A layer whose channels can be changed."""
@@ -42,16 +43,17 @@ def read_channels(
         see: ``see(layer, values)`` is given ``[in_channels, values of a channel]``.
     """
 
-    def hook(layer: L, args: tuple[Tensor, ...]) -> None:
-        x = args[0].detach()
-        if x.numel():
-            # A linear layer's channels lie in the last axis.
-            see(layer, x.movedim(-1 if isinstance(layer, nn.Linear) else -3, 0).flatten(1))
+    def hook(layer: L, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        x = first_tensor(args, kwargs)
+        if x is not None and x.numel():
+            # A linear layer's channels lie in the last axis, a convolution's in front of the positions.
+            axis = -1 if isinstance(layer, nn.Linear) else 1 - cast(Tensor, layer.weight).dim()
+            see(layer, x.detach().movedim(axis, 0).flatten(1))
 
     if not layers:
         return
     with Hooks() as hooks:
         for layer in layers:
-            hooks.before(layer, hook)
+            hooks.before(layer, hook, with_kwargs=True)
         for batch in batches:
             run(batch)

@@ -19,9 +19,12 @@ class Hooks:
     def __init__(self) -> None:
         self._stack = ExitStack()
 
-    def before(self, module: nn.Module, hook: Callable[..., object]) -> None:
-        """Call ``hook(module, args)`` before each forward of ``module``; what it returns replaces ``args``."""
-        self._stack.callback(module.register_forward_pre_hook(hook).remove)
+    def before(self, module: nn.Module, hook: Callable[..., object], *, with_kwargs: bool = False) -> None:
+        """Call ``hook(module, args)`` before each forward, or ``hook(module, args, kwargs)``.
+
+        What it returns replaces ``args``, or both.
+        """
+        self._stack.callback(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs).remove)
 
     def after(self, module: nn.Module, hook: Callable[..., object], *, with_kwargs: bool = False) -> None:
         """Call ``hook(module, args, output)`` after each forward, or ``hook(module, args, kwargs, output)``."""

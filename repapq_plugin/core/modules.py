@@ -1,9 +1,10 @@
-"""Replacing modules where they stand."""
+"""Replacing modules where they stand, and letting them play another role."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import ClassVar, SupportsIndex, TypeVar, cast
 
 from torch import nn
 
@@ -36,3 +37,56 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
 def parameter_uses(model: nn.Module) -> Counter[int]:
     """Return by ``id`` of each parameter how many modules of ``model`` hold it."""
     return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+
+
+M = TypeVar("M", bound=nn.Module)
+
+_SUBCLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+
+
+def become(module: nn.Module, role: type[M]) -> M:
+    """Let a module play another role, and stay itself: its class becomes a subclass of ``role`` and of its own class.
+
+    ``isinstance`` with its own class, attributes, children, hooks and names stay what they were; methods of ``role`` go
+    first and reach the module's own through ``super()``. A role that it plays already is exchanged.
+
+    Args:
+        module: Changed in place.
+        role: A class that is not instantiated otherwise; it must not define names that the module may use.
+
+    Returns:
+        ``module``, as what it now is.
+    """
+    own = own_class(module)
+    key = (role, own)
+    if key not in _SUBCLASSES:
+        namespace = {"own_class": own, "role": role, "__module__": role.__module__, "__doc__": own.__doc__}
+        _SUBCLASSES[key] = type(f"{role.__name__}[{own.__name__}]", (_Playing, role, own), namespace)
+    module.__class__ = _SUBCLASSES[key]
+    return cast(M, module)
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that a module has without the role that it plays."""
+    return type(module).own_class if isinstance(module, _Playing) else type(module)
+
+
+def resign(module: nn.Module) -> nn.Module:
+    """Give a module its own class back; what the role added to it is the caller's to remove."""
+    module.__class__ = own_class(module)
+    return module
+
+
+class _Playing:
+    """Pickles a module by its own class and its role, which any process can import."""
+
+    own_class: ClassVar[type[nn.Module]]
+    role: ClassVar[type[nn.Module]]
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
+        # A copy: a module that runs at this moment may hold what it does not own.
+        return _unpickled, (self.own_class, self.role), dict(vars(self))
+
+
+def _unpickled(own: type[nn.Module], role: type[nn.Module]) -> nn.Module:
+    return become(own.__new__(own), role)

@@ -54,3 +54,21 @@ def with_tensors(template: object, tensors: Iterator[Tensor]) -> object:
         make = cast("Callable[..., object]", type(template))
         return make(*members) if named else make(members)
     return template
+
+
+def first_tensor(args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor | None:
+    """Return the first tensor among the arguments of a call; by position first, then by keyword."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+def change_first_tensor(
+    args: tuple[object, ...], kwargs: Mapping[str, object], change: Callable[[Tensor], Tensor]
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """Return the arguments of a call with `first_tensor` changed; the same where there is none."""
+    for index, value in enumerate(args):
+        if isinstance(value, Tensor):
+            return (*args[:index], change(value), *args[index + 1 :]), dict(kwargs)
+    for key, value in kwargs.items():
+        if isinstance(value, Tensor):
+            return args, {**kwargs, key: change(value)}
+    return args, dict(kwargs)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from repapq_plugin.core.modules import replace_modules
+from repapq_plugin.core.modules import become
 from repapq_plugin.core.quant_primitives import CONTAINERS, grid_bounds
+from repapq_plugin.core.tensors import change_first_tensor
 from repapq_plugin.errors import ExportError
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
-from repapq_plugin.quantizers.layers import QuantizedLayer, apply_layer, output_channels_axis
+from repapq_plugin.quantizers.layers import QuantizedLayer, RunsOwnForward, float_layer, output_channels_axis, weight_of
 
 __all__ = ["CONTAINERS", "DeployedLayer", "deployable", "without_quantizers"]
 
@@ -66,18 +67,10 @@ class DequantizeWeight(torch.autograd.Function):
         return weight.setType(codes.type().with_dtype(torch.float32))
 
 
-class DeployedLayer(nn.Module):
-    """A `QuantizedLayer` in export form: same output, but its weights are int8 codes.
+class DeployedLayer(RunsOwnForward):
+    """The role of a `QuantizedLayer` in export form: same output, but its weights are int8 codes.
 
     Either quantizer may be off: then the input stays as it comes, or the weight stays float.
-
-    Args:
-        quantized: The calibrated layer; its float layer's bias is adopted, its weight is not.
-        where: Module path, for error messages.
-
-    Raises:
-        ExportError: The layer is not ready (affine not folded, still observing), or its grid does
-            not fit 8-bit integers.
     """
 
     weight_codes: Tensor
@@ -85,24 +78,14 @@ class DeployedLayer(nn.Module):
     weight_zero_point: Tensor
     input_scale: Tensor
     input_zero_point: Tensor
-
-    def __init__(self, quantized: QuantizedLayer, where: str) -> None:
-        super().__init__()
-        _refuse_unfinished(quantized, where)
-        self.layer = _copy_of_layer(quantized.layer)
-        self.axis = output_channels_axis(quantized.layer)
-        self.quantizes_weight = quantized.weight_fake_quant.quantizing
-        self.quantizes_input = quantized.input_fake_quant.quantizing
-        self.clamp_range: tuple[float, float] | None = None
-        if self.quantizes_weight:
-            self._take_weight(quantized, where)
-        if self.quantizes_input:
-            self._take_input(quantized.input_fake_quant, where)
+    quantizes_weight: bool
+    quantizes_input: bool
+    clamp_range: tuple[float, float] | None
 
     @torch.no_grad()
-    def _take_weight(self, quantized: QuantizedLayer, where: str) -> None:
+    def _take_weight(self, quantizer: LearnableFakeQuantize, where: str) -> None:
         """Store the weight's codes, which are what the calibrated quantizer makes of it."""
-        quantizer, weight = quantized.weight_fake_quant, quantized.weight
+        weight, axis = weight_of(self), output_channels_axis(self)
         low, high = CONTAINERS[torch.int8]
         if bool(quantizer.zero_point.any()) or quantizer.quant_min < low or quantizer.quant_max > high:
             raise ExportError(
@@ -110,27 +93,27 @@ class DeployedLayer(nn.Module):
                 f"{sorted(set(quantizer.zero_point.tolist()))} is not symmetric in 8 bits; quantize weights "
                 "symmetrically with 2 to 8 bits."
             )
-        if quantizer.per_channel and quantizer.ch_axis != self.axis:
+        if quantizer.per_channel and quantizer.ch_axis != axis:
             raise ExportError(
                 f"{where}: weights are quantized along axis {quantizer.ch_axis}, but integer runtimes need a "
-                f"scale per output channel, which is axis {self.axis}; use ch_axis={self.axis}."
+                f"scale per output channel, which is axis {axis}; use ch_axis={axis}."
             )
         scale = quantizer.scale.detach()
-        if scale.numel() != (weight.shape[self.axis] if quantizer.per_channel else 1):
+        if scale.numel() != (weight.shape[axis] if quantizer.per_channel else 1):
             raise ExportError(
-                f"{where}: its weight quantizer has {scale.numel()} scales for {weight.shape[self.axis]} "
+                f"{where}: its weight quantizer has {scale.numel()} scales for {weight.shape[axis]} "
                 "output channels; calibrate the layer before the export."
             )
         shape = [1] * weight.dim()
         if quantizer.per_channel:
-            shape[self.axis] = -1
+            shape[axis] = -1
         else:
             scale = scale.reshape(())
         codes = torch.round(quantizer.quantize_dequantize(weight) / scale.reshape(shape))
         self.register_buffer("weight_codes", codes.to(torch.int8))
         self.register_buffer("weight_scale", scale.clone())
         self.register_buffer("weight_zero_point", torch.zeros_like(scale, dtype=torch.int8))
-        self.layer.register_parameter("weight", None)
+        self.register_parameter("weight", None)
 
     @torch.no_grad()
     def _take_input(self, quantizer: LearnableFakeQuantize, where: str) -> None:
@@ -148,29 +131,51 @@ class DeployedLayer(nn.Module):
         if (quantizer.quant_min, quantizer.quant_max) != (low, high):
             self.clamp_range = grid_bounds(scale, zero_point, quantizer.quant_min, quantizer.quant_max)
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
         """Run the layer on the quantized input with dequantized integer weights."""
         if self.quantizes_input:
-            if self.clamp_range is not None:
-                x = torch.clamp(x, *self.clamp_range)
-            x = cast(Tensor, QuantizeDequantize.apply(x, self.input_scale, self.input_zero_point))  # type: ignore[no-untyped-call]
-        return apply_layer(self.layer, x, self.weight(), output_size)
-
-    def weight(self) -> Tensor:
-        """Return the float weight that the integer codes stand for."""
+            args, kwargs = change_first_tensor(args, kwargs, self._quantized)
         if not self.quantizes_weight:
-            return cast(Tensor, self.layer.weight)
+            return self.float_forward(*args, **kwargs)
+        with self.multiplying(self.dequantized_weight()):
+            return self.float_forward(*args, **kwargs)
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        if self.clamp_range is not None:
+            x = torch.clamp(x, *self.clamp_range)
+        return cast(Tensor, QuantizeDequantize.apply(x, self.input_scale, self.input_zero_point))  # type: ignore[no-untyped-call]
+
+    def dequantized_weight(self) -> Tensor:
+        """Return the float weight that the integer codes stand for."""
         return cast(
             Tensor,
-            DequantizeWeight.apply(self.weight_codes, self.weight_scale, self.weight_zero_point, self.axis),  # type: ignore[no-untyped-call]
+            DequantizeWeight.apply(  # type: ignore[no-untyped-call]
+                self.weight_codes, self.weight_scale, self.weight_zero_point, output_channels_axis(self)
+            ),
         )
 
 
-def _copy_of_layer(layer: nn.Module) -> nn.Module:
-    """Copy a layer, so that dropping its float weight leaves other holders of the layer alone."""
-    twin = copy.copy(layer)
-    twin._parameters = dict(layer._parameters)
-    return twin
+def deploy_layer(quantized: QuantizedLayer, where: str) -> DeployedLayer:
+    """Bring a calibrated layer into export form, in place.
+
+    Args:
+        quantized: The layer.
+        where: Module path, for error messages.
+
+    Raises:
+        ExportError: The layer is not ready (affine not folded, still observing), or its grid does
+            not fit 8-bit integers.
+    """
+    _refuse_unfinished(quantized, where)
+    of_weight, of_input = quantized.weight_fake_quant, quantized.input_fake_quant
+    deployed = become(float_layer(quantized), DeployedLayer)
+    deployed.quantizes_weight, deployed.quantizes_input = of_weight.quantizing, of_input.quantizing
+    deployed.clamp_range = None
+    if deployed.quantizes_weight:
+        deployed._take_weight(of_weight, where)
+    if deployed.quantizes_input:
+        deployed._take_input(of_input, where)
+    return deployed
 
 
 def _refuse_unfinished(quantized: QuantizedLayer, where: str) -> None:
@@ -188,28 +193,28 @@ def _refuse_unfinished(quantized: QuantizedLayer, where: str) -> None:
             )
 
 
-def _export_form(quantized: QuantizedLayer, where: str) -> nn.Module:
-    if quantized.input_fake_quant.quantizing or quantized.weight_fake_quant.quantizing:
-        return DeployedLayer(quantized, where).eval()
-    return quantized.layer
-
-
 def deployable(model: nn.Module) -> nn.Module:
     """Return a deep copy in which every `QuantizedLayer` has its export form.
 
     The copy is in evaluation mode and computes what ``model`` computes. Layers both of whose
-    quantizers are off come back as the plain float layers that they wrap.
+    quantizers are off come back as the plain float layers that they are.
 
     Raises:
         ExportError: A layer's affine is not folded, a quantizer still observes, or a grid does not
             fit 8-bit integers; the message names the layer.
     """
     model = copy.deepcopy(model).eval()
-    layers = {m: name or "model" for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
-    return replace_modules(model, {layer: _export_form(layer, where) for layer, where in layers.items()})
+    for where, layer in [(name or "model", m) for name, m in model.named_modules() if isinstance(m, QuantizedLayer)]:
+        if layer.input_fake_quant.quantizing or layer.weight_fake_quant.quantizing:
+            deploy_layer(layer, where).eval()
+        else:
+            float_layer(layer)
+    return model
 
 
 def without_quantizers(model: nn.Module) -> nn.Module:
-    """Return a deep copy in evaluation mode in which every `QuantizedLayer` is its float layer again."""
+    """Return a deep copy in evaluation mode in which every `QuantizedLayer` is a float layer again."""
     model = copy.deepcopy(model).eval()
-    return replace_modules(model, {m: m.layer for m in model.modules() if isinstance(m, QuantizedLayer)})
+    for layer in [module for module in model.modules() if isinstance(module, QuantizedLayer)]:
+        float_layer(layer)
+    return model

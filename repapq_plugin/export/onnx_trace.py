@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from repapq_plugin.core.hooks import Hooks
-from repapq_plugin.core.tensors import tensors_of
+from repapq_plugin.core.tensors import first_tensor, tensors_of
 from repapq_plugin.errors import ExportError
 from repapq_plugin.export.deploy import DeployedLayer
 from repapq_plugin.export.onnx_names import GraphNames
@@ -57,12 +57,12 @@ def run_once(deployed: nn.Module, args: tuple[object, ...]) -> Expected:
     calls = norms = 0
     layers = {name: m for name, m in deployed.named_modules() if isinstance(m, DeployedLayer)}
 
-    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def note(layer: nn.Module, inputs: tuple[object, ...], kwargs: dict[str, object]) -> None:
         nonlocal calls
         layer = cast(DeployedLayer, layer)
         calls += layer.quantizes_weight
         if layer.quantizes_input:
-            x = inputs[0]
+            x = cast(Tensor, first_tensor(inputs, kwargs))
             grid = (float(layer.input_scale), int(layer.input_zero_point), layer.clamp_range)
             read.append((x, (id(x), x._version, *grid)))
 
@@ -72,7 +72,7 @@ def run_once(deployed: nn.Module, args: tuple[object, ...]) -> Expected:
 
     with Hooks() as hooks:
         for layer in layers.values():
-            hooks.before(layer, note)
+            hooks.before(layer, note, with_kwargs=True)
         for module in deployed.modules():
             if is_norm(module):
                 hooks.before(module, note_norm)

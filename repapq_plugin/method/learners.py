@@ -65,7 +65,7 @@ class LayerLearner:
         layer, quantizer, of_input = self.module, self.module.weight_fake_quant, self.module.input_fake_quant
         step = float(quantizer.scale.detach().mean())
         return [
-            *learnables_of_layer(layer.layer, step, magnitude, rates),
+            *learnables_of_layer(layer, step, magnitude, rates),
             Learnable(quantizer.log_scale, rates.scale / quantizer.quant_max),
             *learnables_of_affine(layer.affine, rates.affine / quantizer.quant_max, magnitude),
             Learnable(of_input.log_scale, rates.scale / of_input.quant_max),

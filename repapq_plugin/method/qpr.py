@@ -11,7 +11,6 @@ their grid is symmetric), ``bias <- gamma * bias + beta``.
 from __future__ import annotations
 
 import logging
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,15 @@ from torch import Tensor, nn
 from repapq_plugin.core.quant_primitives import dequantize, quantize
 from repapq_plugin.errors import MergeError
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
-from repapq_plugin.quantizers.layers import ChannelAffine, QuantizedLayer, output_channels_axis
+from repapq_plugin.quantizers.layers import (
+    ChannelAffine,
+    QuantizedLayer,
+    affine_positions,
+    bias_of,
+    output_channels,
+    output_channels_axis,
+    weight_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +38,7 @@ def attach_affine(layer: QuantizedLayer) -> None:
         MergeError: The layer is a grouped transposed convolution, whose weight has no axis of output
             channels to fold into.
     """
-    layer.affine = affine_for(layer.layer)
+    layer.affine = affine_for(layer)
 
 
 def affine_for(layer: nn.Module) -> ChannelAffine:
@@ -45,9 +52,7 @@ def affine_for(layer: nn.Module) -> ChannelAffine:
             f"A transposed convolution of {layer.groups} groups cannot take an affine layer in; "
             "keep it without one, or float."
         )
-    weight = cast(Tensor, layer.weight)
-    channels = weight.shape[output_channels_axis(layer)]
-    return ChannelAffine(channels, channels_last=isinstance(layer, nn.Linear), like=weight)
+    return ChannelAffine(output_channels(layer), affine_positions(layer), like=weight_of(layer))
 
 
 def folded_scale(affine: ChannelAffine, scale: Tensor) -> Tensor:
@@ -71,7 +76,7 @@ def integer_weight(layer: QuantizedLayer) -> Tensor:
     scale, zero_point = quantizer.calculate_qparams()
     axis = quantizer.ch_axis if quantizer.per_channel else None
     # Taken from what the kernel returns: it multiplies by the inverse scale, which may round the other way.
-    simulated = quantizer.quantize_dequantize(layer.weight.detach())
+    simulated = quantizer.quantize_dequantize(weight_of(layer).detach())
     return quantize(simulated, scale, zero_point, quantizer.quant_min, quantizer.quant_max, axis)
 
 
@@ -87,8 +92,7 @@ def fold_affine(layer: QuantizedLayer) -> None:
     affine, layer.affine = layer.affine, None
     _fold_gamma(layer, affine)
     if affine is not None:
-        folded = folded_bias(affine, layer.bias)
-        cast(nn.Conv2d, layer.layer).bias = nn.Parameter(folded, requires_grad=layer.weight.requires_grad)
+        layer.bias = nn.Parameter(folded_bias(affine, bias_of(layer)), requires_grad=weight_of(layer).requires_grad)
 
 
 def _fold_gamma(layer: QuantizedLayer, affine: ChannelAffine | None) -> None:
@@ -98,7 +102,7 @@ def _fold_gamma(layer: QuantizedLayer, affine: ChannelAffine | None) -> None:
     scale, zero_point = quantizer.calculate_qparams()
     gamma = None if affine is None else affine.gamma.detach()
     if affine is not None and gamma is not None and not torch.equal(gamma, torch.ones_like(gamma)):
-        output_axis = output_channels_axis(layer.layer)
+        output_axis = output_channels_axis(layer)
         shape = [1] * codes.dim()
         shape[output_axis] = -1
         flipped = _flipped(codes, gamma.reshape(shape), zero_point, quantizer) if axis == output_axis else None
@@ -108,7 +112,7 @@ def _fold_gamma(layer: QuantizedLayer, affine: ChannelAffine | None) -> None:
         codes, scale = flipped, folded_scale(affine, scale)
     quantizer.set_qparams(scale, zero_point)
     # The stored scale is the exponential of its logarithm; what is multiplied must be that very number.
-    layer.weight.copy_(dequantize(codes, quantizer.scale, zero_point, axis))
+    weight_of(layer).copy_(dequantize(codes, quantizer.scale, zero_point, axis))
 
 
 def _flipped(codes: Tensor, gamma: Tensor, zero_point: Tensor, quantizer: LearnableFakeQuantize) -> Tensor | None:
@@ -129,8 +133,8 @@ def _requantize(layer: QuantizedLayer, gamma: Tensor) -> None:
         quantizer.quant_max,
         gamma.numel(),
     )
-    scaled = quantizer.quantize_dequantize(layer.weight) * gamma
+    scaled = quantizer.quantize_dequantize(weight_of(layer)) * gamma
     quantizer.activation_post_process.reset_min_max_vals()
     quantizer.activation_post_process(scaled)
     quantizer.initialise_from_observer()
-    layer.weight.copy_(quantizer.quantize_dequantize(scaled))
+    weight_of(layer).copy_(quantizer.quantize_dequantize(scaled))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -61,15 +62,15 @@ class WeightSite:
 
     Args:
         name: Module path of the layer in the float network.
-        module: What the network calls there; its first argument and its output are the layer's.
-        layer: The layer itself, with its float weight and bias.
+        layer: The layer in the quantized network, with its float weight and bias.
         quantizer: The quantizer of the weight.
+        float_forward: Runs the layer's own forward, unquantized and unseen, on the arguments of a call.
     """
 
     name: str
-    module: nn.Module
     layer: nn.Module
     quantizer: Quantizer
+    float_forward: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)

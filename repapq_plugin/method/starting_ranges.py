@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +14,12 @@ from repapq_plugin.core.losses import mae_loss
 from repapq_plugin.core.quant_primitives import fake_quantize
 from repapq_plugin.core.running import Batch
 from repapq_plugin.core.tensor_notes import TensorNotes
+from repapq_plugin.core.tensors import change_first_tensor, first_tensor
 from repapq_plugin.errors import CalibrationError
-from repapq_plugin.method.sites import ActivationSite, Quantizer, Sites
+from repapq_plugin.method.sites import ActivationSite, Quantizer, Sites, WeightSite
 from repapq_plugin.observers import RangeObserver
 from repapq_plugin.policy import activation_observers, observer_arguments
-from repapq_plugin.quantizers.layers import apply_layer
+from repapq_plugin.quantizers.layers import weight_of
 
 COMPARED_BATCHES = 2
 """Batches on which ranges are compared (our choice: two suffice for a per-tensor scale)."""
@@ -48,7 +48,7 @@ def set_starting_ranges(
         CalibrationError: An activation holds NaN or Inf, and the message says which; or no batch holds a value.
     """
     for weight in sites.weights.values():
-        set_weight_range(weight.quantizer, cast(Tensor, weight.layer.weight), config)
+        set_weight_range(weight.quantizer, weight_of(weight.layer), config)
     watched = [site for site in sites.activations if site.quantizer.ch_axis is None]
     with not_quantizing(sites.quantizers):
         found = _observe(watched, run, batches, config, advance)
@@ -136,28 +136,31 @@ def _least_disturbing(
 
     def hats(quantizer: Quantizer, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         for name, (scale, zero_point) in found[quantizer].items():
-            yield name, fake_quantize(x, scale, zero_point, *quantizer.bounds)
+            with unseen():
+                hat = fake_quantize(x, scale, zero_point, *quantizer.bounds)
+            yield name, hat
 
     def passes(quantizer: Quantizer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         return lambda _, args, output: passed.put(output, quantizer)
 
-    def compares(layer: nn.Module) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def compare(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            quantizer = passed.get(args[0])
-            if quantizer is None:
+    def compares(site: WeightSite) -> Callable[..., None]:
+        def compare(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Tensor) -> None:
+            x = first_tensor(args, kwargs)
+            quantizer = passed.get(x)
+            if x is None or quantizer is None:
                 return
             read.add(quantizer)
-            with unseen():
-                for name, hat in hats(quantizer, args[0]):
-                    wanted = apply_layer(layer, hat, cast(Tensor, layer.weight))
-                    errors[quantizer][name] += float(mae_loss(wanted, output))
+            for name, hat in hats(quantizer, x):
+                changed, keywords = change_first_tensor(args, kwargs, lambda _, hat=hat: hat)  # type: ignore[misc]
+                error = mae_loss(site.float_forward(*changed, **keywords), output)
+                errors[quantizer][name] += float(error)
 
         return compare
 
     def judges(quantizer: Quantizer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def judge(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            with unseen():
-                for name, hat in hats(quantizer, output):
+            for name, hat in hats(quantizer, output):
+                with unseen():
                     errors[quantizer][name] += float((hat - output).square().mean())
 
         return judge
@@ -166,7 +169,7 @@ def _least_disturbing(
         for quantizer in found:
             hooks.after(quantizer.module, passes(quantizer))
         for site in sites.weights.values():
-            hooks.after(site.module, compares(site.layer))
+            hooks.after(site.layer, compares(site), with_kwargs=True)
         for batch in batches:
             run(batch)
     unread = [quantizer for quantizer in found if quantizer not in read]

@@ -1,16 +1,26 @@
-"""A convolution or linear layer that carries its quantizers, and during calibration QPR's affine."""
+"""Layers that are quantized: each stays the user's own module and runs its own ``forward``.
+
+`quantize_layer` lets a layer play the role of a `QuantizedLayer` (see `repapq_plugin.core.modules.become`): its class,
+attributes, hooks, names and state keep theirs. Its first tensor is rounded before its own forward runs, and its weight
+is the rounded one for the time of that.
+"""
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
+from repapq_plugin.core.modules import become, resign
+from repapq_plugin.core.tensors import change_first_tensor
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
 
-QUANTIZABLE = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
 """Layers that are quantized: those an integer runtime has kernels for."""
 
 
@@ -19,78 +29,163 @@ def output_channels_axis(layer: nn.Module) -> int:
     return 1 if isinstance(layer, nn.ConvTranspose2d) else 0
 
 
+def output_channels(layer: nn.Module) -> int:
+    """Return the number of output channels (output features of a linear layer)."""
+    return cast(int, layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)
+
+
+def weight_of(layer: nn.Module) -> nn.Parameter:
+    """Return the weight of a layer."""
+    return cast(nn.Parameter, layer.weight)
+
+
+def bias_of(layer: nn.Module) -> nn.Parameter | None:
+    """Return the bias of a layer, float ``(channels,)``, if it has one."""
+    return cast("nn.Parameter | None", layer.bias)
+
+
 class ChannelAffine(nn.Module):
     """``y = gamma * x + beta`` per output channel, QPR's layer behind the merged convolution.
 
-    Starts as the identity. ``gamma`` and ``beta`` are float ``(channels,)``; ``x`` is
-    ``(..., channels, H, W)``, or ``(..., channels)`` behind a linear layer.
+    Starts as the identity. ``gamma`` and ``beta`` are float ``(channels,)``; ``x`` is ``(..., channels, *positions)``.
+
+    Args:
+        channels: Number of channels.
+        positions: Number of axes behind that of the channels: 2 for images, 0 behind a linear layer.
+        like: Says dtype and device.
     """
 
-    def __init__(self, channels: int, channels_last: bool, like: Tensor) -> None:
+    def __init__(self, channels: int, positions: int, like: Tensor) -> None:
         super().__init__()
-        self.channels_last = channels_last
+        self.positions = positions
         self.gamma = nn.Parameter(torch.ones(channels, dtype=like.dtype, device=like.device))
         self.beta = nn.Parameter(torch.zeros(channels, dtype=like.dtype, device=like.device))
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale and shift each channel of ``x``."""
-        if self.channels_last:
-            return self.gamma * x + self.beta
-        return self.gamma.reshape(-1, 1, 1) * x + self.beta.reshape(-1, 1, 1)
+        shape = (-1, *[1] * self.positions)
+        return self.gamma.reshape(shape) * x + self.beta.reshape(shape)
 
 
-class QuantizedLayer(nn.Module):
-    """``affine(layer(input_fake_quant(x); weight_fake_quant(weight)))``.
+def affine_positions(layer: nn.Module) -> int:
+    """Return how many axes follow that of the channels in a layer's output."""
+    return 0 if isinstance(layer, nn.Linear) else weight_of(layer).dim() - 2
 
-    Stands where the float layer stood. ``input_fake_quant`` may be shared with other layers that
-    read the same tensor. After the fold ``affine`` is ``None`` and the weights lie on their grid.
 
-    Args:
-        layer: The float layer, adopted as it is (its weight and bias go on learning).
-        weight_fake_quant: Quantizer of the weight; per channel along the output axis, or per tensor.
-        input_fake_quant: Per-tensor quantizer of the input.
+class RunsOwnForward(nn.Module):
+    """A role whose forward runs the layer's own with another input and another weight."""
+
+    def float_forward(self, *args: object, **kwargs: object) -> Tensor:
+        """Run the layer's own forward, with its float weight."""
+        forward = cast(Callable[..., Tensor], super().forward)
+        return forward(*args, **kwargs)
+
+    @contextmanager
+    def multiplying(self, weight: Tensor) -> Iterator[None]:
+        """Let the layer's own forward read ``weight`` as its ``weight`` for a while."""
+        # Python looks here before it asks the module for its parameters, which stay as they are.
+        vars(self)["weight"] = weight
+        try:
+            yield
+        finally:
+            vars(self).pop("weight", None)
+
+
+class QuantizedLayer(RunsOwnForward):
+    """The role of a quantized layer: ``affine(forward(input_fake_quant(x)))``, with ``weight_fake_quant(weight)``.
+
+    ``input_fake_quant`` may be shared with other layers that read the same tensor, ``weight_fake_quant`` with layers of
+    the same weight. After the fold ``affine`` is ``None`` and the weights lie on their grid. Made by `quantize_layer`.
     """
 
+    weight_fake_quant: LearnableFakeQuantize
+    input_fake_quant: LearnableFakeQuantize
     affine: ChannelAffine | None
 
-    def __init__(
-        self,
-        layer: nn.Module,
-        weight_fake_quant: LearnableFakeQuantize,
-        input_fake_quant: LearnableFakeQuantize,
-    ) -> None:
-        super().__init__()
-        self.layer = layer
-        self.weight_fake_quant = weight_fake_quant
-        self.input_fake_quant = input_fake_quant
-        self.affine = None
-
-    @property
-    def weight(self) -> Tensor:
-        """The layer's weight, float; on its grid after the fold."""
-        return cast(Tensor, self.layer.weight)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The layer's bias, float ``(channels,)`` or ``None``."""
-        return cast("Tensor | None", self.layer.bias)
-
-    @property
-    def out_channels(self) -> int:
-        """Number of output channels (output features of a linear layer)."""
-        if isinstance(self.layer, nn.Linear):
-            return self.layer.out_features
-        return cast(nn.Conv2d, self.layer).out_channels
-
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
         """Run the layer on the quantized input with quantized weights."""
-        x = self.input_fake_quant(x)
-        y = apply_layer(self.layer, x, self.weight_fake_quant(self.weight), output_size)
-        return y if self.affine is None else self.affine(y)
+        args, kwargs = change_first_tensor(args, kwargs, self.input_fake_quant)
+        with self.multiplying(self.weight_fake_quant(weight_of(self))):
+            y = self.float_forward(*args, **kwargs)
+        return y if self.affine is None else cast(Tensor, self.affine(y))
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "layer":  # where the layer was before it stayed in its own place
+                return self
+            raise
+
+
+ADDED = ("weight_fake_quant", "input_fake_quant", "affine")
+"""Children that `quantize_layer` gives a layer."""
+
+
+def quantize_layer(
+    layer: nn.Module, weight_fake_quant: LearnableFakeQuantize, input_fake_quant: LearnableFakeQuantize
+) -> QuantizedLayer:
+    """Let a convolution or linear layer be a `QuantizedLayer`, in place.
+
+    Args:
+        layer: The float layer (its weight and bias go on learning).
+        weight_fake_quant: Quantizer of the weight; per channel along the output axis, or per tensor.
+        input_fake_quant: Per-tensor quantizer of the input.
+
+    Returns:
+        ``layer`` itself.
+    """
+    quantized = become(layer, QuantizedLayer)
+    quantized.weight_fake_quant = weight_fake_quant
+    quantized.input_fake_quant = input_fake_quant
+    quantized.register_module("affine", None)
+    return quantized
+
+
+def float_layer(layer: QuantizedLayer) -> nn.Module:
+    """Take the quantizers off a layer again, in place; its weight stays what it is."""
+    for name in ADDED:
+        del layer._modules[name]
+    return resign(layer)
+
+
+PRODUCTS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear")
+"""Names of the functions that multiply an input with a weight: ``f(input, weight, bias, ...)``."""
+
+
+class ReplacedWeight(TorchFunctionMode):
+    """Inside, every product is made with this weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in PRODUCTS:
+            if len(args) > 1:
+                args = (args[0], self.weight, *args[2:])
+            else:
+                kwargs = {**(kwargs or {}), "weight": self.weight}
+        return func(*args, **(kwargs or {}))
+
+
+class BakedLayer(RunsOwnForward):
+    """The role of a layer whose own forward makes what it multiplies from its weight: that product is its weight now.
+
+    Whatever else the forward does (padding of its own) goes on being done; the tensor that it hands to the convolution
+    as a weight is replaced by ``weight``. `own_forward.bake_weights` finds such layers.
+    """
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        """Run the layer's own forward, its products made with ``weight``."""
+        with ReplacedWeight(cast(Tensor, self.weight)):
+            return self.float_forward(*args, **kwargs)
 
 
 def apply_layer(layer: nn.Module, x: Tensor, weight: Tensor, output_size: list[int] | None = None) -> Tensor:
-    """Run ``layer`` on ``x`` with another weight of the same shape."""
+    """Run a plain ``layer`` on ``x`` with another weight of the same shape; subclasses' own forwards are not run."""
     bias = cast("Tensor | None", layer.bias)
     if isinstance(layer, nn.Linear):
         return functional.linear(x, weight, bias)

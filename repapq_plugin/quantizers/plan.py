@@ -7,19 +7,25 @@ without running the network.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
-from repapq_plugin.core.modules import replace_modules
 from repapq_plugin.core.quant_primitives import activation_bounds, weight_bounds
 from repapq_plugin.errors import CalibrationError
 from repapq_plugin.policy import bits_of, check_names, reason_for_float
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
-from repapq_plugin.quantizers.layers import QuantizedLayer, output_channels_axis
+from repapq_plugin.quantizers.layers import (
+    QUANTIZABLE,
+    QuantizedLayer,
+    output_channels,
+    output_channels_axis,
+    quantize_layer,
+    weight_of,
+)
 from repapq_plugin.quantizers.trace import InputKey, Trace
 
 
@@ -45,6 +51,7 @@ class QuantizationPlan:
 
     Args:
         folded: Pairs (layer, norm) of module paths whose norm went into the layer.
+        baked: Layers whose weight became what their own forward had made of it.
         layers: Quantized layers by module path, in call order.
         float_layers: Layers that stay float, with the reason.
     """
@@ -52,6 +59,7 @@ class QuantizationPlan:
     folded: tuple[tuple[str, str], ...] = ()
     layers: dict[str, LayerPlan] = field(default_factory=dict)
     float_layers: dict[str, str] = field(default_factory=dict)
+    baked: tuple[str, ...] = ()
 
 
 def plan_layers(model: nn.Module, trace: Trace, config: RepAPQConfig) -> tuple[dict[str, LayerPlan], dict[str, str]]:
@@ -70,7 +78,7 @@ def plan_layers(model: nn.Module, trace: Trace, config: RepAPQConfig) -> tuple[d
     reasons: dict[str, str] = {}
     groups: dict[tuple[InputKey, int], int] = {}
     for name, seen in trace.layers.items():
-        reason = reason_for_float(name, modules[name], config)
+        reason = reason_for_float(name, modules[name], config) or trace.unfit.get(name, "")
         if reason:
             reasons[name] = reason
             continue
@@ -78,12 +86,37 @@ def plan_layers(model: nn.Module, trace: Trace, config: RepAPQConfig) -> tuple[d
         weight_bits, activation_bits = bits_of(name, seen.at_an_end, config)
         group = groups.setdefault((seen.input_key, activation_bits), len(groups))
         plans[name] = LayerPlan(weight_bits, activation_bits, group)
+    plans = _with_equal_bits_of_equal_weights(plans, modules)
+    reasons |= {name: _why(module) for name, module in modules.items() if name not in trace.layers and _weighs(module)}
     if not plans:
         raise CalibrationError(
             "There is nothing to quantize: the network called no convolution or linear layer"
             + (f" but {', '.join(reasons)}, which stay float." if reasons else ".")
         )
     return plans, reasons
+
+
+def _with_equal_bits_of_equal_weights(
+    plans: dict[str, LayerPlan], modules: Mapping[str, nn.Module]
+) -> dict[str, LayerPlan]:
+    """Give layers that share a weight one number of bits for it: the one that needs most decides."""
+    bits: dict[int, int] = {}
+    for name, plan in plans.items():
+        weight = id(weight_of(modules[name]))
+        bits[weight] = max(plan.weight_bits, bits.get(weight, 0))
+    return {name: replace(plan, weight_bits=bits[id(weight_of(modules[name]))]) for name, plan in plans.items()}
+
+
+def _weighs(module: nn.Module) -> bool:
+    """Whether a module holds a weight of its own."""
+    own = dict(module.named_parameters(recurse=False))
+    return "weight" in own or any(sum(size > 1 for size in parameter.shape) >= 2 for parameter in own.values())
+
+
+def _why(module: nn.Module) -> str:
+    if isinstance(module, QUANTIZABLE):
+        return "not called in a forward pass; if its weight is used by a function, that runs in float"
+    return f"{type(module).__name__} runs in float"
 
 
 def _check_weight(name: str, layer: nn.Module) -> None:
@@ -99,27 +132,29 @@ def _check_weight(name: str, layer: nn.Module) -> None:
 def insert_quantizers(
     model: nn.Module, layers: Mapping[str, LayerPlan], config: RepAPQConfig
 ) -> dict[str, QuantizedLayer]:
-    """Replace the planned layers of ``model`` in place by `QuantizedLayer`.
+    """Let the planned layers of ``model`` be `QuantizedLayer`, in place.
 
-    A layer object that stands at several module paths stays one object.
+    Layers that share a weight share its quantizer.
 
     Returns:
-        The new layers by module path; none of their quantizers has its scale yet, and none observes.
+        The layers by module path; none of their quantizers has its scale yet, and none observes.
     """
     by_group: dict[int | None, LearnableFakeQuantize] = {}
-    replaced: dict[nn.Module, QuantizedLayer] = {}
+    by_weight: dict[int, LearnableFakeQuantize] = {}
+    quantized: dict[str, QuantizedLayer] = {}
     for name, plan in layers.items():
         layer = model.get_submodule(name)
         if plan.input_group not in by_group:
             by_group[plan.input_group] = input_quantizer(plan.activation_bits, config)
-        quantized = QuantizedLayer(layer, weight_quantizer(layer, plan.weight_bits), by_group[plan.input_group])
-        if quantized.bias is None:  # calibration corrects means through it, and the fold needs its place
-            quantized.layer.bias = nn.Parameter(quantized.weight.new_zeros(quantized.out_channels))
-        for quantizer in (quantized.weight_fake_quant, quantized.input_fake_quant):
+        weight = weight_of(layer)
+        of_weight = by_weight.setdefault(id(weight), weight_quantizer(layer, plan.weight_bits))
+        if layer.bias is None:  # calibration corrects means through it, and the fold needs its place
+            layer.bias = nn.Parameter(weight.new_zeros(output_channels(layer)), requires_grad=weight.requires_grad)
+        for quantizer in (of_weight, by_group[plan.input_group]):
             quantizer.enable_observer(False)
-        replaced[layer] = quantized.to(quantized.weight.device).train(layer.training)
-    replace_modules(model, replaced)
-    return {name: cast(QuantizedLayer, model.get_submodule(name)) for name in layers}
+            quantizer.to(weight.device).train(layer.training)
+        quantized[name] = quantize_layer(layer, of_weight, by_group[plan.input_group])
+    return quantized
 
 
 def input_quantizer(num_bits: int, config: RepAPQConfig) -> LearnableFakeQuantize:

@@ -6,17 +6,19 @@ Hooks and autograd only: no tracing of Python code, so any control flow will do.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from repapq_plugin.core.hooks import Hooks
-from repapq_plugin.core.tensors import floating_tensors
+from repapq_plugin.core.tensors import change_first_tensor, floating_tensors
 from repapq_plugin.quantizers.layers import QUANTIZABLE
+from repapq_plugin.quantizers.own_forward import Arguments, reason_against
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,9 @@ class LayerTrace:
         return self.first or self.last
 
 
+BYPASSED = "its weight is read without calling it, in a pass with gradients or in one without"
+
+
 @dataclass(frozen=True)
 class ModuleTrace:
     """One module as the network calls it: how often, and whether always one tensor in, one out."""
@@ -59,10 +64,11 @@ class ModuleTrace:
 
 @dataclass(frozen=True)
 class Trace:
-    """Layers by name in the order of their first call, and all modules by name."""
+    """Layers by name in the order of their first call, all modules by name, and why layers cannot be quantized."""
 
     layers: dict[str, LayerTrace]
     modules: dict[str, ModuleTrace]
+    unfit: dict[str, str] = field(default_factory=dict)
 
 
 @contextmanager
@@ -81,7 +87,7 @@ def only_weights_require_grad(model: nn.Module, weights: Sequence[Tensor]) -> It
 
 
 def trace_network(model: nn.Module, run: Callable[[], object]) -> Trace:
-    """Watch one forward pass of ``model``, which ``run()`` makes.
+    """Watch forward passes of ``model``, which ``run()`` makes: with gradients, and without.
 
     Each layer's input is cut from the graph, so a layer whose weight the output still depends on
     is a last one; a layer whose input needed no gradient is a first one.
@@ -93,16 +99,22 @@ def trace_network(model: nn.Module, run: Callable[[], object]) -> Trace:
     weights = {name: cast(nn.Parameter, layer.weight) for name, layer in layers.items()}
     # Kept alive, so that identities stay unique.
     inputs: dict[str, list[tuple[Tensor, int]]] = {}
+    arguments: dict[str, Arguments] = {}
     first: set[str] = set()
     calls: dict[str, int] = {}
     plain: dict[str, bool] = {}
 
-    def before_layer(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        name, x = names[module], args[0]
-        inputs.setdefault(name, []).append((x, x._version))
-        if not x.requires_grad:
-            first.add(name)
-        return (x.detach(), *args[1:])
+    def before_layer(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        name = names[module]
+        arguments.setdefault(name, (args, kwargs))
+
+        def cut(x: Tensor) -> Tensor:
+            inputs.setdefault(name, []).append((x, x._version))
+            if not x.requires_grad:
+                first.add(name)
+            return x.detach()
+
+        return change_first_tensor(args, kwargs, cut)
 
     def after_any(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
@@ -114,11 +126,18 @@ def trace_network(model: nn.Module, run: Callable[[], object]) -> Trace:
 
     with Hooks() as hooks, only_weights_require_grad(model, list(weights.values())), torch.enable_grad():
         for module in layers.values():
-            hooks.before(module, before_layer)
+            hooks.before(module, before_layer, with_kwargs=True)
         for name, module in model.named_modules():
             hooks.after(module, after_any(name), with_kwargs=True)
         outputs = [tensor for tensor in floating_tensors(run()) if tensor.requires_grad]
         last = _last_layers(outputs, {name: weights[name] for name in inputs})
+    unseen = Counter({name: len(seen) for name, seen in inputs.items()})
+    with Hooks() as hooks, torch.no_grad():
+        for name, module in layers.items():
+            hooks.before(module, lambda *_, name=name: unseen.subtract([name]))  # type: ignore[misc]
+        run()
+    unfit = {name: reason for name in inputs if (reason := reason_against(layers[name], arguments[name]))}
+    unfit |= {name: BYPASSED for name, count in unseen.items() if count}
     return Trace(
         layers={
             name: LayerTrace(
@@ -131,6 +150,7 @@ def trace_network(model: nn.Module, run: Callable[[], object]) -> Trace:
             for name, seen in inputs.items()
         },
         modules={name: ModuleTrace(count, plain[name]) for name, count in calls.items()},
+        unfit=unfit,
     )
 
 

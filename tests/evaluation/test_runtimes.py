@@ -55,7 +55,7 @@ def test_files_that_are_missing_or_broken_are_named(runtime: type[torch.nn.Modul
 def test_onnxruntime_does_not_saturate(arithmetic: Literal["exact", "integer"], tmp_path: Path) -> None:
     """A linear layer with all codes at their largest, which overflows 16 bits on older processors."""
     layer = quantized(torch.nn.Linear(64, 8, bias=False), 8, 8)
-    torch.nn.init.ones_(layer.layer.weight)
+    torch.nn.init.ones_(layer.weight)
     x = torch.ones(2, 64)
     set_ranges(layer, x)
     export_onnx(layer, x, tmp_path / "model.onnx")
@@ -68,11 +68,11 @@ def test_onnxruntime_does_not_saturate(arithmetic: Literal["exact", "integer"], 
 def test_integer_arithmetic_runs_integer_kernels(tmp_path: Path) -> None:
     """Told apart by what they compute: a bias of half a step is rounded away, or is not."""
     layers = [quantized(torch.nn.Conv2d(4, 4, 1, bias=has_bias), 8, 8) for has_bias in (True, False)]
-    torch.nn.init.ones_(layers[0].layer.weight)
+    torch.nn.init.ones_(layers[0].weight)
     model = set_ranges(torch.nn.Sequential(layers[0], torch.nn.ReLU(), layers[1]), torch.ones(1, 4, 2, 2))
     with torch.no_grad():
         step = float(layers[0].input_fake_quant.scale * layers[0].weight_fake_quant.scale[0])
-        layers[0].layer.bias.fill_(0.49 * step)
+        layers[0].bias.fill_(0.49 * step)
         layers[1].input_fake_quant.set_qparams(torch.tensor(0.6 * step), torch.tensor(0))
     export_onnx(model, torch.zeros(1, 4, 2, 2), tmp_path / "model.onnx")
     zeros = torch.zeros(1, 4, 2, 2)

@@ -10,7 +10,7 @@ from repapq_plugin.core.quant_primitives import quantize
 from repapq_plugin.errors import ExportError
 from repapq_plugin.export.deploy import DeployedLayer, deployable, without_quantizers
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
-from repapq_plugin.quantizers.layers import ChannelAffine, QuantizedLayer
+from repapq_plugin.quantizers.layers import ChannelAffine, QuantizedLayer, quantize_layer
 from tests.support.export_networks import NETWORKS, Chain, Transposed, make, outputs_of, quantized, set_ranges
 
 BITS = [(8, 8), (6, 6), (4, 4), (3, 5), (2, 2)]
@@ -52,10 +52,10 @@ def test_the_model_is_left_alone_and_the_copy_holds_no_float_weight() -> None:
     before = outputs_of(model, x)[0]
     deployed = deployable(model)
     layers = [m for m in deployed.modules() if isinstance(m, DeployedLayer)]
-    assert [layer.layer.weight for layer in layers] == [None] * Chain.layers
+    assert [layer.weight for layer in layers] == [None] * Chain.layers
     assert not any(isinstance(m, QuantizedLayer | LearnableFakeQuantize) for m in deployed.modules())
     assert torch.equal(outputs_of(model, x)[0], before)
-    assert model.first.layer.weight is not None
+    assert model.first.weight is not None
 
 
 def test_layers_that_do_not_quantize_come_back_plain() -> None:
@@ -98,7 +98,7 @@ def test_per_tensor_weights() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 6, 6)
     weight = LearnableFakeQuantize(quant_min=-7, quant_max=7, dtype=torch.qint8, qscheme=torch.per_tensor_symmetric)
-    layer = QuantizedLayer(nn.Conv2d(3, 4, 3), weight, LearnableFakeQuantize(quant_min=0, quant_max=15))
+    layer = quantize_layer(nn.Conv2d(3, 4, 3), weight, LearnableFakeQuantize(quant_min=0, quant_max=15))
     set_ranges(layer, x)
     assert torch.equal(deployable(layer)(x), layer(x))
 

@@ -71,7 +71,7 @@ def test_eight_bit_products_saturate_or_are_exact_and_seven_bits_always_are(tmp_
     difference = {}
     for bits in (7, 8):
         layer = quantized(nn.Conv2d(16, 16, 3, bias=False), bits, 8)
-        nn.init.ones_(layer.layer.weight)
+        nn.init.ones_(layer.weight)
         x = torch.ones(1, 16, 8, 8)
         model = set_ranges(nn.Sequential(layer), x)
         difference[bits] = export_openvino(model, x, tmp_path / f"{bits}.xml").max_rel_difference

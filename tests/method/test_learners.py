@@ -48,13 +48,13 @@ def test_a_layer_learns_in_steps_of_its_own_grids(layers: dict[str, QuantizedLay
     affine = layer.affine
     assert affine is not None
     with torch.no_grad():
-        layer.layer.weight.mul_(100)  # far above one step: the share of the bias is a step of the mean weight
+        layer.weight.mul_(100)  # far above one step: the share of the bias is a step of the mean weight
     found = {id(each.parameter): each.rate for each in LayerLearner(layer).learnables(3.0, RATES)}
     step = layer.weight_fake_quant.scale.mean().item()
     mean = layer.weight.abs().mean().item()
     wanted: dict[nn.Parameter, float] = {
-        layer.layer.weight: 0.01 * step,
-        layer.layer.bias: 0.01 * step / mean * 3.0,
+        layer.weight: 0.01 * step,
+        layer.bias: 0.01 * step / mean * 3.0,
         layer.weight_fake_quant.log_scale: 0.02 / 7,
         affine.gamma: 0.04 / 7,
         affine.beta: 0.04 / 7 * 3.0,

@@ -19,7 +19,13 @@ from repapq_plugin.method import qpr
 from repapq_plugin.method.qpr import attach_affine, fold_affine, integer_weight
 from repapq_plugin.observers import MinMaxObserver, PerChannelMSEObserver
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
-from repapq_plugin.quantizers.layers import ChannelAffine, QuantizedLayer, apply_layer, output_channels_axis
+from repapq_plugin.quantizers.layers import (
+    ChannelAffine,
+    QuantizedLayer,
+    apply_layer,
+    output_channels_axis,
+    quantize_layer,
+)
 
 seeds = st.integers(0, 2**32 - 1)
 bit_widths = st.integers(2, 8)
@@ -47,7 +53,7 @@ def quantized_layer(kind: str, bits: int, weight: LearnableFakeQuantize | None =
     low, high = weight_bounds(bits)
     if weight is None:
         weight = PerChannelLearnableFakeQuantize(quant_min=low, quant_max=high, ch_axis=output_channels_axis(layer))
-    quantized = QuantizedLayer(layer, weight, LearnableFakeQuantize(quant_min=0, quant_max=2**bits - 1))
+    quantized = quantize_layer(layer, weight, LearnableFakeQuantize(quant_min=0, quant_max=2**bits - 1))
     x = torch.randn(shape)
     quantized(x)
     for quantizer in (quantized.weight_fake_quant, quantized.input_fake_quant):
@@ -169,7 +175,7 @@ def test_the_fold_by_hand() -> None:
     weight = PerChannelLearnableFakeQuantize(quant_min=-7, quant_max=7)
     weight.enable_observer(False)
     weight.set_qparams(torch.tensor([0.25, 0.5]), torch.zeros(2))
-    quantized = QuantizedLayer(layer, weight, LearnableFakeQuantize())
+    quantized = quantize_layer(layer, weight, LearnableFakeQuantize())
     learned_affine(quantized, torch.tensor([-2.0, 0.5]))
     assert quantized.affine is not None
     quantized.affine.beta.data = torch.tensor([10.0, 20.0])
@@ -230,14 +236,14 @@ def test_a_code_that_cannot_change_its_sign_is_quantized_again(monkeypatch: pyte
 
 def test_a_grouped_transposed_convolution_is_refused() -> None:
     layer = nn.ConvTranspose2d(4, 6, 2, groups=2)
-    quantized = QuantizedLayer(layer, PerChannelLearnableFakeQuantize(ch_axis=1), LearnableFakeQuantize())
+    quantized = quantize_layer(layer, PerChannelLearnableFakeQuantize(ch_axis=1), LearnableFakeQuantize())
     with pytest.raises(MergeError, match="2 groups"):
         attach_affine(quantized)
 
 
 def test_frozen_weights_stay_frozen() -> None:
     layer, _ = quantized_layer("no_bias", 4)
-    layer.layer.weight.requires_grad_(False)
+    layer.weight.requires_grad_(False)
     learned_affine(layer)
     fold_affine(layer)
     assert layer.bias is not None and not layer.bias.requires_grad

@@ -30,7 +30,7 @@ def test_a_site_names_the_layer_and_what_the_network_calls() -> None:
         called = job.backend.student.get_submodule(name)
         assert site.name == name and site.module is called
         assert isinstance(called, QuantizedLayer) and site.layer is called.layer
-        assert site.layer.weight.shape == state.teacher.get_submodule(name).weight.shape
+        assert site.weight.shape == state.teacher.get_submodule(name).weight.shape
 
 
 @pytest.mark.parametrize("name", ["min_max", "mse"])

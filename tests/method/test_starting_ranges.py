@@ -134,10 +134,10 @@ def test_weights_get_the_range_of_their_observer(name: str) -> None:
     for site in placed.sites.weights.values():
         observer = site.quantizer.observer(name)
         assert type(observer) is OBSERVERS[f"per_channel_{name}"]
-        observer(site.layer.weight.detach())
+        observer(site.weight.detach())
         assert torch.allclose(site.quantizer.qparams()[0], observer.calculate_qparams()[0])
         before = site.quantizer.qparams()
-        set_weight_range(site.quantizer, site.layer.weight, placed.config)
+        set_weight_range(site.quantizer, site.weight, placed.config)
         assert all(torch.equal(one, other) for one, other in zip(site.quantizer.qparams(), before, strict=True))
 
 

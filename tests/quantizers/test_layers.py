@@ -13,6 +13,7 @@ from repapq_plugin.quantizers.layers import (
     QuantizedLayer,
     apply_layer,
     output_channels_axis,
+    quantize_layer,
 )
 
 LAYERS = {
@@ -36,7 +37,7 @@ def quantized(layer: nn.Module, weight_bits: int = 4) -> QuantizedLayer:
     weight_quantizer = PerChannelLearnableFakeQuantize(
         quant_min=-bound, quant_max=bound, ch_axis=output_channels_axis(layer)
     )
-    return QuantizedLayer(layer, weight_quantizer, LearnableFakeQuantize(quant_min=0, quant_max=15))
+    return quantize_layer(layer, weight_quantizer, LearnableFakeQuantize(quant_min=0, quant_max=15))
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -118,7 +119,7 @@ def test_gradients_reach_everything_that_learns() -> None:
 
 def test_layers_may_share_the_quantizer_of_what_they_read() -> None:
     shared = LearnableFakeQuantize(quant_min=0, quant_max=15)
-    first, second = (QuantizedLayer(nn.Linear(3, 2), PerChannelLearnableFakeQuantize(), shared) for _ in range(2))
+    first, second = (quantize_layer(nn.Linear(3, 2), PerChannelLearnableFakeQuantize(), shared) for _ in range(2))
     both = nn.ModuleList([first, second])
     assert len(list(both.parameters())) == 2 * 3 + 1
 

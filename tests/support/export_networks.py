@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from repapq_plugin.core.quant_primitives import activation_bounds, weight_bounds
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
-from repapq_plugin.quantizers.layers import QuantizedLayer, output_channels_axis
+from repapq_plugin.quantizers.layers import QuantizedLayer, output_channels_axis, quantize_layer
 
 
 def input_quantizer(bits: int) -> LearnableFakeQuantize:
@@ -21,7 +21,7 @@ def quantized(
 ) -> QuantizedLayer:
     low, high = weight_bounds(weight_bits)
     weight = PerChannelLearnableFakeQuantize(quant_min=low, quant_max=high, ch_axis=output_channels_axis(layer))
-    return QuantizedLayer(layer, weight, shared or input_quantizer(activation_bits))
+    return quantize_layer(layer, weight, shared or input_quantizer(activation_bits))
 
 
 def set_ranges(model: nn.Module, x: Tensor) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from repapq_plugin.backend import PHASES, Backend
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core.hooks import unseen
 from repapq_plugin.core.running import Batch, ForwardFn
 from repapq_plugin.errors import CalibrationError, ConfigError, HostError
 from repapq_plugin.hosts.nncf._compat import EXTENSION_TIMEOUT, build_nncf_graph, wrap_model
@@ -107,7 +108,7 @@ class PlacedBackend(Backend[Calibrated]):
     def sites(self) -> Sites:
         """See `Backend`."""
         weights = {
-            name: WeightSite(name, placed.module, placed.module, NNCFQuantizer(placed.quantizer))
+            name: WeightSite(name, placed.module, NNCFQuantizer(placed.quantizer), hidden(placed.module))
             for name, placed in self.placement.weights.items()
         }
         activations = (
@@ -231,6 +232,17 @@ class NNCFBackend(PlacedBackend):
                 "that it cannot trace, or quantize with repapq_plugin.quantize_model, which does not trace."
             ) from error
         return placed
+
+
+def hidden(layer: nn.Module) -> Callable[..., Tensor]:
+    """Return what runs a layer's own forward unseen by NNCF."""
+
+    def run(*args: object, **kwargs: object) -> Tensor:
+        with unseen():
+            output: Tensor = layer.forward(*args, **kwargs)
+        return output
+
+    return run
 
 
 def _operations(model: nn.Module, item: Batch) -> dict[str, list[str]]:

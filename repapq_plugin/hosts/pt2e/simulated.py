@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from repapq_plugin.errors import HostError
 from repapq_plugin.hosts.pt2e.graph import aten, layer_nodes, quantizer_at
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
-from repapq_plugin.quantizers.layers import QuantizedLayer
+from repapq_plugin.quantizers.layers import quantize_layer
 
 
 def quantized_network(prepared: GraphModule) -> GraphModule:
@@ -31,7 +31,7 @@ def quantized_network(prepared: GraphModule) -> GraphModule:
         if not isinstance(source, LearnableFakeQuantize) or not isinstance(weight, LearnableFakeQuantize):
             continue
         name = f"quantized_layer_{count}"
-        network.add_submodule(name, QuantizedLayer(_module_of(network, node), weight, source))
+        network.add_submodule(name, quantize_layer(_module_of(network, node), weight, source))
         with network.graph.inserting_before(node):
             called = network.graph.call_module(name, (cast(Node, node.args[0]).args[0],))
         node.replace_all_uses_with(called)

@@ -81,7 +81,7 @@ def engine_for(layers: Iterable[QuantizedLayer]) -> str:
 
 def has_kernel(layer: QuantizedLayer, engine: str) -> bool:
     """Whether ``engine`` has an integer kernel for a layer, and its weight is quantized at all."""
-    transposed = isinstance(layer.layer, nn.ConvTranspose2d)
+    transposed = isinstance(layer, nn.ConvTranspose2d)
     return layer.weight_fake_quant.quantizing and not (transposed and engine in NO_TRANSPOSED_CHANNELS)
 
 

@@ -12,7 +12,7 @@ from repapq_plugin.errors import HostError
 from repapq_plugin.hosts.torch_ao._compat import RECTIFIED, layer_of, plain_layer
 from repapq_plugin.hosts.torch_ao.grid import absorb_norms, quantizer_at, resting, weight_quantizer_of
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
-from repapq_plugin.quantizers.layers import QUANTIZABLE, QuantizedLayer
+from repapq_plugin.quantizers.layers import QUANTIZABLE, quantize_layer
 
 
 def quantized_network(prepared: GraphModule) -> GraphModule:
@@ -43,7 +43,7 @@ def quantized_network(prepared: GraphModule) -> GraphModule:
         key = str(node.args[0].target)
         if key not in inputs:
             inputs[key] = cast(LearnableFakeQuantize, resting(cast(nn.Module, source)))
-        quantized: nn.Module = QuantizedLayer(plain_layer(layer), weight, inputs[key])
+        quantized: nn.Module = quantize_layer(plain_layer(layer), weight, inputs[key])
         rectified = isinstance(module, RECTIFIED)
         network.set_submodule(str(node.target), nn.Sequential(quantized, nn.ReLU()) if rectified else quantized)
         found += 1
