@@ -176,7 +176,7 @@ class Job(Generic[R]):
             for phase in self.backend.phases:
                 getattr(self, phase)(state)
                 state.done.append(phase)
-        return self.backend.deliver(self._calibrated(state, time.perf_counter() - started), state.batches)
+            return self.backend.deliver(self._calibrated(state, time.perf_counter() - started), state.batches)
 
     def merge(self, state: State) -> None:
         """Merge branches and fold norms, on a copy."""

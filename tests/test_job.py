@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import pytest
@@ -17,6 +16,7 @@ from repapq_plugin.job import Job, Merged, Progress, State, counted, merge_for_i
 from repapq_plugin.quantizers.layers import QuantizedLayer
 from repapq_plugin.reparam import MergedBlock
 from repapq_plugin.result import Calibrated, CalibrationResult
+from tests.support.comparing import equal_numbers, hooks_of, numbers
 from tests.support.networks import Chain, Pyramid, TwoBranchBlock, batches, settle
 from tests.support.placed import after
 
@@ -191,14 +191,6 @@ def test_conditioning_does_what_the_configuration_asks(
     assert called == wanted
 
 
-def numbers(model: nn.Module) -> dict[str, Tensor]:
-    return copy.deepcopy(model.state_dict())
-
-
-def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
 @pytest.mark.parametrize("fails_at", [0, 3, 12])
 def test_seeds_and_the_model_are_as_before_also_after_an_error(fails_at: int) -> None:
     model, data, ran = settle(Chain()), batches(), []
@@ -214,8 +206,8 @@ def test_seeds_and_the_model_are_as_before_also_after_an_error(fails_at: int) ->
     with pytest.raises(KeyError, match="stop"):
         Job(OwnBackend(), config(), forward).run(model, data)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert equal(numbers(model), before)
-    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+    assert equal_numbers(numbers(model), before)
+    assert hooks_of(model) == []
 
 
 def test_seeded_draws_by_its_seed_alone_and_leaves_no_trace() -> None:
@@ -266,7 +258,7 @@ def test_merging_for_inference_works_on_a_copy(network: type[nn.Module]) -> None
     before = numbers(model)
     merged = merge_for_inference(model, lambda each: each(data[0]))
     assert isinstance(merged, Merged) and isinstance(merged, tuple)
-    assert equal(numbers(model), before) and model.training
+    assert equal_numbers(numbers(model), before) and model.training
     assert not merged.network.training
     assert any(isinstance(module, MergedBlock) for module in merged.network.modules())
     assert merged.notes == ()

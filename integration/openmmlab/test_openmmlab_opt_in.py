@@ -19,12 +19,13 @@ from mmengine.utils import get_installed_path
 import repapq_plugin.hosts.openmmlab as host
 from integration.openmmlab.scenes import CLASSIFIER, DETECTOR, FEW_ITEMS, FEW_SCENES, ROOT
 from integration.openmmlab.test_openmmlab_tools import run_tool
+from repapq_plugin import RepAPQConfig
 from repapq_plugin.hosts.openmmlab.scopes import register_scopes
 from repapq_plugin.hosts.openmmlab.settings import settings_of
 from repapq_plugin.hosts.openmmlab.workbench import open_config
 
 SCOPED = "repapq_plugin::_base_/repapq_w4a4.py"
-PRESETS = {"w8a8": (8, 8), "w6a6": (6, 6), "w4a4": (4, 4), "mixed": (4, 8)}
+PRESETS = {"w8a8": (8, 8), "w6a6": (6, 6), "w4a4": (4, 4), "mixed": (4, 8), "paper-w6a6": (6, 6)}
 
 
 def _bits(cfg: Config) -> tuple[int, int]:
@@ -61,7 +62,7 @@ def test_every_preset_in_every_spelling(preset: str, tmp_path: Path) -> None:
     beside = str(CLASSIFIER)
     spellings = {
         "scoped": f"_base_ = [{beside!r}, 'repapq_plugin::_base_/repapq_{preset}.py']\n",
-        "imported": f"_base_ = {beside!r}\nfrom repapq_plugin.configs.{preset} import *\n",
+        "imported": f"_base_ = {beside!r}\nfrom repapq_plugin.configs.{preset.replace('-', '_')} import *\n",
         "inherited and changed": f"_base_ = [{beside!r}, 'repapq_plugin::_base_/repapq_{preset}.py']\n"
         "repapq = dict(quantizer=dict(steps=7))\n",
     }
@@ -73,6 +74,16 @@ def test_every_preset_in_every_spelling(preset: str, tmp_path: Path) -> None:
         assert RUNNERS.get(cfg.runner_type) is host.RepAPQRunner
         assert cfg.model.backbone.type == "RepVGG"
     assert settings_of(cfg).quantizer.steps == 7
+
+
+def test_a_preset_of_the_paper_is_passed_on_as_it_is(tmp_path: Path) -> None:
+    config = tmp_path / "config.py"
+    config.write_text(f"_base_ = {str(CLASSIFIER)!r}\nfrom repapq_plugin.configs.paper_w6a6 import *\n")
+    paper = RepAPQConfig.from_preset("paper-w6a6")
+    assert paper != RepAPQConfig.from_preset("w6a6")
+    assert settings_of(open_config(config)).quantizer == paper
+    plain = open_config(CLASSIFIER)
+    assert settings_of(plain, quantizer={"preset": "paper-w6a6"}).quantizer == paper
 
 
 def test_a_pure_python_config_imports_it_among_its_bases(tmp_path: Path) -> None:

@@ -6,11 +6,9 @@ understood; 130 interrupted, with nothing half written.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,75 +16,15 @@ import click
 from rich.console import Console
 
 from repapq_plugin.cli.display import Display, show_diagnosis
+from repapq_plugin.cli.options import Common, PathArgument, common_options, pairs
 from repapq_plugin.cli.texts import CLI_HELP, DOCTOR_HELP, EVAL_HELP, EXPORT_HELP, QUANTIZE_HELP
 from repapq_plugin.errors import ConfigError, HostError, RepAPQError
 
 if TYPE_CHECKING:
     from repapq_plugin.hosts.openmmlab.workbench import Workbench
 
-PathArgument = click.Path(path_type=Path)
-
 BACKEND_OF = {".safetensors": "simulated", ".onnx": "onnxruntime", ".xml": "openvino"}
 """What runs a result unless somebody says otherwise, by the suffix of its file."""
-
-
-@dataclass(frozen=True)
-class Common:
-    """Options that every command takes.
-
-    Args:
-        cfg_options: Overrides of the config, ``KEY=VALUE``.
-        work_dir: Where files are written; ``None``: by the config's name.
-        threads: CPU threads for torch and OpenVINO; ``None``: all.
-    """
-
-    cfg_options: tuple[str, ...]
-    work_dir: Path | None
-    threads: int | None
-
-
-def _common_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of `Common`."""
-    for option in (
-        click.option(
-            "--cfg-options",
-            multiple=True,
-            metavar="KEY=VALUE",
-            help="Override a key of the config, as the toolboxes' own tools do. Repeatable.",
-        ),
-        click.option(
-            "-w",
-            "--work-dir",
-            type=PathArgument,
-            help="Where files are written. [default: work_dirs/<config name>]",
-        ),
-        click.option(
-            "--threads", type=click.IntRange(min=1), help="CPU threads for torch and OpenVINO. [default: all]"
-        ),
-    ):
-        function = option(function)
-    return function
-
-
-def _pairs(values: Sequence[str], option: str) -> dict[str, object]:
-    """Turn ``a.b=1`` into ``{"a": {"b": 1}}``."""
-    result: dict[str, object] = {}
-    for value in values:
-        path, equals, text = value.partition("=")
-        if not equals or not path:
-            raise ConfigError(f"{option} {value!r} is not allowed; write KEY=VALUE.")
-        *parents, last = path.split(".")
-        place = result
-        for parent in parents:
-            inner = place.setdefault(parent, {})
-            if not isinstance(inner, dict):
-                raise ConfigError(f"{option} {value!r} is not allowed after {parent}={inner!r}; leave one of them out.")
-            place = inner
-        try:
-            place[last] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            place[last] = text
-    return result
 
 
 @contextlib.contextmanager
@@ -145,8 +83,8 @@ def cli() -> None:
 @click.argument("checkpoint", required=False)
 @click.option(
     "--preset",
-    help="Bits: w8a8, w6a6, w4a4 or any other w<bits>a<bits>; or paper-w6a6: as the paper says, where it says "
-    "something. [default: the config's, else w8a8]",
+    help="Bits: w8a8, w6a6, w4a4 or any other w<bits>a<bits>; paper-w6a6 and the like take the paper's settings. "
+    "[default: the config's, else w8a8]",
 )
 @click.option(
     "-q",
@@ -176,7 +114,7 @@ def cli() -> None:
     show_default=True,
     help="Also score the float network and plain PTQ (min-max ranges, nothing learned) on the same data.",
 )
-@_common_options
+@common_options
 def quantize(
     config: Path,
     checkpoint: str | None,
@@ -195,7 +133,7 @@ def quantize(
     from repapq_plugin.export.openvino import require_openvino
     from repapq_plugin.export.qdq_onnx import require_onnx
 
-    keys = _pairs(quantizer, "--quantizer")
+    keys = pairs(quantizer, "--quantizer")
     if preset is not None:
         keys["preset"] = preset
     kinds = None if formats is None else [name for name in formats.split(",") if name and name != "none"]
@@ -229,7 +167,7 @@ def quantize(
     type=click.Choice(("simulated", "onnxruntime", "openvino")),
     help="What runs the network part. [default: by the file: .safetensors simulated, .onnx onnxruntime, .xml openvino]",
 )
-@_common_options
+@common_options
 def evaluate(
     config: Path,
     result: Path,
@@ -267,7 +205,7 @@ def evaluate(
     type=PathArgument,
     help="File to write, .onnx or .xml. [default: repapq.onnx or .xml beside RESULT]",
 )
-@_common_options
+@common_options
 def export(
     config: Path,
     result: Path,

@@ -27,6 +27,7 @@ from repapq_plugin.method.partition import Stage
 from repapq_plugin.method.replay import inputs_of, recording
 from repapq_plugin.method.schedules import Activation, Role
 from repapq_plugin.quantizers.layers import QuantizedLayer
+from tests.support.comparing import equal
 from tests.support.networks import Chain, Pyramid, batches, settle
 from tests.support.placed import after, networks_of
 
@@ -150,10 +151,6 @@ def calibrator(
         cache,
         steps,
     )
-
-
-def equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def read_by(networks: Networks, model: nn.Module, name: str, batch: int) -> list[Tensor]:

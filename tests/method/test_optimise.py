@@ -15,6 +15,7 @@ from repapq_plugin.config import LearningRates, RepAPQConfig
 from repapq_plugin.method import optimise
 from repapq_plugin.method.learners import Learnable
 from repapq_plugin.method.optimise import Outputs, evaluate, reconstruct, split_batches
+from tests.support.comparing import equal_numbers
 
 
 class ToyLearner:
@@ -87,10 +88,6 @@ def ignore() -> None:
     return None
 
 
-def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
 @given(count=st.integers(1, 200), fraction=st.floats(0, 0.5))
 def test_training_and_held_out_batches_are_disjoint_and_together_all(count: int, fraction: float) -> None:
     training, held_out = split_batches(count, fraction)
@@ -106,7 +103,7 @@ def test_a_better_result_stays() -> None:
     subject = ToySubject(8)
     start, outcome = subject.state(), reconstruct(subject, square_loss, 8, settings(), ignore)
     assert outcome.kept and outcome.note == ""
-    assert not equal(subject.state(), start)
+    assert not equal_numbers(subject.state(), start)
     after, parts = evaluate(subject, square_loss, [6, 7])
     assert outcome.unit_losses_after == parts == {"layer": pytest.approx(after)}
     assert after < outcome.unit_losses_before["layer"]
@@ -121,7 +118,7 @@ def test_a_worse_result_is_undone_bit_for_bit() -> None:
     outcome = reconstruct(subject, square_loss, 8, settings(steps=3), ignore)
     assert not outcome.kept
     assert "held-out loss went from" in outcome.note and "the starting point stays" in outcome.note
-    assert equal(subject.state(), start)
+    assert equal_numbers(subject.state(), start)
     assert outcome.unit_losses_after == outcome.unit_losses_before
 
 
@@ -140,7 +137,7 @@ def test_a_loss_that_is_not_finite_ends_the_optimisation_and_is_undone(value: fl
     if at:  # the steps before were good ones, and are judged like any others
         assert f"the loss became {value} at step {at}" in outcome.note
     else:
-        assert not outcome.kept and equal(subject.state(), start)
+        assert not outcome.kept and equal_numbers(subject.state(), start)
 
 
 def test_a_result_that_is_not_finite_where_it_is_judged_is_undone() -> None:
@@ -153,7 +150,7 @@ def test_a_result_that_is_not_finite_where_it_is_judged_is_undone() -> None:
     start = subject.state()
     outcome = reconstruct(subject, breaks, 8, settings(), ignore)
     assert not outcome.kept and "to nan" in outcome.note
-    assert equal(subject.state(), start)
+    assert equal_numbers(subject.state(), start)
 
 
 def test_held_out_batches_are_never_learned_from_and_the_others_are_drawn_in_turn() -> None:

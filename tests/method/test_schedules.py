@@ -20,6 +20,7 @@ from repapq_plugin.method.schedules import (
     StageSubject,
     UnitSubject,
 )
+from tests.support.comparing import equal
 
 
 class Counted(nn.Linear):
@@ -114,15 +115,11 @@ def setting() -> Iterator[Setting]:
         yield Setting(cache)
 
 
-def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
 def same_outputs(one: Outputs, units: dict[str, list[Tensor]], stage: Sequence[Tensor]) -> bool:
     return (
         one.units.keys() == units.keys()
-        and all(same(one.units[name], units[name]) for name in units)
-        and same(one.stage, stage)
+        and all(equal(one.units[name], units[name]) for name in units)
+        and equal(one.stage, stage)
     )
 
 
@@ -209,8 +206,8 @@ def test_the_network_as_one_stage_runs_the_float_one_once_a_batch(setting: Setti
             outputs, targets = subject.student(batch), subject.teacher(batch)
             assert teacher.counts()["b"] == (2 if repeat == 0 else 0)
             assert student.counts()["b"] == 2
-            assert same(outputs.stage, student(x)["levels"]) and outputs.stage[0].requires_grad
-            assert same(targets.stage, teacher(x)["levels"]) and not targets.stage[0].requires_grad
+            assert equal(outputs.stage, student(x)["levels"]) and outputs.stage[0].requires_grad
+            assert equal(targets.stage, teacher(x)["levels"]) and not targets.stage[0].requires_grad
             assert list(outputs.units) == list(targets.units) == [unit.name for unit in units]
             assert [len(outputs.units[name]) for name in outputs.units] == [2, 1, 1]
             student.counts(), teacher.counts()

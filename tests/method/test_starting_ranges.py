@@ -23,6 +23,7 @@ from repapq_plugin.observers import OBSERVERS
 from repapq_plugin.policy import AUTO_CANDIDATES
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
 from repapq_plugin.quantizers.layers import apply_layer
+from tests.support.comparing import hooks_of
 from tests.support.networks import Chain, Pyramid, batches, settle
 from tests.support.placed import after
 
@@ -198,10 +199,6 @@ def test_batches_without_a_value_are_refused(count: int) -> None:
     with pytest.raises(CalibrationError, match=f"read a single value in {count} calibration batches; give batches"):
         placed.find()
     assert all(quantizer.quantizing for quantizer in placed.sites.quantizers)
-
-
-def hooks_of(model: nn.Module) -> list[object]:
-    return [hook for module in model.modules() for hook in (*module._forward_hooks, *module._forward_pre_hooks)]
 
 
 @pytest.mark.parametrize("fails_at", [0, 2, 4])

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from torch import Tensor, nn
 
-from repapq_plugin.backend import PHASES, OwnBackend
+from repapq_plugin.backend import Backend, OwnBackend
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.running import call_model, seeded
 from repapq_plugin.job import Job, Merged, State
 from repapq_plugin.method.across_block import Networks
 from repapq_plugin.result import CalibrationResult
 
+R = TypeVar("R")
+
 
 def after(
     phase: str, model: nn.Module, data: Sequence[Tensor], config: RepAPQConfig
 ) -> tuple[Job[CalibrationResult], State]:
     """Run all phases up to and with ``phase`` on the plugin's own backend."""
-    job, state = Job(OwnBackend(), config), State(Merged(model), list(data))
+    return on_backend_after(OwnBackend(), phase, model, data, config)
+
+
+def on_backend_after(
+    backend: Backend[R], phase: str, model: nn.Module, data: Sequence[Tensor], config: RepAPQConfig
+) -> tuple[Job[R], State]:
+    """Run all of a backend's phases up to and with ``phase``."""
+    job, state = Job(backend, config), State(Merged(model), list(data))
     with seeded(config.seed):
-        for name in PHASES[: PHASES.index(phase) + 1]:
+        backend.check(model, state.batches, config)
+        for name in backend.phases[: list(backend.phases).index(phase) + 1]:
             getattr(job, name)(state)
             state.done.append(name)
     return job, state
