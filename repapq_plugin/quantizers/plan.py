@@ -87,13 +87,13 @@ def plan_layers(model: nn.Module, trace: Trace, config: RepAPQConfig) -> tuple[d
         group = groups.setdefault((seen.input_key, activation_bits), len(groups))
         plans[name] = LayerPlan(weight_bits, activation_bits, group)
     plans = _with_equal_bits_of_equal_weights(plans, modules)
-    reasons |= {name: _why(module) for name, module in modules.items() if name not in trace.layers and _weighs(module)}
     if not plans:
         raise CalibrationError(
             "There is nothing to quantize: the network called no convolution or linear layer"
             + (f" but {', '.join(reasons)}, which stay float." if reasons else ".")
         )
-    return plans, reasons
+    rest = {name: _why(module) for name, module in modules.items() if name not in trace.layers and _weighs(module)}
+    return plans, reasons | rest
 
 
 def _with_equal_bits_of_equal_weights(
@@ -108,9 +108,9 @@ def _with_equal_bits_of_equal_weights(
 
 
 def _weighs(module: nn.Module) -> bool:
-    """Whether a module holds a weight of its own."""
-    own = dict(module.named_parameters(recurse=False))
-    return "weight" in own or any(sum(size > 1 for size in parameter.shape) >= 2 for parameter in own.values())
+    """Whether a module holds a matrix of weights of its own; scales and shifts of a norm are none."""
+    own = module.parameters(recurse=False)
+    return isinstance(module, QUANTIZABLE) or any(sum(size > 1 for size in weight.shape) >= 2 for weight in own)
 
 
 def _why(module: nn.Module) -> str:

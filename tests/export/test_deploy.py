@@ -11,7 +11,7 @@ from repapq_plugin.errors import ExportError
 from repapq_plugin.export.deploy import DeployedLayer, deployable, without_quantizers
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
 from repapq_plugin.quantizers.layers import ChannelAffine, QuantizedLayer, quantize_layer
-from tests.support.export_networks import NETWORKS, Chain, Transposed, make, outputs_of, quantized, set_ranges
+from tests.support.export_networks import NETWORKS, Chain, Transposed, float_copy, make, outputs_of, quantized, set_ranges
 
 BITS = [(8, 8), (6, 6), (4, 4), (3, 5), (2, 2)]
 
@@ -90,7 +90,9 @@ def test_a_quantized_layer_alone_can_be_deployed() -> None:
 def test_without_quantizers_is_the_float_model() -> None:
     model, x = make(Chain, 2, 2)
     plain = without_quantizers(model)
-    expected = model.third.layer(model.second.layer(model.first.layer(x).relu()).relu())
+    assert not any(isinstance(module, QuantizedLayer) for module in plain.modules())
+    first, second, third = (float_copy(layer) for layer in (model.first, model.second, model.third))
+    expected = third(second(first(x).relu()).relu())
     assert torch.equal(plain(x), expected)
 
 
@@ -105,7 +107,7 @@ def test_per_tensor_weights() -> None:
 
 def test_an_unfolded_affine_is_refused_by_name() -> None:
     model, _ = make(Chain, 8, 8)
-    model.second.affine = ChannelAffine(8, False, model.second.weight)
+    model.second.affine = ChannelAffine(8, 2, model.second.weight)
     with pytest.raises(ExportError, match=r"second: its affine is not folded"):
         deployable(model)
 

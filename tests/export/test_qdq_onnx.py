@@ -27,6 +27,7 @@ from tests.support.export_networks import (
     SharedInput,
     Tokens,
     example,
+    float_copy,
     make,
     outputs_of,
     quantized,
@@ -116,8 +117,8 @@ def test_layers_that_read_one_tensor_share_a_pair_but_only_on_one_grid(tmp_path:
 def test_operators_are_those_of_the_float_graph(tmp_path: Path) -> None:
     model, x = make(Classifier, 8, 8)
     plain = nn.Sequential(
-        model.stem.layer, nn.ReLU(), model.plain, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        model.hidden.layer, nn.ReLU(), model.scores.layer,
+        float_copy(model.stem), nn.ReLU(), model.plain, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        float_copy(model.hidden), nn.ReLU(), float_copy(model.scores),
     )  # fmt: skip
     floats = export_onnx(plain, x, tmp_path / "float.onnx")
     integers = dict(export_onnx(model, x, tmp_path / "int8.onnx").operators)

@@ -110,7 +110,7 @@ def test_a_snapshot_brings_back_all_that_learning_changes(layers: dict[str, Quan
         for learner in learners.values():
             for each in learner.learnables(1.0, RATES):
                 each.parameter.add_(torch.randn_like(each.parameter))
-    assert all(not torch.equal(layer.weight, before[name]["layer.weight"]) for name, layer in layers.items())
+    assert all(not torch.equal(layer.weight, before[name]["weight"]) for name, layer in layers.items())
     restore(learners, saved)
     for name, layer in layers.items():
         state = layer.state_dict()

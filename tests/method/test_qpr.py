@@ -22,7 +22,9 @@ from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize, PerCha
 from repapq_plugin.quantizers.layers import (
     ChannelAffine,
     QuantizedLayer,
+    affine_positions,
     apply_layer,
+    output_channels,
     output_channels_axis,
     quantize_layer,
 )
@@ -65,7 +67,7 @@ def learned_affine(layer: QuantizedLayer, gamma: Tensor | None = None) -> None:
     """Attach an affine layer and give it values as extreme as learning could: negative, zero, tiny, large."""
     attach_affine(layer)
     assert layer.affine is not None
-    channels = layer.out_channels
+    channels = output_channels(layer)
     if gamma is None:
         gamma = torch.randn(channels) * 10.0 ** torch.randint(-12, 3, (channels,))
         gamma[0], gamma[1] = 0.0, -gamma[1].abs() - 0.1
@@ -77,12 +79,12 @@ def learned_affine(layer: QuantizedLayer, gamma: Tensor | None = None) -> None:
 def rounding_bound(layer: QuantizedLayer, x: Tensor) -> Tensor:
     """What float32 may be off by per channel: in proportion to all that is added up, signs aside."""
     assert layer.affine is not None
-    magnitudes = copy.deepcopy(layer.layer)
+    magnitudes = copy.deepcopy(layer)
     if magnitudes.bias is not None:
         magnitudes.bias.data = magnitudes.bias.data.abs()
     hat = layer.input_fake_quant(x).abs()
     total = apply_layer(magnitudes, hat, layer.weight_fake_quant(layer.weight).abs())
-    absolute = ChannelAffine(layer.out_channels, layer.affine.channels_last, layer.weight)
+    absolute = ChannelAffine(output_channels(layer), affine_positions(layer), layer.weight)
     absolute.gamma.data, absolute.beta.data = layer.affine.gamma.data.abs(), layer.affine.beta.data.abs()
     return 2e-5 * absolute(total)
 
@@ -120,7 +122,7 @@ def test_folding_keeps_integers_and_outputs(seed: int, kind: str, bits: int) -> 
     scale = layer.weight_fake_quant.scale.detach().clone()
     fold_affine(layer)
     shape = [1] * codes.dim()
-    shape[output_channels_axis(layer.layer)] = -1
+    shape[output_channels_axis(layer)] = -1
     assert torch.equal(integer_weight(layer), codes * torch.sign(gamma).int().reshape(shape))
     learned = gamma != 0
     assert torch.allclose(layer.weight_fake_quant.scale[learned], (scale * gamma.abs())[learned], rtol=1e-5)
@@ -161,7 +163,7 @@ def test_nothing_is_left_behind() -> None:
     fold_affine(folded)
     assert folded.affine is None
     assert not any(isinstance(module, ChannelAffine) for module in folded.modules())
-    assert set(folded.state_dict()) == {*plain.state_dict(), "layer.bias"}
+    assert set(folded.state_dict()) == {*plain.state_dict(), "bias"}
     assert operations(folded, x) == operations(plain, x)
     attach_affine(plain)
     assert len(operations(plain, x)) > len(operations(folded, x)) > 0
@@ -192,11 +194,11 @@ def test_a_per_tensor_scheme_is_quantized_again_and_says_so(kind: str, caplog: p
     low, high = weight_bounds(8)
     scheme = {"qscheme": torch.per_tensor_symmetric, "quant_min": low, "quant_max": high, "dtype": torch.qint8}
     layer, x = quantized_layer(kind, 8, LearnableFakeQuantize(observer=MinMaxObserver, **scheme))
-    learned_affine(layer, torch.linspace(0.5, -2.0, layer.out_channels))
+    learned_affine(layer, torch.linspace(0.5, -2.0, output_channels(layer)))
     expected = layer(x)
     with caplog.at_level(logging.WARNING):
         fold_affine(layer)
-    assert "per_tensor_symmetric" in caplog.text and f"{layer.out_channels} channels" in caplog.text
+    assert "per_tensor_symmetric" in caplog.text and f"{output_channels(layer)} channels" in caplog.text
     assert layer.weight_fake_quant.scale.shape == (1,)
     assert torch.equal(layer.weight_fake_quant(layer.weight), layer.weight)
     inputs = layer.weight[:, 0].numel() if kind == "transposed" else layer.weight[0].numel()

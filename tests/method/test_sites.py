@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from repapq_plugin.config import RepAPQConfig
-from repapq_plugin.quantizers.layers import QuantizedLayer
+from repapq_plugin.quantizers.layers import QuantizedLayer, weight_of
 from tests.support.networks import Chain, Pyramid, batches, settle
 from tests.support.placed import after
 
@@ -28,9 +28,9 @@ def test_a_site_names_the_layer_and_what_the_network_calls() -> None:
     job, state = after("place", settle(Chain()), batches(1), RepAPQConfig())
     for name, site in job.backend.sites.weights.items():
         called = job.backend.student.get_submodule(name)
-        assert site.name == name and site.module is called
-        assert isinstance(called, QuantizedLayer) and site.layer is called.layer
-        assert site.weight.shape == state.teacher.get_submodule(name).weight.shape
+        assert site.name == name and site.layer is called
+        assert isinstance(called, QuantizedLayer) and site.quantizer.module is called.weight_fake_quant
+        assert weight_of(site.layer).shape == state.teacher.get_submodule(name).weight.shape
 
 
 @pytest.mark.parametrize("name", ["min_max", "mse"])

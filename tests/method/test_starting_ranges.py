@@ -22,7 +22,7 @@ from repapq_plugin.method.starting_ranges import (
 from repapq_plugin.observers import OBSERVERS
 from repapq_plugin.policy import AUTO_CANDIDATES
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
-from repapq_plugin.quantizers.layers import apply_layer
+from repapq_plugin.quantizers.layers import apply_layer, weight_of
 from tests.support.comparing import hooks_of
 from tests.support.networks import Chain, Pyramid, batches, settle
 from tests.support.placed import after
@@ -80,7 +80,7 @@ def candidates(quantizer: Quantizer, placed: Placed) -> dict[str, tuple[Tensor, 
 
 def disturbance(quantizer: Quantizer, qparams: tuple[Tensor, Tensor], placed: Placed) -> float:
     """Mean absolute error of the layers that read a tensor, if it is rounded this way; summed over calls."""
-    layers = [site.layer for site in placed.sites.weights.values() if site.module.input_fake_quant is quantizer.module]
+    layers = [site.layer for site in placed.sites.weights.values() if site.layer.input_fake_quant is quantizer.module]
     total = 0.0
     with torch.no_grad():
         for batch in seen_by(quantizer, placed)[:COMPARED_BATCHES]:
@@ -135,10 +135,10 @@ def test_weights_get_the_range_of_their_observer(name: str) -> None:
     for site in placed.sites.weights.values():
         observer = site.quantizer.observer(name)
         assert type(observer) is OBSERVERS[f"per_channel_{name}"]
-        observer(site.weight.detach())
+        observer(weight_of(site.layer).detach())
         assert torch.allclose(site.quantizer.qparams()[0], observer.calculate_qparams()[0])
         before = site.quantizer.qparams()
-        set_weight_range(site.quantizer, site.weight, placed.config)
+        set_weight_range(site.quantizer, weight_of(site.layer), placed.config)
         assert all(torch.equal(one, other) for one, other in zip(site.quantizer.qparams(), before, strict=True))
 
 

@@ -96,7 +96,7 @@ def test_a_network_built_from_the_plan_has_its_bits_its_groups_and_its_numbers()
         assert layer.input_fake_quant.num_bits == plan.activation_bits
         assert layer.input_fake_quant.drop_probability == 0.25 and layer.weight_fake_quant.drop_probability == 0
         assert not layer.input_fake_quant.observing and not layer.weight_fake_quant.observing
-        assert layer.training == layer.layer.training
+        assert layer.training == model.get_submodule(name).training
         assert layer.bias is not None
         for other, others in plans.items():
             same = layers[other].input_fake_quant is layer.input_fake_quant

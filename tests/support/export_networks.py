@@ -24,6 +24,17 @@ def quantized(
     return quantize_layer(layer, weight, shared or input_quantizer(activation_bits))
 
 
+def float_copy(layer: QuantizedLayer) -> nn.Module:
+    """Return a float layer, made anew, with weight and bias of a quantized one; nothing of the plugin takes part."""
+    names = ["in_features", "out_features"] if isinstance(layer, nn.Linear) else ["in_channels", "out_channels"]
+    if not isinstance(layer, nn.Linear):
+        names += ["kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"]
+    kind = next(kind for kind in (nn.Linear, nn.ConvTranspose2d, nn.Conv2d) if isinstance(layer, kind))
+    copied = kind(**{name: getattr(layer, name) for name in names}, bias=layer.bias is not None)
+    copied.load_state_dict({key: value for key, value in layer.state_dict().items() if key in copied.state_dict()})
+    return copied
+
+
 def set_ranges(model: nn.Module, x: Tensor) -> nn.Module:
     """Set every quantizer to the range that it sees in a float pass, and put the model in evaluation mode."""
     quantizers = [m for m in model.modules() if isinstance(m, LearnableFakeQuantize)]
