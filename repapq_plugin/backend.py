@@ -44,6 +44,9 @@ class Backend(ABC, Generic[R]):
     phases: Sequence[str] = PHASES
     """The phases that a job runs on this backend."""
 
+    places_again: bool = True
+    """Whether `place` can be called anew with fewer layers planned."""
+
     unplaced: str = "left float by the host"
     """Why a layer stays float that the plan wanted quantized and the host did not place."""
 

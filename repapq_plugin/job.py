@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -19,13 +19,27 @@ from repapq_plugin.backend import Backend, OwnBackend
 from repapq_plugin.conditioning.constant_channels import fold_constant_channels
 from repapq_plugin.conditioning.equalize import equalize_channels
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core.copies import is_half, own_batch, own_copy, smaller, takes_halves
+from repapq_plugin.core.progress import Progress as Progress
+from repapq_plugin.core.progress import Report as Report
+from repapq_plugin.core.progress import counted as counted
 from repapq_plugin.core.running import Batch, ForwardFn, call_model, seeded
+from repapq_plugin.core.tensors import floating_tensors
 from repapq_plugin.errors import CalibrationError
-from repapq_plugin.method.across_block import AcrossBlockCalibrator, Networks, UnitResult, total_steps
+from repapq_plugin.method.across_block import (
+    AcrossBlockCalibrator,
+    Networks,
+    UnitResult,
+    relative_loss,
+    total_steps,
+)
+from repapq_plugin.method.agreement import disagreement
 from repapq_plugin.method.cache import ActivationCache
+from repapq_plugin.method.learners import restore, snapshot
+from repapq_plugin.method.optimise import split_batches
 from repapq_plugin.method.partition import Stage, find_stages, find_units
 from repapq_plugin.method.schedules import Activation
-from repapq_plugin.method.starting_ranges import set_starting_ranges
+from repapq_plugin.method.starting_ranges import not_quantizing, set_starting_ranges
 from repapq_plugin.quantizers.own_forward import bake_weights
 from repapq_plugin.quantizers.plan import LayerPlan, QuantizationPlan, plan_layers
 from repapq_plugin.quantizers.trace import Trace, trace_network
@@ -38,39 +52,6 @@ from repapq_plugin.result import Calibrated, CalibrationResult
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a calibration is.
-
-    Args:
-        phase: ``"ranges"`` or ``"calibration"``.
-        done: Batches observed, or optimisation steps taken.
-        total: How many there will be.
-    """
-
-    phase: str
-    done: int
-    total: int
-
-
-Report = Callable[[Progress], None]
-"""Told as the work goes on."""
-
-
-def counted(phase: str, total: int, report: Report | None) -> Callable[[], None]:
-    """Return what turns its calls into `Progress` reports; the first is made at once."""
-    done = -1
-
-    def advance() -> None:
-        nonlocal done
-        done += 1
-        if report is not None:
-            report(Progress(phase, done, total))
-
-    advance()
-    return advance
 
 
 class Merged(NamedTuple):
@@ -99,12 +80,15 @@ def merge_for_inference(model: nn.Module, run: Callable[[nn.Module], object]) ->
         model: Any float network; not changed.
         run: Makes one forward pass of a network like ``model``.
     """
-    merged = copy.deepcopy(model).eval()
+    merged = own_copy(model)
+    notes = []
+    if is_half(model):
+        takes_halves(merged)
+        notes.append("The network is in half precision; what was quantized computes in float32, and takes either.")
     bake_parametrizations(merged)
     baked = bake_weights(merged, lambda: run(merged))
     merged, records = merge_branches(merged, inplace=True)
     folded = fold_conv_norm_pairs(merged, run, inplace=True)
-    notes = []
     for name in find_unknown_multibranch(merged, run):
         kind = type(merged.get_submodule(name)).__name__
         notes.append(
@@ -112,6 +96,7 @@ def merge_for_inference(model: nn.Module, run: Callable[[nn.Module], object]) ->
             f"convolutions. Teach it with repapq_plugin.register_branches."
         )
         logger.warning(notes[-1])
+    merged.eval()  # also what merging made
     return Merged(merged, tuple(folded), tuple(records), tuple(notes), baked)
 
 
@@ -128,6 +113,7 @@ class State:
         float_layers: Why layers stay float, by module path.
         stages: What is supervised together, in call order (after ``place``).
         units: What became of each unit (after ``learn``).
+        notes: What is worth telling with the result.
     """
 
     merged: Merged
@@ -138,6 +124,7 @@ class State:
     float_layers: dict[str, str] = field(default_factory=dict)
     stages: list[Stage] = field(default_factory=list)
     units: list[UnitResult] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def teacher(self) -> nn.Module:
@@ -158,7 +145,12 @@ class Job(Generic[R]):
     def __init__(
         self, backend: Backend[R], config: RepAPQConfig, forward: ForwardFn = call_model, report: Report | None = None
     ) -> None:
-        self.backend, self.config, self.forward, self.report = backend, config, forward, report
+        self.backend, self.config, self.report = backend, config, report
+        self._forward = forward
+
+    def forward(self, model: nn.Module, batch: Batch) -> object:
+        """Run a network on a copy of a batch, which it may change."""
+        return self._forward(model, own_batch(batch))
 
     def run(self, model: nn.Module, data: Iterable[Batch]) -> R:
         """Do all phases of the backend, one after the other, on a copy of ``model``.
@@ -170,7 +162,7 @@ class Job(Generic[R]):
         batches = list(data)
         if not batches:
             raise CalibrationError("The calibration data holds no batch; give at least one.")
-        with seeded(self.config.seed):
+        with torch.inference_mode(False), seeded(self.config.seed):
             self.backend.check(model, batches, self.config)
             state = State(Merged(model), batches)
             for phase in self.backend.phases:
@@ -205,11 +197,34 @@ class Job(Generic[R]):
     def place(self, state: State) -> None:
         """Let the backend make the network that carries quantizers, and find units and stages in it."""
         teacher, config = state.teacher, self.config
-        self.backend.place(teacher, state.trace, state.plans, state.batches, self.forward, config)
+        while True:
+            self.backend.place(teacher, state.trace, state.plans, state.batches, self.forward, config)
+            differing = self._differing_when_off(state)
+            if differing is None:
+                break
+            if differing not in state.plans or not self.backend.places_again:
+                raise CalibrationError(
+                    f"With its quantizers off, what {type(self.backend).__name__} made differs from the float network"
+                    f"{f' at {differing!r}' if differing else ''}; keep that part float with keep_float."
+                )
+            del state.plans[differing]
+            state.float_layers[differing] = "with its quantizers off it does not compute what it did"
         for parameter in teacher.parameters():
             parameter.requires_grad_(False)
         units = find_units(teacher, state.trace, self.backend.sites.weights, config.units)
         state.stages = find_stages(teacher, state.trace, units, config.stages)
+
+    def _differing_when_off(self, state: State) -> str | None:
+        """Return by which layer the placed network, its quantizers off, differs from the float one, if it does."""
+        half = smaller(state.batches[0])
+        batches = [state.batches[0], state.batches[-1] if half is None else half]
+        passes = [partial(self._run_on, batch) for batch in batches]
+        sites = self.backend.sites
+        with not_quantizing(sites.quantizers):
+            return disagreement(state.teacher, self.backend.student, list(sites.weights), passes)
+
+    def _run_on(self, batch: Batch, model: nn.Module) -> object:
+        return self.forward(model, batch)
 
     def find_ranges(self, state: State) -> None:
         """Give every quantizer its starting range."""
@@ -238,9 +253,28 @@ class Job(Generic[R]):
         advance = counted("calibration", total_steps(state.stages, config), self.report)
         names = [name for stage in state.stages for name in (stage.name, *(unit.name for unit in stage.units))]
         with backend.learning(names), ActivationCache[Activation](config.cache_bytes) as cache:
+            before = self._whole_error(state)
+            start = snapshot(networks.learners)
             calibrator = AcrossBlockCalibrator(networks, state.stages, config, cache, advance)
             state.units = calibrator.run()
+            after = self._whole_error(state)
+            if not after <= before and any(unit.kept for unit in state.units):
+                restore(networks.learners, start)
+                note = f"the whole network's held-out error went from {before:.4g} to {after:.4g}: ranges only"
+                state.units = [replace(u, loss_after=u.loss_before, kept=False, note=note) for u in state.units]
+                state.notes.append(f"Learning was undone: {note}.")
         state.float_layers |= calibrator.left_float
+
+    @torch.no_grad()
+    def _whole_error(self, state: State) -> float:
+        """Return the relative error of the quantized network's outputs on held-out batches."""
+        _, held_out = split_batches(len(state.batches), self.config.guard_fraction)
+        total = 0.0
+        for index in held_out:
+            wanted = floating_tensors(self.forward(state.teacher, state.batches[index]))
+            got = floating_tensors(self.forward(self.backend.student, state.batches[index]))
+            total += float(relative_loss(got, wanted, self.config.loss))
+        return total / len(held_out)
 
     def fold(self, state: State) -> None:
         """Fold the affine layers, and leave the network as it is delivered."""
@@ -258,7 +292,7 @@ class Job(Generic[R]):
             units=tuple(state.units),
             merges=state.merged.records,
             seconds=seconds,
-            notes=state.merged.notes,
+            notes=(*state.merged.notes, *state.notes),
         )
 
 

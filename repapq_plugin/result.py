@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core.copies import is_half, own_copy, takes_halves
 from repapq_plugin.core.files import atomically
 from repapq_plugin.core.modules import become
 from repapq_plugin.errors import MergeError, ResultError
@@ -140,7 +140,9 @@ class CalibrationResult(Calibrated):
 def rebuild(model: nn.Module, plan: QuantizationPlan, merges: Sequence[MergeRecord], config: RepAPQConfig) -> nn.Module:
     """Return a copy of ``model``, merged, folded and with quantizers as ``plan`` and ``merges`` say."""
     skip = [record.name for record in merges if not record.merged]
-    copied = copy.deepcopy(model).eval()
+    copied = own_copy(model)
+    if is_half(model):
+        takes_halves(copied)
     bake_parametrizations(copied)
     for name in plan.baked:
         become(copied.get_submodule(name), BakedLayer)

@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
+from repapq_plugin.cli.devices import accelerators, device_named
 from repapq_plugin.cli.display import Display, show_diagnosis
-from repapq_plugin.cli.options import Common, PathArgument, common_options, pairs
+from repapq_plugin.cli.options import Common, PathArgument, common_options, device_option, pairs
 from repapq_plugin.cli.texts import CLI_HELP, DOCTOR_HELP, EVAL_HELP, EXPORT_HELP, QUANTIZE_HELP
 from repapq_plugin.errors import ConfigError, HostError, RepAPQError
 
 if TYPE_CHECKING:
     from repapq_plugin.hosts.openmmlab.workbench import Workbench
 
-BACKEND_OF = {".safetensors": "simulated", ".onnx": "onnxruntime", ".xml": "openvino"}
+BACKEND_OF = {".safetensors": "simulated", ".pth": "simulated", ".onnx": "onnxruntime", ".xml": "openvino"}
 """What runs a result unless somebody says otherwise, by the suffix of its file."""
 
 
@@ -48,6 +49,7 @@ def _workbench(
     from repapq_plugin.hosts.openmmlab.work import writable_folder
     from repapq_plugin.hosts.openmmlab.workbench import Workbench, open_config
 
+    device = None if common.device is None else device_named(common.device)
     if common.threads is not None:
         torch.set_num_threads(common.threads)
     folder = writable_folder(common.work_dir or Path("work_dirs") / config.stem)
@@ -61,6 +63,7 @@ def _workbench(
                 need_weights=need_weights,
                 need_scores=need_scores,
                 overrides=overrides,
+                device=device,
             )
         yield bench
 
@@ -68,8 +71,7 @@ def _workbench(
 def _kind_of(result: Path) -> str:
     if result.suffix in BACKEND_OF:
         return BACKEND_OF[result.suffix]
-    nncf = " What NNCF saved (nncf.pth) is scored by the .xml beside it." if result.suffix == ".pth" else ""
-    raise ConfigError(f"{result.name} is not a result; give a file ending in {', '.join(BACKEND_OF)}.{nncf}")
+    raise ConfigError(f"{result.name} is not a result; give a file ending in {', '.join(BACKEND_OF)}.")
 
 
 @click.group(help=CLI_HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -114,6 +116,12 @@ def cli() -> None:
     show_default=True,
     help="Also score the float network and plain PTQ (min-max ranges, nothing learned) on the same data.",
 )
+@click.option(
+    "--trust-checkpoint",
+    is_flag=True,
+    help="Run what CHECKPOINT says where it holds more than plain data. Only for files whose makers you know.",
+)
+@device_option
 @common_options
 def quantize(
     config: Path,
@@ -125,6 +133,8 @@ def quantize(
     calib_dataloader: str | None,
     formats: str | None,
     compare: bool,
+    trust_checkpoint: bool,
+    device: str | None,
     cfg_options: tuple[str, ...],
     work_dir: Path | None,
     threads: int | None,
@@ -143,12 +153,14 @@ def quantize(
     if kinds is None or "openvino" in kinds:
         require_openvino()
     calibration = {"num_samples": calib_samples, "dataloader": calib_dataloader}
-    overrides = {
+    overrides: dict[str, object] = {
         "quantizer": keys,
         "calibration": {key: value for key, value in calibration.items() if value is not None},
         "export": True if kinds is None else kinds,
     }
-    display, common = Display(), Common(cfg_options, work_dir, threads)
+    if trust_checkpoint:
+        overrides["trust_checkpoint"] = True
+    display, common = Display(), Common(cfg_options, work_dir, threads, device)
     with _workbench(display, config, common, checkpoint, overrides=overrides, seed=seed) as bench:
         # A host, which the package and its command must not load before they know that it is wanted.
         from repapq_plugin.hosts.openmmlab.steps import quantize_and_compare
@@ -165,13 +177,15 @@ def quantize(
 @click.option(
     "--backend",
     type=click.Choice(("simulated", "onnxruntime", "openvino")),
-    help="What runs the network part. [default: by the file: .safetensors simulated, .onnx onnxruntime, .xml openvino]",
+    help="What runs the network part. [default: by the file: .safetensors and .pth simulated, .onnx onnxruntime, .xml openvino]",
 )
+@device_option
 @common_options
 def evaluate(
     config: Path,
     result: Path,
     backend: str | None,
+    device: str | None,
     cfg_options: tuple[str, ...],
     work_dir: Path | None,
     threads: int | None,
@@ -180,8 +194,8 @@ def evaluate(
     kind = _kind_of(result)
     backend = backend or kind
     if backend == "simulated" and kind != "simulated":
-        raise ConfigError(f"--backend simulated needs a .safetensors result, not {result.name}.")
-    display, common = Display(), Common(cfg_options, work_dir, threads)
+        raise ConfigError(f"--backend simulated needs a .safetensors or .pth result, not {result.name}.")
+    display, common = Display(), Common(cfg_options, work_dir, threads, device)
     with (
         tempfile.TemporaryDirectory() as temporary,
         _workbench(display, config, common, need_weights=False) as bench,
@@ -219,7 +233,7 @@ def export(
     from repapq_plugin.hosts.openmmlab.work import SUFFIXES
 
     if _kind_of(result) != "simulated":
-        raise ConfigError(f"{result.name} is exported already; give the .safetensors result.")
+        raise ConfigError(f"{result.name} is exported already; give the .safetensors or .pth result.")
     target = out or result.with_suffix(SUFFIXES[kind])
     if target.suffix != SUFFIXES[kind]:
         raise ConfigError(f"--out {target.name!r} is not allowed with --format {kind}; end it in {SUFFIXES[kind]}.")
@@ -244,7 +258,8 @@ def doctor() -> None:
     saturates = (
         "no VNNI; 8-bit sums can saturate in OpenVINO here, unless a network is quantized with reduce_range=True"
     )
-    show_diagnosis(diagnosis, saturates if adds_in_16_bits() else "computes sums of 8-bit products exactly")
+    processor = saturates if adds_in_16_bits() else "computes sums of 8-bit products exactly"
+    show_diagnosis(diagnosis, processor, accelerators() if "torch" in diagnosis.packages else {})
     if not diagnosis.healthy:
         raise click.exceptions.Exit(1)
 

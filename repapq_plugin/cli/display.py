@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -134,12 +134,13 @@ def _into(log: IO[str]) -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-def show_diagnosis(diagnosis: Diagnosis, processor: str) -> None:
+def show_diagnosis(diagnosis: Diagnosis, processor: str, accelerators: Mapping[str, str]) -> None:
     """Show what is installed, what can be done with it, and what to do about the rest.
 
     Args:
         diagnosis: What `examine` found.
         processor: How this processor adds products of 8 bits; shown where torch works.
+        accelerators: What else torch can run on, and what it is called; shown there as well.
     """
     from repapq_plugin.cli.doctor import KNOWN
 
@@ -158,6 +159,7 @@ def show_diagnosis(diagnosis: Diagnosis, processor: str) -> None:
     lines = []
     if "torch" in diagnosis.packages and "torch" not in faulty:
         lines.append(f"processor: {processor}")
+        lines += [f"accelerator: {device}, {called}" for device, called in accelerators.items()]
     lines += [f"works: {feature}" for feature in diagnosis.works]
     for feature, names in diagnosis.missing.items():
         remedies = dict.fromkeys(KNOWN[name] for name in names if name not in diagnosis.packages)

@@ -23,11 +23,13 @@ class Common:
         cfg_options: Overrides of the config, ``KEY=VALUE``.
         work_dir: Where files are written; ``None``: by the config's name.
         threads: CPU threads for torch and OpenVINO; ``None``: all.
+        device: What torch runs the model on; ``None``: what the toolbox chooses.
     """
 
     cfg_options: tuple[str, ...]
     work_dir: Path | None
     threads: int | None
+    device: str | None = None
 
 
 def common_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -51,6 +53,14 @@ def common_options(function: Callable[..., None]) -> Callable[..., None]:
     ):
         function = option(function)
     return function
+
+
+device_option = click.option(
+    "--device",
+    metavar="NAME",
+    help="What torch runs the model on: cpu, cuda, cuda:1. Runtimes stay on the CPU. [default: the toolbox's choice]",
+)
+"""Of commands that run the model."""
 
 
 def pairs(values: Sequence[str], option: str) -> dict[str, object]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from repapq_plugin.core.hooks import Hooks, unseen
+from repapq_plugin.core.hooks import Hooks, other_forwards, unseen
 
 
 class _Reached(BaseException):
@@ -27,24 +27,13 @@ def answering(modules: Mapping[str, nn.Module], outputs: Mapping[str, Sequence[T
         modules: Modules by name.
         outputs: For each name that answers, one output per call.
     """
-    patched: list[tuple[nn.Module, Callable[..., Tensor] | None]] = []
-    try:
-        for name, stored in outputs.items():
-            module = modules[name]
-            remaining = iter(stored)
 
-            def answer(*_: object, remaining: Iterator[Tensor] = remaining, **__: object) -> Tensor:
-                return next(remaining)
+    def answering_with(stored: Sequence[Tensor]) -> Callable[..., Tensor]:
+        remaining = iter(stored)
+        return lambda *_, **__: next(remaining)
 
-            patched.append((module, vars(module).get("forward")))
-            module.forward = answer
+    with other_forwards({modules[name]: answering_with(stored) for name, stored in outputs.items()}):
         yield
-    finally:
-        for module, own in patched:
-            if own is None:
-                del module.forward  # the class's forward shows again
-            else:
-                module.forward = own
 
 
 @contextmanager

@@ -109,7 +109,7 @@ class QuantizedLayer(RunsOwnForward):
             y = self.float_forward(*args, **kwargs)
         return y if self.affine is None else cast(Tensor, self.affine(y))
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -152,7 +152,7 @@ def insert_quantizers(
             layer.bias = nn.Parameter(weight.new_zeros(output_channels(layer)), requires_grad=weight.requires_grad)
         for quantizer in (of_weight, by_group[plan.input_group]):
             quantizer.enable_observer(False)
-            quantizer.to(weight.device).train(layer.training)
+            quantizer.to(weight.device).eval()
         quantized[name] = quantize_layer(layer, of_weight, by_group[plan.input_group])
     return quantized
 

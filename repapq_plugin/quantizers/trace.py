@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from repapq_plugin.core.hooks import Hooks
+from repapq_plugin.core.hooks import Hooks, other_forwards
 from repapq_plugin.core.tensors import change_first_tensor, floating_tensors
 from repapq_plugin.quantizers.layers import QUANTIZABLE
 from repapq_plugin.quantizers.own_forward import Arguments, reason_against
@@ -131,13 +131,22 @@ def trace_network(model: nn.Module, run: Callable[[], object]) -> Trace:
             hooks.after(module, after_any(name), with_kwargs=True)
         outputs = [tensor for tensor in floating_tensors(run()) if tensor.requires_grad]
         last = _last_layers(outputs, {name: weights[name] for name in inputs})
-    unseen = Counter({name: len(seen) for name, seen in inputs.items()})
-    with Hooks() as hooks, torch.no_grad():
-        for name, module in layers.items():
-            hooks.before(module, lambda *_, name=name: unseen.subtract([name]))  # type: ignore[misc]
+    uncounted = Counter({name: len(seen) for name, seen in inputs.items()})
+
+    def counting(name: str, layer: nn.Module) -> Callable[..., object]:
+        own = cast(Callable[..., object], layer.forward)
+
+        def forward(*args: object, **kwargs: object) -> object:
+            uncounted.subtract([name])
+            return own(*args, **kwargs)
+
+        return forward
+
+    # Hooks would be noticed: without them and without gradients, torch's encoders read weights past the layers.
+    with other_forwards({layer: counting(name, layer) for name, layer in layers.items()}), torch.no_grad():
         run()
     unfit = {name: reason for name in inputs if (reason := reason_against(layers[name], arguments[name]))}
-    unfit |= {name: BYPASSED for name, count in unseen.items() if count}
+    unfit |= {name: BYPASSED for name, count in uncounted.items() if count}
     return Trace(
         layers={
             name: LayerTrace(

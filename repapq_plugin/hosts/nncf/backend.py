@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from repapq_plugin.backend import PHASES, Backend
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core.copies import own_batch, own_copy
 from repapq_plugin.core.hooks import unseen
 from repapq_plugin.core.running import Batch, ForwardFn
 from repapq_plugin.errors import CalibrationError, ConfigError, HostError
@@ -56,6 +57,7 @@ class PlacedBackend(Backend[Calibrated]):
     """
 
     phases = tuple(phase for phase in PHASES if phase not in ("merge", "condition"))
+    places_again = False
     unplaced = "left float by NNCF"
 
     def __init__(self, student: nn.Module) -> None:
@@ -68,7 +70,7 @@ class PlacedBackend(Backend[Calibrated]):
                 f"drop_probability={config.drop_probability} is not allowed with NNCF, whose quantizers drop nothing; "
                 "choose 0."
             )
-        check_items(copy.deepcopy(model).eval(), batches)
+        check_items(own_copy(model), [own_batch(batch) for batch in batches])
 
     def join(self, teacher: nn.Module, batches: Sequence[Batch]) -> Sequence[Batch]:
         """Join small items into batches, see `joined`."""
@@ -178,6 +180,7 @@ class NNCFBackend(PlacedBackend):
     """
 
     phases = PHASES
+    places_again = True
 
     def __init__(self, options: NNCFOptions | None = None) -> None:
         self.options = options or NNCFOptions()

@@ -7,8 +7,11 @@ is gone.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
+import torch
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.hooks import EMAHook, Hook
@@ -43,6 +46,40 @@ def remove_hook(runner: Runner, hook: Hook) -> None:
         hook: The very object.
     """
     runner.hooks.remove(hook)  # the property hands out the list itself
+
+
+@contextmanager
+def unpickling_by(load: Callable[..., object]) -> Iterator[None]:
+    """Let ``load`` read every file that mmengine reads as a checkpoint; undone at the end.
+
+    All of mmengine's ways to a checkpoint (a file, an address, a name in a model zoo) end in ``torch.load``, which they
+    look up as they call it. mmengine tries to read plain data first, and where that fails it reads the file in the way
+    that runs what stands in it. Its list of what is plain holds ``getattr``, too, which reaches everything.
+
+    Args:
+        load: Takes what `torch.load` takes.
+    """
+    before = torch.load
+    torch.load = load
+    try:
+        yield
+    finally:
+        torch.load = before
+
+
+def loading_through(runner: Runner, around: Callable[[Callable[[], object], str], object]) -> None:
+    """Stand between a runner and the loading of its checkpoint, for as long as it lives.
+
+    Args:
+        runner: Has not loaded yet; whatever it loads or resumes from goes through its ``load_checkpoint``.
+        around: Is given a function that loads, and the path or address; returns what the function returns.
+    """
+    load = runner.load_checkpoint
+
+    def load_checkpoint(filename: str, *args: object, **kwargs: object) -> object:
+        return around(lambda: load(filename, *args, **kwargs), filename)
+
+    runner.load_checkpoint = load_checkpoint
 
 
 def name_experiment(cfg: Config) -> None:

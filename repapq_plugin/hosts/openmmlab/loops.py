@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from repapq_plugin.errors import HostError
 from repapq_plugin.hosts.openmmlab._compat import drop_hooks_on_weights
+from repapq_plugin.hosts.openmmlab.checkpoint import guard
 from repapq_plugin.hosts.openmmlab.data import calibration_batches
 from repapq_plugin.hosts.openmmlab.hooks import CheckpointFitHook
 from repapq_plugin.hosts.openmmlab.network import serve_with
@@ -42,6 +43,8 @@ class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
         backend: ``'simulated'``, ``'onnxruntime'`` or ``'openvino'``: what runs the network part of the model while it
             is scored.
         export: True for all that can be written, or names out of ``'onnx'`` and ``'openvino'``.
+        trust_checkpoint: Let the runner's checkpoint run what stands in it, as mmengine does; else one that holds more
+            than plain data is refused.
 
     Raises:
         ConfigError: A key or value is not allowed.
@@ -57,8 +60,10 @@ class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
         calibration: Mapping[str, object] | None = None,
         backend: str = "simulated",
         export: bool | str | Sequence[str] = (),
+        trust_checkpoint: bool = False,
     ) -> None:
-        self.settings = Settings.from_values(quantizer, calibration, backend, export)
+        self.settings = Settings.from_values(quantizer, calibration, backend, export, trust_checkpoint)
+        guard(runner, trust_checkpoint)  # mmengine makes its loops before it loads
         super().__init__(runner, dataloader, evaluator, fp16)
         drop_hooks_on_weights(runner)
         runner.register_hook(CheckpointFitHook())

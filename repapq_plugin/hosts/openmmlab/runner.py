@@ -7,6 +7,7 @@ import copy
 from mmengine.config import Config
 from mmengine.runner import Runner
 
+from repapq_plugin.hosts.openmmlab.checkpoint import plain_checkpoints
 from repapq_plugin.hosts.openmmlab.hooks import QPRFusionHook
 from repapq_plugin.hosts.openmmlab.loops import RepAPQTestLoop
 from repapq_plugin.hosts.openmmlab.settings import settings_of
@@ -17,7 +18,7 @@ class RepAPQRunner(Runner):  # type: ignore[misc]
 
     It exists because two ``_base_`` files must not define the same key: a file that only sets
     ``runner_type`` and ``repapq`` can stand beside any other, without a line in the config itself.
-    Training and validation are mmengine's own.
+    Training and validation are mmengine's own, except that no checkpoint runs code there either.
     """
 
     @classmethod
@@ -34,3 +35,12 @@ class RepAPQRunner(Runner):  # type: ignore[misc]
         cfg["custom_hooks"] = [*(cfg.get("custom_hooks") or []), {"type": QPRFusionHook.__name__}]
         runner: RepAPQRunner = super().from_cfg(cfg)
         return runner
+
+    def load_checkpoint(self, filename: str, *args: object, **kwargs: object) -> object:
+        """Load a checkpoint as mmengine's runner does, if it holds plain data only or the config trusts it.
+
+        Raises:
+            HostError: See `plain_checkpoints`.
+        """
+        with plain_checkpoints(filename, settings_of(self.cfg).trust_checkpoint):
+            return super().load_checkpoint(filename, *args, **kwargs)

@@ -30,6 +30,7 @@ class Settings:
         export: Which of `FORMATS` are written.
         host: What quantizes: `OWN`, or a name that `find_host` knows.
         options: What else the host is told.
+        trust_checkpoint: Run what a checkpoint says where it holds more than plain data.
 
     Raises:
         ConfigError: A key or value is not allowed.
@@ -42,12 +43,15 @@ class Settings:
     export: tuple[str, ...] = ()
     host: str = OWN
     options: Mapping[str, object] = field(default_factory=dict)
+    trust_checkpoint: bool = False
 
     def __post_init__(self) -> None:
         if self.host != OWN:
             find_host(self.host)
         elif self.options:
             raise ConfigError(f"quantizer.options={dict(self.options)!r} is not allowed without quantizer.type.")
+        if not isinstance(self.trust_checkpoint, bool):
+            raise ConfigError(f"trust_checkpoint={self.trust_checkpoint!r} is not allowed; choose True or False.")
         if self.backend not in BACKENDS:
             raise ConfigError(f"backend={self.backend!r} is not allowed; choose one of {', '.join(BACKENDS)}.")
         for name in self.export:
@@ -78,6 +82,7 @@ class Settings:
         calibration: Mapping[str, object] | None = None,
         backend: str = "simulated",
         export: bool | str | Sequence[str] = (),
+        trust_checkpoint: bool = False,
     ) -> Settings:
         """Build settings from what stands in a config file.
 
@@ -86,6 +91,7 @@ class Settings:
             calibration: ``dataloader`` and ``num_samples``.
             backend: See the class.
             export: True for all formats that the host writes, or their names.
+            trust_checkpoint: See the class.
 
         Raises:
             ConfigError: A key or value is not allowed.
@@ -109,6 +115,7 @@ class Settings:
             export=tuple(export),
             host=host,
             options=cast("Mapping[str, object]", options),
+            trust_checkpoint=trust_checkpoint,
         )
 
 
@@ -151,7 +158,7 @@ def settings_of(cfg: Mapping[str, object], **overrides: object) -> Settings:
                 before = {name: item for name, item in before.items() if name not in ("weight_bits", "activation_bits")}
             override = {**before, **override}
         values[key] = override
-    known = ("quantizer", "calibration", "backend", "export")
+    known = ("quantizer", "calibration", "backend", "export", "trust_checkpoint")
     for key in values:
         if key not in known:
             raise ConfigError(f"{where}.{key} is not a key of RepAPQ; known keys: {', '.join(known)}.")
@@ -160,6 +167,7 @@ def settings_of(cfg: Mapping[str, object], **overrides: object) -> Settings:
         cast("Mapping[str, object] | None", values.get("calibration")),
         cast(str, values.get("backend", "simulated")),
         cast("bool | str | Sequence[str]", values.get("export", ())),
+        cast(bool, values.get("trust_checkpoint", False)),
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.errors import ConfigError, HostError
 from repapq_plugin.hosts.openmmlab._compat import drop_hooks_on_weights, name_experiment, remove_hook
-from repapq_plugin.hosts.openmmlab.checkpoint import load_weights
+from repapq_plugin.hosts.openmmlab.checkpoint import load_weights, plain_checkpoints
 from repapq_plugin.hosts.openmmlab.data import calibration_batches
 from repapq_plugin.hosts.openmmlab.mimicnorm import MimicNormHook
 from repapq_plugin.hosts.openmmlab.network import run_batch, serve_with
@@ -72,6 +72,7 @@ class Workbench:
         need_weights: Load the checkpoint; a saved or exported network brings its own weights.
         need_scores: Open the test data; an export does without.
         overrides: See `settings_of`.
+        device: Where the model runs, and where it takes its batches; ``None`` leaves it where the toolbox puts it.
 
     Raises:
         HostError: The config has no test set, the model cannot be built, the checkpoint is missing
@@ -89,6 +90,7 @@ class Workbench:
         need_weights: bool = True,
         need_scores: bool = True,
         overrides: Mapping[str, object] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         said = dict(overrides or {})
         if seed is not None:
@@ -105,13 +107,17 @@ class Workbench:
         if self.checkpoint is None and need_weights:
             raise HostError(f"{cfg.filename} names no checkpoint (load_from); give one after the config.")
         self.folder = writable_folder(folder)
-        self.runner = _build_runner(cfg, self.folder / TOOLBOX_LOG, self.settings.quantizer.seed, need_scores)
+        # A model may read a checkpoint of its own as it is built.
+        with plain_checkpoints(f"that {cfg.filename} names", self.settings.trust_checkpoint):
+            self.runner = _build_runner(cfg, self.folder / TOOLBOX_LOG, self.settings.quantizer.seed, need_scores)
+        if device is not None:
+            self.runner.model.to(device)
         self.cfg = self.runner.cfg
         for hook in self.runner.hooks:
             if isinstance(hook, MimicNormHook):  # its last norm is in the checkpoint
                 hook.before_run(self.runner)
         if need_weights:
-            load_weights(self.runner.model, str(self.checkpoint))
+            load_weights(self.runner.model, str(self.checkpoint), self.settings.trust_checkpoint)
         self.model: nn.Module = self.runner.model.eval()
         self._batches: list[object] | None = None
         self._example: Tensor | None = None

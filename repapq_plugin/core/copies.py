@@ -1,0 +1,144 @@
+"""Copies to work on: what belongs to the caller, a model or its batches, is never changed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from repapq_plugin.core.tensors import tensors_of
+from repapq_plugin.errors import HostError
+
+HALVES = (torch.float16, torch.bfloat16)
+"""Floating dtypes that are calibrated, and run afterwards, in float32."""
+
+T = TypeVar("T")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the network inside the wrappers of parallel training and of compilation.
+
+    Raises:
+        HostError: Its parameters are spread over processes, or not there yet.
+    """
+    inner = getattr(model, "_orig_mod", None)  # torch.compile
+    if isinstance(inner, nn.Module):
+        return unwrapped(inner)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return unwrapped(cast(nn.Module, model.module))
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind in ("FullyShardedDataParallel", "FSDPModule") or kind.startswith("FSDP"):
+            raise HostError(
+                f"{name or 'The model'!r} is sharded over processes ({kind}); gather it and give the whole network."
+            )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise HostError(f"{name!r} has no values yet (a lazy module); run the model once on a batch first.")
+        if hasattr(parameter, "placements"):
+            raise HostError(f"{name!r} is spread over processes ({type(parameter).__name__}); gather the model first.")
+        if parameter.is_meta:
+            raise HostError(f"{name!r} is on the meta device and has no values; load the checkpoint first.")
+    return model
+
+
+def own_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model, in evaluation mode, whose floating tensors are at least float32.
+
+    Tensors that a model keeps from an earlier run, with their graph, are copied without it. Tensors of inference mode
+    become ordinary ones.
+
+    Args:
+        model: Any network; not changed.
+
+    Raises:
+        HostError: See `unwrapped`; or the model cannot be copied.
+    """
+    model = unwrapped(model)
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            copied = copy.deepcopy(model, _copies_of_bound_tensors(model))
+        except Exception as error:  # whatever the user's own classes raise
+            raise HostError(
+                f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); give a network that "
+                "copy.deepcopy takes."
+            ) from error
+        copied.eval()
+        copied._apply(_in_float32)  # type: ignore[no-untyped-call]
+    return copied
+
+
+def _copies_of_bound_tensors(model: nn.Module) -> dict[int, object]:
+    """Return copies of the tensors that ``copy.deepcopy`` refuses or copies wrongly, by their ``id``."""
+    memo: dict[int, object] = {}
+    for module in model.modules():
+        for tensor in tensors_of([dict(vars(module)), module._buffers]):
+            if tensor.grad_fn is not None or tensor.is_inference():
+                memo[id(tensor)] = tensor.detach().clone()
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.is_inference():
+                memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+    return memo
+
+
+def own_batch(batch: T) -> T:
+    """Return a batch whose tensors are copies, half precision as float32; what holds no tensor stays what it is."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        with torch.inference_mode(False):
+            return _in_float32(tensor.detach().clone())
+
+    return changed(batch, copied)
+
+
+def smaller(batch: T) -> T | None:
+    """Return the first half of a batch, if all of its tensors have one number of samples in their first axis."""
+    sizes = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors_of(batch)}
+    if len(sizes) != 1 or (size := sizes.pop()) < 2:
+        return None
+    return changed(batch, lambda tensor: tensor[: size // 2])
+
+
+def changed(value: T, change: Callable[[Tensor], Tensor]) -> T:
+    """Return nested containers like ``value`` with every tensor changed; other objects are handed on as they are."""
+    if isinstance(value, Tensor):
+        return cast(T, change(value))
+    if isinstance(value, MutableMapping):
+        mapping = copy.copy(value)
+        for key, member in value.items():
+            mapping[key] = changed(member, change)
+        return cast(T, mapping)
+    if isinstance(value, Mapping):
+        return cast(T, {key: changed(member, change) for key, member in value.items()})
+    if isinstance(value, list | tuple):
+        members = [changed(member, change) for member in value]
+        make = cast(Callable[..., T], type(value))
+        return make(*members) if hasattr(value, "_fields") else make(members)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        given = {f.name: changed(getattr(value, f.name), change) for f in dataclasses.fields(value) if f.init}
+        return cast(T, dataclasses.replace(value, **given))
+    return value
+
+
+def _in_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in HALVES else tensor
+
+
+def takes_halves(module: nn.Module) -> None:
+    """Let a network that computes in float32 take batches in half precision."""
+    module.register_forward_pre_hook(_widen, with_kwargs=True)
+
+
+def _widen(
+    module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    return changed(args, _in_float32), changed(kwargs, _in_float32)
+
+
+def is_half(model: nn.Module) -> bool:
+    """Whether a model holds parameters in half precision."""
+    return any(parameter.dtype in HALVES for parameter in model.parameters())
