@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from torch import Tensor, nn
@@ -32,6 +33,27 @@ PHASES = ("merge", "plan", "condition", "place", "find_ranges", "learn", "fold")
 """What a job does, in order; each is a method of `repapq_plugin.job.Job`."""
 
 R = TypeVar("R", covariant=True)
+
+
+@dataclass(frozen=True)
+class Placing:
+    """What a backend is given to place quantizers.
+
+    Args:
+        teacher: The merged float network; not to be changed.
+        trace: What a forward pass of it showed.
+        plans: Bits of each layer that should be quantized, by module path in call order.
+        batches: Calibration batches.
+        forward: Runs a network like the teacher on a batch.
+        config: The configuration.
+    """
+
+    teacher: nn.Module
+    trace: Trace
+    plans: Mapping[str, LayerPlan]
+    batches: Sequence[Batch]
+    forward: ForwardFn
+    config: RepAPQConfig
 
 
 class Backend(ABC, Generic[R]):
@@ -65,25 +87,8 @@ class Backend(ABC, Generic[R]):
         return batches
 
     @abstractmethod
-    def place(
-        self,
-        teacher: nn.Module,
-        trace: Trace,
-        plans: Mapping[str, LayerPlan],
-        batches: Sequence[Batch],
-        forward: ForwardFn,
-        config: RepAPQConfig,
-    ) -> None:
-        """Make `student`: a copy of the float network that carries quantizers, ranges not yet found.
-
-        Args:
-            teacher: The merged float network; not changed.
-            trace: What a forward pass of it showed.
-            plans: Bits of each layer that should be quantized, by module path in call order.
-            batches: Calibration batches.
-            forward: Runs either network on a batch.
-            config: The configuration.
-        """
+    def place(self, task: Placing) -> None:
+        """Make `student`: a copy of the float network that carries quantizers, ranges not yet found."""
 
     @property
     @abstractmethod
@@ -191,21 +196,13 @@ class OwnQuantizer(Quantizer):
 class PlainBackend(Backend[R]):
     """Carries the plugin's own quantizers: each layer plays the role of a `QuantizedLayer`."""
 
-    def place(
-        self,
-        teacher: nn.Module,
-        trace: Trace,
-        plans: Mapping[str, LayerPlan],
-        batches: Sequence[Batch],
-        forward: ForwardFn,
-        config: RepAPQConfig,
-    ) -> None:
+    def place(self, task: Placing) -> None:
         """See `Backend`."""
-        self.student = copy.deepcopy(teacher)
+        self.student = copy.deepcopy(task.teacher)
         for parameter in self.student.parameters():
             parameter.requires_grad_(False)
-        self._plans = dict(plans)
-        self.layers: dict[str, QuantizedLayer] = insert_quantizers(self.student, plans, config)
+        self._plans = dict(task.plans)
+        self.layers: dict[str, QuantizedLayer] = insert_quantizers(self.student, task.plans, task.config)
 
     @property
     def sites(self) -> Sites:

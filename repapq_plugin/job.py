@@ -15,7 +15,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from repapq_plugin.backend import Backend, OwnBackend
+from repapq_plugin.backend import Backend, OwnBackend, Placing
 from repapq_plugin.conditioning.constant_channels import fold_constant_channels
 from repapq_plugin.conditioning.equalize import equalize_channels
 from repapq_plugin.config import RepAPQConfig
@@ -198,7 +198,7 @@ class Job(Generic[R]):
         """Let the backend make the network that carries quantizers, and find units and stages in it."""
         teacher, config = state.teacher, self.config
         while True:
-            self.backend.place(teacher, state.trace, state.plans, state.batches, self.forward, config)
+            self.backend.place(Placing(teacher, state.trace, state.plans, state.batches, self.forward, config))
             differing = self._differing_when_off(state)
             if differing is None:
                 break

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from repapq_plugin.backend import PHASES, OwnBackend
+from repapq_plugin.backend import PHASES, OwnBackend, Placing
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.running import Batch, call_model, seeded
 from repapq_plugin.errors import CalibrationError, HostError
@@ -39,9 +39,9 @@ class Spy(OwnBackend):
         assert not torch.is_grad_enabled()
         return data
 
-    def place(self, *args: object) -> None:
+    def place(self, task: Placing) -> None:
         self.asked.append("place")
-        super().place(*args)  # type: ignore[arg-type]
+        super().place(task)
 
     def attach_affine(self) -> None:
         self.asked.append("attach_affine")

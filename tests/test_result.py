@@ -114,13 +114,21 @@ def contents(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     return load_file(path), {**header, "result": json.loads(header["result"])}
 
 
+def own_keys(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of format 1 by the keys of format 2, in which a layer is no longer one level below its name."""
+    return {key.replace(".layer.", "."): value for key, value in tensors.items()}
+
+
 def test_a_result_of_the_version_before_loads_bit_for_bit():
     loaded = CalibrationResult.load(EARLIER, Pyramid(width=4))
-    tensors, header = contents(EARLIER)
+    stored, header = contents(EARLIER)
+    assert header["format"] == "repapq-result-1"
+    tensors = own_keys(stored)
+    assert len(tensors) == len(stored) > sum(key in tensors for key in stored)
     state = loaded.model.state_dict()
     assert tensors.keys() <= state.keys()
     assert all(torch.equal(state[key], value) and state[key].dtype == value.dtype for key, value in tensors.items())
-    assert json.loads(json.dumps(loaded.summary())) == header["result"]
+    assert json.loads(json.dumps(loaded.summary())) == as_saved_today(header["result"])
     assert loaded.float_layers == {"up": "kept float by the configuration"}
     assert loaded.layers["tower.0"] == (6, 5)
     assert sum(unit.kept for unit in loaded.units) == 6
@@ -128,7 +136,12 @@ def test_a_result_of_the_version_before_loads_bit_for_bit():
     assert layers["classes"].input_fake_quant is layers["boxes"].input_fake_quant
 
 
-def test_a_result_of_the_version_before_computes_what_it_did_and_is_saved_as_it_was(tmp_path):
+def as_saved_today(saved: dict[str, object]) -> dict[str, object]:
+    """The record of format 1 with the one entry that format 2 adds."""
+    return {**saved, "plan": {**saved["plan"], "baked": []}}
+
+
+def test_a_result_of_the_version_before_computes_what_it_did_and_is_saved_as_version_2(tmp_path):
     loaded = CalibrationResult.load(EARLIER, Pyramid(width=4))
     with torch.no_grad():
         outputs = floating_tensors(loaded.model(some_input()))
@@ -136,10 +149,52 @@ def test_a_result_of_the_version_before_computes_what_it_did_and_is_saved_as_it_
     for output, value in zip(outputs, wanted, strict=True):
         # Convolutions add up in another order on another processor.
         torch.testing.assert_close(output, value, rtol=1e-5, atol=1e-6)
-    (tensors, header), (again, header_again) = contents(EARLIER), contents(loaded.save(tmp_path / "again.safetensors"))
-    assert header_again == header
+    (stored, header), (again, header_again) = contents(EARLIER), contents(loaded.save(tmp_path / "again.safetensors"))
+    assert header_again == {"format": "repapq-result-2", "result": as_saved_today(header["result"])}
+    tensors = own_keys(stored)
     assert again.keys() == tensors.keys()
     assert all(torch.equal(again[key], tensors[key]) for key in tensors)
+
+
+def test_what_was_saved_as_version_2_loads_as_what_it_was_loaded_from(tmp_path):
+    earlier = CalibrationResult.load(EARLIER, Pyramid(width=4))
+    again = CalibrationResult.load(earlier.save(tmp_path / "again.safetensors"), Pyramid(width=4))
+    assert again.summary() == earlier.summary()
+    state, wanted = again.model.state_dict(), earlier.model.state_dict()
+    # What an observer remembers is not saved.
+    kept = [key for key in wanted if "activation_post_process" not in key]
+    assert state.keys() == wanted.keys() and all(torch.equal(state[key], wanted[key]) for key in kept)
+
+
+class NamedLayer(torch.nn.Module):
+    """A network with a part of its own called ``layer``, and quantized layers beside and inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 4, 3, 2, 1)
+        self.layer = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1), torch.nn.ReLU())
+        self.head = torch.nn.Module()
+        self.head.layer = torch.nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head.layer(self.layer(self.stem(x).relu()))
+
+
+def test_a_part_of_the_network_may_be_called_layer(tmp_path):
+    model = NamedLayer().eval()
+    result = quantize_model(model, batches(2), RepAPQConfig(steps=0))
+    path = result.save(tmp_path / "result.safetensors")
+    loaded = CalibrationResult.load(path, model)
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(loaded.model(x), result.model(x))
+    tensors, header = contents(path)
+    older = {}
+    for key, value in tensors.items():
+        owner, _, name = key.rpartition(".")
+        older[f"{owner}.layer.{name}" if owner in result.layers and name in ("weight", "bias") else key] = value
+    header = {"format": "repapq-result-1", "result": json.dumps(header["result"])}
+    save_file(older, tmp_path / "older.safetensors", metadata=header)
+    assert torch.equal(CalibrationResult.load(tmp_path / "older.safetensors", model).model(x), result.model(x))
 
 
 @pytest.mark.parametrize("size", ["width", "kind"])

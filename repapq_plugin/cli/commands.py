@@ -259,7 +259,7 @@ def doctor() -> None:
         "no VNNI; 8-bit sums can saturate in OpenVINO here, unless a network is quantized with reduce_range=True"
     )
     processor = saturates if adds_in_16_bits() else "computes sums of 8-bit products exactly"
-    show_diagnosis(diagnosis, processor, accelerators() if "torch" in diagnosis.packages else {})
+    show_diagnosis(diagnosis, processor, accelerators() if "any PyTorch model" in diagnosis.works else {})
     if not diagnosis.healthy:
         raise click.exceptions.Exit(1)
 

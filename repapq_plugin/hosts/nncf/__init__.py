@@ -15,6 +15,7 @@ except ImportError as error:
     raise HostError("The NNCF host needs nncf: pip install 'repapq-plugin[nncf]'") from error
 
 from repapq_plugin.hosts.nncf.algorithm import RepAPQAlgorithm
+from repapq_plugin.hosts.nncf.hosted import load
 from repapq_plugin.hosts.nncf.quantization import quantize, quantize_with_record
 from repapq_plugin.hosts.nncf.quantizers import RangeClamp
 from repapq_plugin.hosts.nncf.range_estimator import MAERange, mae_range_estimator, register
@@ -25,6 +26,7 @@ __all__ = [
     "MAERange",
     "RangeClamp",
     "RepAPQAlgorithm",
+    "load",
     "mae_range_estimator",
     "quantize",
     "quantize_with_record",

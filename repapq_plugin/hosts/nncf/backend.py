@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import nncf
 from torch import Tensor, nn
 
-from repapq_plugin.backend import PHASES, Backend
+from repapq_plugin.backend import PHASES, Backend, Placing
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.copies import own_batch, own_copy
 from repapq_plugin.core.hooks import unseen
-from repapq_plugin.core.running import Batch, ForwardFn
+from repapq_plugin.core.running import Batch
 from repapq_plugin.errors import CalibrationError, ConfigError, HostError
 from repapq_plugin.hosts.nncf._compat import EXTENSION_TIMEOUT, build_nncf_graph, wrap_model
 from repapq_plugin.hosts.nncf.affine import attach_affine, can_take_affine, fold_affine
@@ -30,7 +30,6 @@ from repapq_plugin.method.learners import Learner
 from repapq_plugin.method.sites import ActivationSite, Sites, WeightSite
 from repapq_plugin.quantizers.layers import ChannelAffine
 from repapq_plugin.quantizers.plan import LayerPlan
-from repapq_plugin.quantizers.trace import Trace
 from repapq_plugin.result import Calibrated
 
 
@@ -76,15 +75,7 @@ class PlacedBackend(Backend[Calibrated]):
         """Join small items into batches, see `joined`."""
         return joined(teacher, batches)
 
-    def place(
-        self,
-        teacher: nn.Module,
-        trace: Trace,
-        plans: Mapping[str, LayerPlan],
-        batches: Sequence[Batch],
-        forward: ForwardFn,
-        config: RepAPQConfig,
-    ) -> None:
+    def place(self, task: Placing) -> None:
         """Find NNCF's quantizers and give them their bits.
 
         Raises:
@@ -96,13 +87,13 @@ class PlacedBackend(Backend[Calibrated]):
             parameter.requires_grad_(False)
 
         def run() -> object:
-            return forward(student, batches[0])
+            return task.forward(student, task.batches[0])
 
         self._run = run
-        self.placement = find_placement(student, build_nncf_graph(student, batches[0]), run)
+        self.placement = find_placement(student, build_nncf_graph(student, task.batches[0]), run)
         if not self.placement.weights:
             raise CalibrationError("NNCF quantized no convolution or linear layer; widen what ignored_scope leaves.")
-        self._plans = set_bits(self.placement, trace, config)
+        self._plans = set_bits(self.placement, task.trace, task.config)
         self._enabled = [(quantizer, quantizer.enabled.clone()) for quantizer in self.placement.quantizers]
         self._affines: dict[str, ChannelAffine] = {}
 
@@ -185,23 +176,16 @@ class NNCFBackend(PlacedBackend):
     def __init__(self, options: NNCFOptions | None = None) -> None:
         self.options = options or NNCFOptions()
 
-    def place(
-        self,
-        teacher: nn.Module,
-        trace: Trace,
-        plans: Mapping[str, LayerPlan],
-        batches: Sequence[Batch],
-        forward: ForwardFn,
-        config: RepAPQConfig,
-    ) -> None:
+    def place(self, task: Placing) -> None:
         """Quantize a copy of the teacher with NNCF, all but the layers that are not planned.
 
         Raises:
             ConfigError: ``ignored_scope`` names what the model has not.
             HostError: NNCF cannot trace or quantize the model.
         """
-        self.student = self._quantized(teacher, batches, [name for name in trace.layers if name not in plans])
-        super().place(teacher, trace, plans, batches, forward, config)
+        left = [name for name in task.trace.layers if name not in task.plans]
+        self.student = self._quantized(task.teacher, task.batches, left)
+        super().place(task)
 
     def _quantized(self, teacher: nn.Module, batches: Sequence[Batch], float_layers: Collection[str]) -> nn.Module:
         options, names = self.options, list[str]()

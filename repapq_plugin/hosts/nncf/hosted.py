@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.files import atomically
 from repapq_plugin.core.tensors import tensors_of
-from repapq_plugin.errors import ConfigError, ExportError
+from repapq_plugin.core.unpickling import load_plain
+from repapq_plugin.errors import ConfigError, ExportError, HostError
 from repapq_plugin.export.onnx_verify import relative_difference
 from repapq_plugin.export.openvino import OpenVINOSummary, layer_kernels, require_openvino
 from repapq_plugin.hosts.nncf.backend import NNCFBackend, NNCFOptions
 from repapq_plugin.hosts.nncf.data import forward
 from repapq_plugin.hosts.nncf.quantization import check
-from repapq_plugin.job import Job, Report
+from repapq_plugin.job import Job, Report, merge_for_inference
 from repapq_plugin.result import Calibrated
 
 STATE_FILE = "nncf.pth"
@@ -30,6 +31,9 @@ STATE_FILE = "nncf.pth"
 
 OPTIONS = ("target_device", "preset", "model_type")
 """Arguments of `nncf.quantize` that a config gives by the name of an enum's member."""
+
+ALLOWED = ("nncf.*", "repapq_plugin.*")
+"""Modules whose classes a saved state may name."""
 
 E = TypeVar("E", bound=Enum)
 
@@ -62,32 +66,105 @@ class NNCFNetwork:
         Raises:
             ExportError: ``kind`` is not ``'openvino'``, or the network cannot be converted or written.
         """
-        if kind != "openvino":
-            raise ExportError(
-                f"NNCF's networks are exported to OpenVINO, not to {kind}; choose export='openvino', or the plugin's "
-                "own quantizers."
-            )
-        ov = require_openvino()
-        target = path.with_name(path.name + ".xml")
-        with torch.no_grad():
-            expected = tensors_of(self.network(example))
-        try:
-            converted = ov.convert_model(self.network, example_input=example)
-            ov.save_model(converted, target, compress_to_fp16=False)
-            compiled = ov.Core().compile_model(target, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        except (RuntimeError, OSError) as error:
-            raise ExportError(f"OpenVINO cannot convert NNCF's network: {error}") from error
-        results = compiled(example.numpy())
-        kernels = layer_kernels(compiled)
-        binary = target.with_suffix(".bin")
-        return OpenVINOSummary(
-            path=target,
-            weights_path=binary,
-            size_bytes=target.stat().st_size + binary.stat().st_size,
-            integer_layers=sum(kernel.endswith("I8") for kernel in kernels.values()),
-            kernels=kernels,
-            max_rel_difference=relative_difference([results[port] for port in compiled.outputs], expected),
+        return export_network(self.network, kind, example, path)
+
+
+@dataclass(frozen=True)
+class LoadedNetwork:
+    """What `load` brought back: the network without its record."""
+
+    network: nn.Module
+
+    def export(self, kind: str, example: Tensor, path: Path) -> OpenVINOSummary:
+        """Write an OpenVINO IR; see `export_network`."""
+        return export_network(self.network, kind, example, path)
+
+
+def load(path: str | Path, merged_model: nn.Module) -> nn.Module:
+    """Bring back what `NNCFNetwork.save` wrote, without running anything that stands in the file.
+
+    Args:
+        path: The file.
+        merged_model: The float network that was quantized, branches merged and norms folded (see
+            `repapq_plugin.job.merge_for_inference`); its weights do not matter. It is changed.
+
+    Returns:
+        The quantized network, in evaluation mode.
+
+    Raises:
+        HostError: The file is missing, holds more than plain data, names classes that are not NNCF's or this package's,
+            or belongs to another network.
+    """
+    try:
+        saved = load_plain(path, str(path), "Quantize again to make a new one.")
+    except FileNotFoundError as error:
+        raise HostError(f"{path} does not exist.") from error
+    if not isinstance(saved, Mapping) or not {"config", "state_dict"} <= saved.keys():
+        raise HostError(f"{path} is no saved state of NNCF's; give what NNCFNetwork.save wrote ({STATE_FILE}).")
+    try:
+        restored = nncf.torch.load_from_config(merged_model, saved["config"], allowed_modules=ALLOWED)
+        restored.load_state_dict(saved["state_dict"])
+    except Exception as error:  # NNCF builds what the file says, and checks little of it.
+        raise HostError(
+            f"{path} does not fit {type(merged_model).__name__}: {error}. Load it into the model it was made from."
+        ) from error
+    return restored.eval()
+
+
+def load_network(path: Path, network: nn.Module, example: Tensor) -> LoadedNetwork:
+    """Bring back what `quantize_network` made of ``network`` and saved.
+
+    Args:
+        path: The file that was saved.
+        network: As it was given to `quantize_network`; its weights do not matter, and it is not changed.
+        example: Images, float ``(N, C, H, W)``, that show how it is put together.
+
+    Raises:
+        HostError: See `load`.
+    """
+    with torch.no_grad():
+        merged = merge_for_inference(network, lambda model: model(example)).network
+    return LoadedNetwork(load(path, merged))
+
+
+def export_network(network: nn.Module, kind: str, example: Tensor, path: Path) -> OpenVINOSummary:
+    """Write a network that NNCF quantized as OpenVINO IR, and run it once.
+
+    Args:
+        network: Images to tensors.
+        kind: ``'openvino'``.
+        example: Images, float ``(N, C, H, W)``.
+        path: File to write, without suffix.
+
+    Raises:
+        ExportError: ``kind`` is another, or the network cannot be converted or written.
+    """
+    if kind != "openvino":
+        raise ExportError(
+            f"NNCF's networks are exported to OpenVINO, not to {kind}; choose export='openvino', or the plugin's "
+            "own quantizers."
         )
+    ov = require_openvino()
+    target = path.with_name(path.name + ".xml")
+    with torch.no_grad():
+        expected = tensors_of(network(example))
+    try:
+        converted = ov.convert_model(network, example_input=example)
+        ov.save_model(converted, target, compress_to_fp16=False)
+        compiled = ov.Core().compile_model(target, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    except (RuntimeError, OSError) as error:
+        raise ExportError(f"OpenVINO cannot convert NNCF's network: {error}") from error
+    results = compiled(example.cpu().numpy())
+    kernels = layer_kernels(compiled)
+    binary = target.with_suffix(".bin")
+    return OpenVINOSummary(
+        path=target,
+        weights_path=binary,
+        size_bytes=target.stat().st_size + binary.stat().st_size,
+        integer_layers=sum(kernel.endswith("I8") for kernel in kernels.values()),
+        kernels=kernels,
+        max_rel_difference=relative_difference([results[port] for port in compiled.outputs], expected),
+    )
 
 
 def quantize_network(

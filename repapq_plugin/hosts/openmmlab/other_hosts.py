@@ -34,31 +34,51 @@ class Host:
     Args:
         target: Import path of its `QuantizeNetwork`, ``module:function``.
         formats: Which of `FORMATS` its networks can be exported to.
+        loader: Import path of its `LoadNetwork`, where it saves networks in a form of its own.
     """
 
     target: str
     formats: tuple[str, ...] = FORMATS
+    loader: str = ""
 
 
 HOSTS: Mapping[str, Host] = {
-    "NNCF": Host("repapq_plugin.hosts.nncf.hosted:quantize_network", formats=("openvino",)),
+    "NNCF": Host("repapq_plugin.hosts.nncf.hosted:quantize_network", ("openvino",), "repapq_plugin.hosts.nncf.hosted:load_network"),
     "PT2E": Host("repapq_plugin.hosts.pt2e.hosted:quantize_network"),
     "TorchAO": Host("repapq_plugin.hosts.torch_ao.hosted:quantize_network"),
 }
 """Each host by the name that stands in a config as ``quantizer.type``."""
 
+SAVED_BY = {".pth": "NNCF"}
+"""Which host saved a file, by the suffix; all others save a `CalibrationResult`."""
 
-class QuantizedNetwork(Protocol):
-    """What a host returns.
+
+class HostNetwork(Protocol):
+    """A network in a host's own form.
 
     Attributes:
         network: Runs in place of the float network: images to its raw outputs, laid flat.
-        result: The record of how it came about.
     """
 
     @property
     def network(self) -> nn.Module:
         """See the class."""
+
+    def export(self, kind: str, example: Tensor, path: Path) -> OnnxSummary | OpenVINOSummary:
+        """Write it for a runtime; ``kind`` is ``'onnx'`` or ``'openvino'``, ``path`` has no suffix.
+
+        Raises:
+            ExportError: The host has no such export.
+        """
+
+
+class QuantizedNetwork(HostNetwork, Protocol):
+    """What a host returns.
+
+    Attributes:
+        network: See `HostNetwork`.
+        result: The record of how it came about.
+    """
 
     @property
     def result(self) -> CalibrationResult:
@@ -67,11 +87,20 @@ class QuantizedNetwork(Protocol):
     def save(self, folder: Path) -> list[Path]:
         """Write what brings the network back into ``folder``; return the files."""
 
-    def export(self, kind: str, example: Tensor, path: Path) -> OnnxSummary | OpenVINOSummary:
-        """Write it for a runtime; ``kind`` is ``'onnx'`` or ``'openvino'``, ``path`` has no suffix.
+
+class LoadNetwork(Protocol):
+    """Brings back a network that a host saved."""
+
+    def __call__(self, path: Path, network: nn.Module, example: Tensor) -> HostNetwork:
+        """Read ``path``.
+
+        Args:
+            path: What the host's `QuantizedNetwork.save` wrote.
+            network: The float network that was quantized; its weights do not matter, and it is not changed.
+            example: Images, float ``(N, C, H, W)``.
 
         Raises:
-            ExportError: The host has no such export.
+            HostError: It cannot be read, or belongs to another network.
         """
 
 
@@ -110,12 +139,26 @@ def find_host(name: str) -> QuantizeNetwork:
         HostError: It cannot be imported.
     """
     target = HOSTS[name].target if name in HOSTS else name
-    module, separator, function = target.partition(":")
-    if not separator:
+    if ":" not in target:
         raise ConfigError(
             f"quantizer.type={name!r} is not allowed; choose {OWN}, {', '.join(HOSTS)} or 'module:function'."
         )
+    return cast(QuantizeNetwork, _imported(name, target))
+
+
+def find_loader(suffix: str) -> LoadNetwork | None:
+    """Return what loads a saved file of this suffix, where a host does; ``None`` where it is the plugin's own form.
+
+    Raises:
+        HostError: The host cannot be imported.
+    """
+    name = SAVED_BY.get(suffix)
+    return None if name is None else cast(LoadNetwork, _imported(name, HOSTS[name].loader))
+
+
+def _imported(name: str, target: str) -> object:
+    module, _, function = target.partition(":")
     try:
-        return cast(QuantizeNetwork, getattr(importlib.import_module(module), function))
-    except (ImportError, AttributeError) as error:
+        return cast(object, getattr(importlib.import_module(module), function))
+    except (ImportError, AttributeError, HostError) as error:
         raise HostError(f"The host {name!r} ({target}) cannot be imported: {error}.") from error
