@@ -28,8 +28,10 @@ ORDER = [
     ("quantizers",),
     ("method",),
     ("result",),
+    ("backend",),
     ("job",),
     ("export", "evaluation", "report"),
+    ("_moved",),
     ("",),  # the package itself: its public names
     ("hosts", "configs"),
     ("cli",),

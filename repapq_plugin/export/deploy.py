@@ -14,12 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from repapq_plugin.core.modules import become
 from repapq_plugin.core.quant_primitives import CONTAINERS, grid_bounds
 from repapq_plugin.core.tensors import change_first_tensor
 from repapq_plugin.errors import ExportError
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
-from repapq_plugin.quantizers.layers import QuantizedLayer, RunsOwnForward, float_layer, output_channels_axis, weight_of
+from repapq_plugin.quantizers.layers import (
+    QuantizedLayer,
+    RunsOwnForward,
+    float_layer,
+    output_channels_axis,
+    take_role,
+    weight_of,
+)
 
 __all__ = ["CONTAINERS", "DeployedLayer", "deployable", "without_quantizers"]
 
@@ -168,7 +174,7 @@ def deploy_layer(quantized: QuantizedLayer, where: str) -> DeployedLayer:
     """
     _refuse_unfinished(quantized, where)
     of_weight, of_input = quantized.weight_fake_quant, quantized.input_fake_quant
-    deployed = become(float_layer(quantized), DeployedLayer)
+    deployed = take_role(float_layer(quantized), DeployedLayer)
     deployed.quantizes_weight, deployed.quantizes_input = of_weight.quantizing, of_input.quantizing
     deployed.clamp_range = None
     if deployed.quantizes_weight:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,13 +72,41 @@ def affine_positions(layer: nn.Module) -> int:
     return 0 if isinstance(layer, nn.Linear) else weight_of(layer).dim() - 2
 
 
+PRODUCTS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear")
+"""Names of the functions that multiply an input with a weight: ``f(input, weight, bias, ...)``."""
+
+
+class ReplacedWeight(TorchFunctionMode):
+    """Inside, every product is made with this weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in PRODUCTS:
+            if len(args) > 1:
+                args = (args[0], self.weight, *args[2:])
+            else:
+                kwargs = {**(kwargs or {}), "weight": self.weight}
+        return func(*args, **(kwargs or {}))
+
+
 class RunsOwnForward(nn.Module):
     """A role whose forward runs the layer's own with another input and another weight."""
+
+    is_baked: bool = False
+    """Whether ``weight`` is what is multiplied, whatever the layer's own forward would make of it (`BakedLayer`)."""
 
     def float_forward(self, *args: object, **kwargs: object) -> Tensor:
         """Run the layer's own forward, with its float weight."""
         forward = cast(Callable[..., Tensor], super().forward)
-        return forward(*args, **kwargs)
+        if not self.is_baked:
+            return forward(*args, **kwargs)
+        with ReplacedWeight(cast(Tensor, self.weight)):
+            return forward(*args, **kwargs)
 
     @contextmanager
     def multiplying(self, weight: Tensor) -> Iterator[None]:
@@ -89,6 +117,31 @@ class RunsOwnForward(nn.Module):
             yield
         finally:
             vars(self).pop("weight", None)
+
+
+R = TypeVar("R", bound=RunsOwnForward)
+
+
+class BakedLayer(RunsOwnForward):
+    """The role of a layer whose own forward makes what it multiplies from its weight: that product is its weight now.
+
+    Whatever else the forward does (padding of its own) goes on being done; the tensor that it hands to the convolution
+    as a weight is replaced by ``weight``. `own_forward.bake_weights` finds such layers.
+    """
+
+    is_baked = True
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        """Run the layer's own forward, its products made with ``weight``."""
+        return self.float_forward(*args, **kwargs)
+
+
+def take_role(layer: nn.Module, role: type[R]) -> R:
+    """Let a layer play a role in which it runs its own forward; a baked one goes on multiplying its ``weight``."""
+    baked = isinstance(layer, RunsOwnForward) and layer.is_baked
+    taken = become(layer, role)
+    taken.is_baked = baked
+    return taken
 
 
 class QuantizedLayer(RunsOwnForward):
@@ -135,7 +188,7 @@ def quantize_layer(
     Returns:
         ``layer`` itself.
     """
-    quantized = become(layer, QuantizedLayer)
+    quantized = take_role(layer, QuantizedLayer)
     quantized.weight_fake_quant = weight_fake_quant
     quantized.input_fake_quant = input_fake_quant
     quantized.register_module("affine", None)
@@ -143,45 +196,10 @@ def quantize_layer(
 
 
 def float_layer(layer: QuantizedLayer) -> nn.Module:
-    """Take the quantizers off a layer again, in place; its weight stays what it is."""
+    """Take the quantizers off a layer again, in place; its weight stays what it is, and a baked one stays baked."""
     for name in ADDED:
         del layer._modules[name]
-    return resign(layer)
-
-
-PRODUCTS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear")
-"""Names of the functions that multiply an input with a weight: ``f(input, weight, bias, ...)``."""
-
-
-class ReplacedWeight(TorchFunctionMode):
-    """Inside, every product is made with this weight."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if getattr(func, "__name__", "") in PRODUCTS:
-            if len(args) > 1:
-                args = (args[0], self.weight, *args[2:])
-            else:
-                kwargs = {**(kwargs or {}), "weight": self.weight}
-        return func(*args, **(kwargs or {}))
-
-
-class BakedLayer(RunsOwnForward):
-    """The role of a layer whose own forward makes what it multiplies from its weight: that product is its weight now.
-
-    Whatever else the forward does (padding of its own) goes on being done; the tensor that it hands to the convolution
-    as a weight is replaced by ``weight``. `own_forward.bake_weights` finds such layers.
-    """
-
-    def forward(self, *args: object, **kwargs: object) -> Tensor:
-        """Run the layer's own forward, its products made with ``weight``."""
-        with ReplacedWeight(cast(Tensor, self.weight)):
-            return self.float_forward(*args, **kwargs)
+    return become(layer, BakedLayer) if vars(layer).pop("is_baked") else resign(layer)
 
 
 def apply_layer(layer: nn.Module, x: Tensor, weight: Tensor, output_size: list[int] | None = None) -> Tensor:

@@ -125,10 +125,6 @@ def reason_against(layer: nn.Module, arguments: Arguments) -> str:
     return ""
 
 
-def _outputs(layer: nn.Module) -> int:
-    return cast(int, layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)
-
-
 @torch.no_grad()
 def bake_weights(model: nn.Module, run: Callable[[], object]) -> tuple[str, ...]:
     """Let layers that multiply a function of their weight have that as their weight, where it is the same function.

@@ -11,7 +11,16 @@ from repapq_plugin.errors import ExportError
 from repapq_plugin.export.deploy import DeployedLayer, deployable, without_quantizers
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
 from repapq_plugin.quantizers.layers import ChannelAffine, QuantizedLayer, quantize_layer
-from tests.support.export_networks import NETWORKS, Chain, Transposed, float_copy, make, outputs_of, quantized, set_ranges
+from tests.support.export_networks import (
+    NETWORKS,
+    Chain,
+    Transposed,
+    float_copy,
+    make,
+    outputs_of,
+    quantized,
+    set_ranges,
+)
 
 BITS = [(8, 8), (6, 6), (4, 4), (3, 5), (2, 2)]
 
