@@ -21,6 +21,7 @@ from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize, PerCha
 from repapq_plugin.quantizers.layers import (
     QUANTIZABLE,
     QuantizedLayer,
+    bias_of,
     output_channels,
     output_channels_axis,
     quantize_layer,
@@ -148,7 +149,7 @@ def insert_quantizers(
             by_group[plan.input_group] = input_quantizer(plan.activation_bits, config)
         weight = weight_of(layer)
         of_weight = by_weight.setdefault(id(weight), weight_quantizer(layer, plan.weight_bits))
-        if layer.bias is None:  # calibration corrects means through it, and the fold needs its place
+        if bias_of(layer) is None:  # calibration corrects means through it, and the fold needs its place
             layer.bias = nn.Parameter(weight.new_zeros(output_channels(layer)), requires_grad=weight.requires_grad)
         for quantizer in (of_weight, by_group[plan.input_group]):
             quantizer.enable_observer(False)
