@@ -177,7 +177,7 @@ def quantize(
 @click.option(
     "--backend",
     type=click.Choice(("simulated", "onnxruntime", "openvino")),
-    help="What runs the network part. [default: by the file: .safetensors and .pth simulated, .onnx onnxruntime, .xml openvino]",
+    help="What runs the network part. [default: by the file: .onnx onnxruntime, .xml openvino, else simulated]",
 )
 @device_option
 @common_options
@@ -241,7 +241,7 @@ def export(
     with _workbench(display, config, common, need_weights=False, need_scores=False) as bench:
         from repapq_plugin.hosts.openmmlab.steps import load_quantized
 
-        quantized = load_quantized(result, bench.model)
+        quantized = load_quantized(result, bench.model, lambda: bench.example)
         with display.step("export", f"Exporting {kind}"):
             exported = quantized.export(kind, bench.example, target.with_suffix(""))
     for path in exported.files:

@@ -35,6 +35,7 @@ def device_named(name: str) -> torch.device:
     import torch
 
     there = {"cpu": "", **accelerators()}
+    device: torch.device | None
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -34,6 +34,9 @@ Loads CHECKPOINT (default: the config's load_from), merges the branches, calibra
 Another host quantizes with -q type=NNCF, -q type=TorchAO or -q type=PT2E, or where the config says so. NNCF saves
 nncf.pth in place of repapq.safetensors, and writes no ONNX.
 
+CHECKPOINT is read as plain data: nothing in it is run. One that holds more than mmengine writes is refused, and what it
+holds is named; --trust-checkpoint reads it all the same.
+
 \b
 result.json holds:
   config, checkpoint    their paths
@@ -58,20 +61,20 @@ result.json holds:
 EVAL_HELP = """\
 Score RESULT with the toolbox's own metric on the test set of CONFIG.
 
-RESULT is a repapq.safetensors, or an exported .onnx or .xml. A runtime takes the network part of the model;
-preprocessing, decoding and the metric stay the toolbox's. A .safetensors scored on a runtime is exported to a
-temporary folder first. What NNCF quantized is scored by its .xml.
+RESULT is a repapq.safetensors, NNCF's nncf.pth, or an exported .onnx or .xml. A runtime takes the network part of the
+model; preprocessing, decoding and the metric stay the toolbox's. What is not exported yet goes to a temporary folder
+first when it is scored on a runtime.
 """
 
 EXPORT_HELP = """\
-Write RESULT (a repapq.safetensors) as QDQ ONNX or as OpenVINO IR.
+Write RESULT (a repapq.safetensors) as QDQ ONNX or as OpenVINO IR, or NNCF's nncf.pth as OpenVINO IR.
 
 The file holds the network part of the model of CONFIG: preprocessed images in, raw outputs of the head out. Its image
 size is that of the config's calibration images; the batch size stays open.
 """
 
 DOCTOR_HELP = """\
-Say what is installed, what of it works together, and what to do about the rest.
+Say what is installed, what of it works together, which accelerators torch finds, and what to do about the rest.
 
 Exit codes: 0 all that is installed works together, 1 something of it does not.
 """

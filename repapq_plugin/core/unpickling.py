@@ -78,7 +78,7 @@ def load_plain(
 
 
 def _refusal(named: str, what: str, remedy: str) -> str:
-    return f"{named} holds {what}, which could run code of whoever made the file. {remedy}"
+    return f"{named} holds {what}, which is no plain data; reading it could run code of whoever made the file. {remedy}"
 
 
 def _name_in(error: Exception) -> str | None:

@@ -102,7 +102,7 @@ def load(path: str | Path, merged_model: nn.Module) -> nn.Module:
     if not isinstance(saved, Mapping) or not {"config", "state_dict"} <= saved.keys():
         raise HostError(f"{path} is no saved state of NNCF's; give what NNCFNetwork.save wrote ({STATE_FILE}).")
     try:
-        restored = nncf.torch.load_from_config(merged_model, saved["config"], allowed_modules=ALLOWED)
+        restored: nn.Module = nncf.torch.load_from_config(merged_model, saved["config"], allowed_modules=ALLOWED)
         restored.load_state_dict(saved["state_dict"])
     except Exception as error:  # NNCF builds what the file says, and checks little of it.
         raise HostError(

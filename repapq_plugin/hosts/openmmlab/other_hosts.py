@@ -43,7 +43,11 @@ class Host:
 
 
 HOSTS: Mapping[str, Host] = {
-    "NNCF": Host("repapq_plugin.hosts.nncf.hosted:quantize_network", ("openvino",), "repapq_plugin.hosts.nncf.hosted:load_network"),
+    "NNCF": Host(
+        "repapq_plugin.hosts.nncf.hosted:quantize_network",
+        ("openvino",),
+        "repapq_plugin.hosts.nncf.hosted:load_network",
+    ),
     "PT2E": Host("repapq_plugin.hosts.pt2e.hosted:quantize_network"),
     "TorchAO": Host("repapq_plugin.hosts.torch_ao.hosted:quantize_network"),
 }

@@ -13,12 +13,19 @@ from torch import Tensor, nn
 
 from repapq_plugin.errors import ResultError
 from repapq_plugin.evaluation.processor import saturation_note
-from repapq_plugin.hosts.openmmlab.network import TensorPath
-from repapq_plugin.hosts.openmmlab.other_hosts import OWN, QuantizedNetwork, find_host
+from repapq_plugin.hosts.openmmlab.network import TensorPath, serving_points
+from repapq_plugin.hosts.openmmlab.other_hosts import (
+    OWN,
+    HostNetwork,
+    QuantizedNetwork,
+    find_host,
+    find_loader,
+)
 from repapq_plugin.hosts.openmmlab.record import Record
 from repapq_plugin.hosts.openmmlab.settings import RUNTIME_FORMATS, Settings
 from repapq_plugin.hosts.openmmlab.work import (
     RESULT_FILE,
+    SUFFIXES,
     Exported,
     calibrate,
     calibrate_on_host,
@@ -40,30 +47,20 @@ EXPORTED = "repapq"
 
 
 @dataclass(frozen=True)
-class QuantizedModel:
-    """A quantized toolbox model, whichever host quantized it.
+class LoadedModel:
+    """A quantized toolbox model, as a file brings it back.
 
     Args:
         model: The toolbox model to test: with quantizers in it, or the float one around another ``network``.
-        result: How it came about.
+        result: How it came about; ``None`` where the file does not say.
         network: What computes the network part in the model's place; ``None`` lets the model do it.
         hosted: What the host returned that made ``network``; ``None`` where the plugin's own quantizers are in it.
     """
 
     model: nn.Module
-    result: CalibrationResult
+    result: CalibrationResult | None
     network: nn.Module | None = None
-    hosted: QuantizedNetwork | None = None
-
-    def save(self, folder: Path) -> list[Path]:
-        """Write what brings the network back into ``folder``; return the files.
-
-        Raises:
-            ResultError: A file cannot be written.
-        """
-        if self.hosted is not None:
-            return self.hosted.save(folder)
-        return [self.result.save(folder / RESULT_FILE)]
+    hosted: HostNetwork | None = None
 
     def export(self, kind: str, example: Tensor, path: Path) -> Exported:
         """Write the network part for a runtime.
@@ -82,6 +79,24 @@ class QuantizedModel:
         if self.network is not None:
             return export_tensor_path(self.network, example, path, kind)
         return export_network(self.model, example, path, kind)
+
+
+@dataclass(frozen=True)
+class QuantizedModel(LoadedModel):
+    """A quantized toolbox model with its record, whichever host quantized it; arguments: see `LoadedModel`."""
+
+    result: CalibrationResult
+    hosted: QuantizedNetwork | None = None
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write what brings the network back into ``folder``; return the files.
+
+        Raises:
+            ResultError: A file cannot be written.
+        """
+        if self.hosted is not None:
+            return self.hosted.save(folder)
+        return [self.result.save(folder / RESULT_FILE)]
 
 
 def quantize(
@@ -110,16 +125,24 @@ def quantize(
     return QuantizedModel(model, hosted.result, hosted.network, hosted)
 
 
-def load_quantized(path: Path, model: nn.Module) -> QuantizedModel:
-    """Rebuild a saved result on the toolbox model it was made from; it runs simulated.
+def load_quantized(path: Path, model: nn.Module, example: Callable[[], Tensor]) -> LoadedModel:
+    """Rebuild a saved result on the toolbox model it was made from; it runs simulated, or as its host runs it.
 
     Args:
-        path: A ``repapq.safetensors``: of a whole model, or of a network part that was calibrated for another host.
+        path: A ``repapq.safetensors``: of a whole model, or of a network part that was calibrated for another host. Or
+            what a host saved in a form of its own (``nncf.pth``).
         model: The float model of the config; not changed.
+        example: Gives a preprocessed image, float ``(1, C, H, W)``; asked only for a form of a host's own.
 
     Raises:
         ResultError: The file is missing or no such result, or belongs to another model.
+        HostError: The same of a host's own form; or the model has no network part that can be taken out.
     """
+    load = find_loader(path.suffix)
+    if load is not None:
+        serving_points(model)
+        hosted = load(path, TensorPath(model).eval(), example())
+        return LoadedModel(model, None, hosted.network, hosted)
     try:
         result = CalibrationResult.load(path, model)
         return QuantizedModel(result.model, result)
@@ -265,7 +288,7 @@ def score_result(
 
     Args:
         bench: Holds the model of the config; its weights do not matter.
-        path: A ``.safetensors``, ``.onnx`` or ``.xml`` file.
+        path: A ``.safetensors``, ``.pth``, ``.onnx`` or ``.xml`` file.
         backend: One of `BACKENDS`.
         step: Told about each step.
         folder: Takes what has to be exported first.
@@ -278,18 +301,18 @@ def score_result(
     """
     kind, notes = RUNTIME_FORMATS.get(backend), list[str]()
     model, network = bench.model, None
-    if path.suffix != Path(RESULT_FILE).suffix:
+    if path.suffix in SUFFIXES.values():
         network = open_network(path, backend)
     else:
-        loaded = load_quantized(path, bench.model)
+        loaded = load_quantized(path, bench.model, lambda: bench.example)
         model, network = loaded.model, loaded.network
         if kind is not None:
             with step("export", f"Exporting for {backend}"):
                 exported = loaded.export(kind, bench.example, folder / EXPORTED)
             network = open_network(exported.path, backend)
-        elif network is not None:
+        elif network is not None and loaded.result is not None:
             notes.append(f"{path.name} was calibrated for another host; here its integers are simulated.")
-        if backend == "openvino":
+        if backend == "openvino" and loaded.result is not None:
             notes.append(saturation_note(loaded.result.config.reduce_range))
     with step("score", f"Scoring {path.name} ({backend})") as report:
         return bench.score(model, network, report), [note for note in notes if note]

@@ -122,7 +122,7 @@ def method(owner: type, name: str) -> object:
         Refused: It is not in `METHODS`.
     """
     if (owner, name) not in METHODS:
-        raise Refused(f"builtins.getattr({getattr(owner, '__name__', owner)}, {name!r})")
+        raise Refused(f"builtins.getattr(..., {name!r})")
     return METHODS[owner, name]
 
 
@@ -154,6 +154,11 @@ def mapping(*content: object) -> dict[object, object]:
     return dict(*(part for part in content if isinstance(part, dict)))
 
 
+def no_bytes() -> bytes:
+    """Stand in for ``bytes``, which files call for none at all; other bytes stand in them as text."""
+    return b""
+
+
 STAND_INS: StandIns = {
     "numpy.dtype": DType,
     "numpy.ndarray": Array,
@@ -162,6 +167,7 @@ STAND_INS: StandIns = {
         for core in ("core", "_core")  # NumPy 1 and 2
         for name, function in (("_reconstruct", reconstruct), ("scalar", scalar))
     },
+    "builtins.bytes": no_bytes,
     "builtins.getattr": method,
     **{f"builtins.{kind.__name__}": kind for kind in (bool, int, float, str, tuple, list, dict, slice)},
     "collections.defaultdict": mapping,
