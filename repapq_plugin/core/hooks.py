@@ -19,12 +19,14 @@ class Hooks:
     def __init__(self) -> None:
         self._stack = ExitStack()
 
-    def before(self, module: nn.Module, hook: Callable[..., object], *, with_kwargs: bool = False) -> None:
+    def before(
+        self, module: nn.Module, hook: Callable[..., object], *, with_kwargs: bool = False, first: bool = False
+    ) -> None:
         """Call ``hook(module, args)`` before each forward, or ``hook(module, args, kwargs)``.
 
-        What it returns replaces ``args``, or both.
+        What it returns replaces ``args``, or both. With ``first`` it runs before the hooks that are there already.
         """
-        self._stack.callback(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs).remove)
+        self._stack.callback(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs, prepend=first).remove)
 
     def after(self, module: nn.Module, hook: Callable[..., object], *, with_kwargs: bool = False) -> None:
         """Call ``hook(module, args, output)`` after each forward, or ``hook(module, args, kwargs, output)``."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import fields, is_dataclass
 from typing import cast
 
@@ -43,16 +44,30 @@ def floating_tensors(value: object) -> list[Tensor]:
 
 
 def with_tensors(template: object, tensors: Iterator[Tensor]) -> object:
-    """Return nested sequences and mappings like ``template``, its tensors replaced in the order of `tensors_of`."""
+    """Return containers like ``template`` with other tensors, in the order of `tensors_of`.
+
+    Sequences, mappings and dataclasses are made anew; any other object is returned as it is.
+    """
     if isinstance(template, Tensor):
         return next(tensors)
     if isinstance(template, Mapping):
-        return {key: with_tensors(member, tensors) for key, member in template.items()}
+        members = {key: with_tensors(member, tensors) for key, member in template.items()}
+        if type(template) is dict or not isinstance(template, MutableMapping):
+            return members
+        mapping = copy.copy(template)
+        mapping.update(members)
+        return mapping
+    if is_dataclass(template) and not isinstance(template, type):
+        changed = {field.name: with_tensors(getattr(template, field.name), tensors) for field in fields(template)}
+        made = copy.copy(template)
+        for name, value in changed.items():
+            object.__setattr__(made, name, value)  # a frozen one too
+        return made
     if isinstance(template, list | tuple):
-        members = [with_tensors(member, tensors) for member in template]
+        values = [with_tensors(member, tensors) for member in template]
         named = hasattr(template, "_fields")  # a NamedTuple takes its members one by one
         make = cast("Callable[..., object]", type(template))
-        return make(*members) if named else make(members)
+        return make(*values) if named else make(values)
     return template
 
 

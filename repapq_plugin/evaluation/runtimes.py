@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from repapq_plugin.core.onnx_weights import separate_weights
 from repapq_plugin.errors import ConfigError, ExportError
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    import onnx
 
 
 class RuntimeNetwork(nn.Module, ABC):
@@ -81,7 +81,7 @@ class OnnxRuntimeNetwork(RuntimeNetwork):
             model = onnx.load(path)
             if arithmetic != "native":
                 options.add_session_config_entry("session.x64quantprecision", "1")
-                _separate_weights(model.graph)
+                separate_weights(model.graph)
             self.session = onnxruntime.InferenceSession(
                 model.SerializeToString(),
                 options,
@@ -159,34 +159,3 @@ def _existing_file(path: str | os.PathLike[str]) -> Path:
     if not path.is_file():
         raise ExportError(f"There is no file {path}; write it with export_onnx or export_openvino first.")
     return path
-
-
-def _separate_weights(graph: onnx.GraphProto) -> None:
-    """Give every reader of an integer weight a copy of its own, in memory.
-
-    Where it must not saturate, onnxruntime turns each integer layer's s8 weight into u8, and fails on
-    the second layer that reads the same one (a head that is called on several levels).
-    """
-    import onnx
-
-    initializers = {tensor.name: tensor for tensor in graph.initializer}
-    dequantize = (node for node in graph.node if node.op_type == "DequantizeLinear")
-    weights = {node.output[0]: node for node in dequantize if node.input[0] in initializers}
-    readers: dict[str, int] = dict.fromkeys(weights, 0)
-    for node in list(graph.node):
-        for i, name in enumerate(node.input):
-            if name not in weights:
-                continue
-            readers[name] += 1
-            if readers[name] == 1:
-                continue
-            twin = onnx.NodeProto()
-            twin.CopyFrom(weights[name])
-            twin.name, twin.output[0] = f"{name}.{readers[name]}", f"{name}.{readers[name]}"
-            for k in (0, 2):
-                copied = onnx.TensorProto()
-                copied.CopyFrom(initializers[twin.input[k]])
-                copied.name = twin.input[k] = f"{twin.input[k]}.{readers[name]}"
-                graph.initializer.append(copied)
-            graph.node.insert(0, twin)
-            node.input[i] = twin.output[0]

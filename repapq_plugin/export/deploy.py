@@ -7,13 +7,13 @@ point. The codes are those of the b-bit grid exactly, and every runtime has kern
 
 from __future__ import annotations
 
-import copy
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from repapq_plugin.core.copies import own_copy
 from repapq_plugin.core.quant_primitives import CONTAINERS, grid_bounds
 from repapq_plugin.core.tensors import change_first_tensor
 from repapq_plugin.errors import ExportError
@@ -202,14 +202,15 @@ def _refuse_unfinished(quantized: QuantizedLayer, where: str) -> None:
 def deployable(model: nn.Module) -> nn.Module:
     """Return a deep copy in which every `QuantizedLayer` has its export form.
 
-    The copy is in evaluation mode and computes what ``model`` computes. Layers both of whose
-    quantizers are off come back as the plain float layers that they are.
+    The copy is in evaluation mode and computes what ``model`` computes, in float32 what that computes in half
+    precision. Layers both of whose quantizers are off come back as the plain float layers that they are.
 
     Raises:
         ExportError: A layer's affine is not folded, a quantizer still observes, or a grid does not
             fit 8-bit integers; the message names the layer.
+        HostError: The model cannot be copied.
     """
-    model = copy.deepcopy(model).eval()
+    model = own_copy(model).eval()
     for where, layer in [(name or "model", m) for name, m in model.named_modules() if isinstance(m, QuantizedLayer)]:
         if layer.input_fake_quant.quantizing or layer.weight_fake_quant.quantizing:
             deploy_layer(layer, where).eval()
@@ -219,8 +220,12 @@ def deployable(model: nn.Module) -> nn.Module:
 
 
 def without_quantizers(model: nn.Module) -> nn.Module:
-    """Return a deep copy in evaluation mode in which every `QuantizedLayer` is a float layer again."""
-    model = copy.deepcopy(model).eval()
+    """Return a deep copy in evaluation mode in which every `QuantizedLayer` is a float layer again.
+
+    Raises:
+        HostError: The model cannot be copied.
+    """
+    model = own_copy(model).eval()
     for layer in [module for module in model.modules() if isinstance(module, QuantizedLayer)]:
         float_layer(layer)
     return model

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
+from repapq_plugin.core.onnx_weights import separate_weights, values_read
+from repapq_plugin.export.onnx_padding import move_codes, spell_out_padding
+
 if TYPE_CHECKING:
     import onnx
 
@@ -18,7 +21,9 @@ def tidy(graph: onnx.GraphProto) -> None:
     _drop_identities(graph)
     _merge_equal_nodes(graph)
     _transpose_weights(graph)
-    _separate_weight_zero_points(graph)
+    spell_out_padding(graph)
+    move_codes(graph)
+    separate_weights(graph)
     _drop_unused(graph)
     del graph.value_info[:]
 
@@ -86,6 +91,7 @@ def _transpose_weights(graph: onnx.GraphProto) -> None:
     dequantize = (node for node in graph.node if node.op_type == "DequantizeLinear")
     weights = {node.output[0]: node for node in dequantize if node.input[0] in initializers}
     for node in list(graph.node):
+        # The tracer turns the weight of a matrix product around by a node of its own for each call.
         if node.op_type != "Transpose" or node.input[0] not in weights:
             continue
         source = weights[node.input[0]]
@@ -105,29 +111,6 @@ def _transpose_weights(graph: onnx.GraphProto) -> None:
         node.CopyFrom(twin)
 
 
-def _separate_weight_zero_points(graph: onnx.GraphProto) -> None:
-    """Give each weight a zero point of its own, where the exporter let weights share equal ones.
-
-    onnxruntime refuses a file in which two weights share it when it widens s8 weights to u8
-    (``session.x64quantprecision``), the mode that is exact on processors without VNNI.
-    """
-    import onnx
-
-    initializers = {tensor.name: tensor for tensor in graph.initializer}
-    taken: set[str] = set()
-    for node in graph.node:
-        if node.op_type != "DequantizeLinear" or node.input[0] not in initializers:
-            continue
-        shared = node.input[2]
-        if shared in taken:
-            own = onnx.TensorProto()
-            own.CopyFrom(initializers[shared])
-            own.name = f"{node.input[0]}.zero_point"
-            graph.initializer.append(own)
-            node.input[2] = own.name
-        taken.add(node.input[2])
-
-
 def _drop_unused(graph: onnx.GraphProto) -> None:
     """Remove weight nodes and initializers that nothing reads any more."""
     used = _names_read(graph)
@@ -143,8 +126,5 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
 def _names_read(graph: onnx.GraphProto) -> set[str]:
     names = {value.name for value in graph.output}
     for node in graph.node:
-        names.update(node.input)
-        for attribute in node.attribute:
-            for subgraph in (attribute.g, *attribute.graphs):
-                names |= _names_read(subgraph)
+        names |= values_read(node)
     return names

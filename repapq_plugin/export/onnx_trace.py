@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from repapq_plugin.core.hooks import Hooks
 from repapq_plugin.core.tensors import first_tensor, tensors_of
 from repapq_plugin.errors import ExportError
+from repapq_plugin.export.blame import Running, explained, layer_with_operator
+from repapq_plugin.export.calls import Call
 from repapq_plugin.export.deploy import DeployedLayer
-from repapq_plugin.export.onnx_names import GraphNames
+from repapq_plugin.export.onnx_names import Axes, GraphNames
 from repapq_plugin.reparam.norms import is_norm
 
 if TYPE_CHECKING:
@@ -47,11 +50,11 @@ Reading = tuple[int, int, float, int, tuple[float, float] | None]
 
 
 @torch.no_grad()
-def run_once(deployed: nn.Module, args: tuple[object, ...]) -> Expected:
+def run_once(deployed: nn.Module, call: Call) -> Expected:
     """Run the deployed model once and note what its layers read.
 
     Raises:
-        ExportError: It cannot run on ``args``.
+        ExportError: It cannot run, or returns no tensor.
     """
     read: list[tuple[Tensor, Reading]] = []  # the tensors are kept, so that an id stays theirs
     calls = norms = 0
@@ -76,13 +79,16 @@ def run_once(deployed: nn.Module, args: tuple[object, ...]) -> Expected:
         for module in deployed.modules():
             if is_norm(module):
                 hooks.before(module, note_norm)
-        try:
-            outputs = deployed(*args)
-        except Exception as error:
-            raise ExportError(f"The model cannot run on the example: {type(error).__name__}: {error}") from error
+        with (
+            Running(deployed) as running,
+            explained("The model cannot run on the example", where=lambda _: running.path),
+        ):
+            outputs = tensors_of(call.run(deployed))
+    if not outputs:
+        raise ExportError("The model returns no tensor, so there is nothing to export; let forward return its result.")
     readings = {reading for _, reading in read}
     return Expected(
-        outputs=[x.detach() for x in tensors_of(outputs)],
+        outputs=[x.detach() for x in outputs],
         layer_calls=calls,
         input_pairs=len(readings),
         clamps=sum(clamp_range is not None for *_, clamp_range in readings),
@@ -91,33 +97,41 @@ def run_once(deployed: nn.Module, args: tuple[object, ...]) -> Expected:
     )
 
 
-def trace(module: nn.Module, args: tuple[object, ...], names: GraphNames, opset: int) -> onnx.ModelProto:
-    """Return the ONNX model of ``module``.
+def trace(module: nn.Module, call: Call, names: GraphNames, axes: Mapping[str, Axes], opset: int) -> onnx.ModelProto:
+    """Return the ONNX model of ``module``, its inputs and outputs in the order of `tensors_of`.
+
+    Args:
+        module: In evaluation mode.
+        call: What to trace it on.
+        names: Names of inputs and outputs.
+        axes: Their open axes by name.
+        opset: ONNX operator set.
 
     Raises:
-        ExportError: The exporter cannot follow the module's forward on ``args``.
+        ExportError: The exporter cannot follow the module's forward.
     """
     import onnx
 
     buffer = io.BytesIO()
-    try:
-        # The tracing exporter: it follows any Python that runs, where the newer one needs a program
-        # without data-dependent control flow. It warns about its age and about every traced shape.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                module,
-                args,
-                buffer,  # type: ignore[arg-type]
-                dynamo=False,
-                opset_version=opset,
-                input_names=names.inputs,
-                output_names=names.outputs,
-                dynamic_axes=names.dynamic_axes,
-            )
-        return onnx.load_from_string(buffer.getvalue())
-    except Exception as error:
-        raise ExportError(
-            f"The model cannot be traced to ONNX opset {opset}: {type(error).__name__}: {error}. Export the "
-            "part of the model that maps tensors to tensors."
-        ) from error
+    with call.flattened(module) as inputs, Running(module) as running:
+
+        def where(error: Exception) -> str:
+            return running.path or layer_with_operator(str(error), module, inputs)
+
+        failure = f"The model cannot be traced to ONNX opset {opset}"
+        with explained(failure, "Export the part of the model that maps tensors to tensors.", where):
+            # The tracing exporter: it follows any Python that runs, where the newer one needs a program
+            # without data-dependent control flow. It warns about its age and about every traced shape.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch.onnx.export(
+                    module,
+                    inputs,
+                    buffer,  # type: ignore[arg-type]
+                    dynamo=False,
+                    opset_version=opset,
+                    input_names=names.inputs,
+                    output_names=names.outputs,
+                    dynamic_axes=axes,
+                )
+            return onnx.load_from_string(buffer.getvalue())

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from repapq_plugin.core.tensors import tensors_of
+from repapq_plugin.core.onnx_weights import integer_layers
 from repapq_plugin.errors import ExportError
+from repapq_plugin.export.blame import explained, layer_in
 from repapq_plugin.export.onnx_tidy import digest
 from repapq_plugin.export.onnx_trace import Expected
 
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger(__name__)
 
-WEIGHTED_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-"""Operators of the layers that are quantized."""
+OTHER_FORM = "Export with another opset, or only the part of the model that maps tensors to tensors."
+"""What to do about a graph that something refuses."""
 
 
 def operators(graph: onnx.GraphProto) -> Counter[str]:
@@ -38,8 +39,14 @@ def count_pairs(graph: onnx.GraphProto) -> tuple[int, int]:
     return operators(graph)["QuantizeLinear"], weights
 
 
-def verify(proto: onnx.ModelProto, plain: onnx.ModelProto, expected: Expected) -> None:
+def verify(proto: onnx.ModelProto, plain: onnx.ModelProto, expected: Expected, model: nn.Module) -> None:
     """Compare the graph with the model that it was made from and with the float graph.
+
+    Args:
+        proto: The tidied graph.
+        plain: The float graph, tidied too.
+        expected: What one run of the model says that the graph must hold.
+        model: The deployed model, for the names of its layers.
 
     Raises:
         ExportError: The graph is not valid ONNX, has an operator too many, misses a quantizer, or
@@ -47,10 +54,8 @@ def verify(proto: onnx.ModelProto, plain: onnx.ModelProto, expected: Expected) -
     """
     import onnx
 
-    try:
-        onnx.checker.check_model(proto)
-    except onnx.checker.ValidationError as error:
-        raise ExportError(f"The traced graph is not valid ONNX: {error}") from error
+    with explained("The traced graph is not valid ONNX", OTHER_FORM, lambda error: layer_in(str(error), model)):
+        onnx.checker.check_model(proto, full_check=True)
     graph = proto.graph
     # A norm that the merge had to leave (several read one shared convolution) vanishes from the float graph
     # alone: the tracer folds it into a copy of the float weights, and integer ones stay shared.
@@ -60,14 +65,7 @@ def verify(proto: onnx.ModelProto, plain: onnx.ModelProto, expected: Expected) -
     extra = {op: n - allowed[op] for op, n in counts.items() if op not in quantizers and n > allowed[op]}
     if extra:
         raise ExportError(f"The quantized graph has operators that the float graph lacks: {extra}.")
-    produced = {node.output[0]: node for node in graph.node}
-    initializers = {tensor.name: tensor for tensor in graph.initializer}
-
-    def dequantizes_weight(name: str) -> bool:
-        node = produced.get(name)
-        return node is not None and node.op_type == "DequantizeLinear" and node.input[0] in initializers
-
-    layers = [n for n in graph.node if n.op_type in WEIGHTED_OPERATORS and dequantizes_weight(n.input[1])]
+    layers = integer_layers(graph)
     pairs, _ = count_pairs(graph)
     if len(layers) != expected.layer_calls or pairs > expected.input_pairs:
         raise ExportError(
@@ -82,29 +80,55 @@ def verify(proto: onnx.ModelProto, plain: onnx.ModelProto, expected: Expected) -
             raise ExportError(f"{name}: the integer weights in the graph are not the model's.")
 
 
-def difference_in_onnxruntime(data: bytes, args: tuple[object, ...], outputs: list[Tensor]) -> float | None:
-    """Run the graph as it is written, node by node, and return its `relative_difference` to the model.
+def reading_floats(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """Return those of `integer_layers` whose input is no integer either: nobody can compute them in integers alone."""
+    dequantized = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    return [node for node in integer_layers(graph) if node.input[0] not in dequantized]
+
+
+class RuntimeCheck:
+    """The graph in onnxruntime as it is written, node by node: integer kernels are a runtime's own business.
 
     Args:
         data: The ONNX file's content.
-        args: What the model was called with.
-        outputs: What it returned.
+        model: The deployed model, for the names of its layers.
 
-    Returns:
-        ``None`` without onnxruntime.
+    Raises:
+        ExportError: onnxruntime is missing, or cannot load the graph.
     """
-    try:
+
+    FAILURE = "onnxruntime cannot run the graph"
+
+    def __init__(self, data: bytes, model: nn.Module) -> None:
         import onnxruntime
+
+        self._where = lambda error: layer_in(str(error), model)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what goes wrong is raised
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        with explained(self.FAILURE, OTHER_FORM, self._where):
+            self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+    def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return the graph's outputs on inputs by name; inputs that the graph does not have are left out.
+
+        Raises:
+            ExportError: onnxruntime cannot run it.
+        """
+        names = {value.name for value in self._session.get_inputs()}
+        feeds = {name: x.detach().cpu().numpy() for name, x in inputs.items() if name in names}
+        with explained(self.FAILURE, OTHER_FORM, self._where):
+            return [torch.as_tensor(result) for result in self._session.run(None, feeds)]
+
+
+def has_onnxruntime() -> bool:
+    """Whether onnxruntime is installed; if not, that is logged."""
+    try:
+        import onnxruntime  # noqa: F401
     except ImportError:
         LOGGER.info("onnxruntime is not installed: the file was checked, but not run.")
-        return None
-    options = onnxruntime.SessionOptions()
-    # What is checked is the file's meaning; integer kernels are a runtime's own business.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    inputs = zip(session.get_inputs(), tensors_of(args), strict=True)
-    feeds = {value.name: x.detach().cpu().numpy() for value, x in inputs}
-    return relative_difference(session.run(None, feeds), outputs)
+        return False
+    return True
 
 
 def relative_difference(results: Sequence[Tensor | npt.NDArray[np.generic]], outputs: Sequence[Tensor]) -> float:

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from repapq_plugin.core.copies import own_copy
 from repapq_plugin.core.files import unwritable
-from repapq_plugin.core.running import inference
 from repapq_plugin.core.tensors import tensors_of
 from repapq_plugin.errors import ExportError
+from repapq_plugin.export.blame import explained, layer_in
+from repapq_plugin.export.calls import Call, Example
+from repapq_plugin.export.onnx_batch import reason_against, run_second_batch
 from repapq_plugin.export.onnx_verify import relative_difference
 from repapq_plugin.export.qdq_onnx import export_onnx, quantized_module
 
 if TYPE_CHECKING:
     import openvino
+
+logger = logging.getLogger(__name__)
+
+OTHER_SOURCE = "Export only the part of the model that maps tensors to tensors, or give export_onnx another opset."
+"""What to do about a graph that OpenVINO refuses."""
 
 COMPUTE_LAYERS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
 """OpenVINO's names of the layers that have weights, in its executed graph."""
@@ -42,6 +52,9 @@ class OpenVINOSummary:
             Processors without VNNI add 8-bit products in 16 bits, which saturates where weights
             *and* activations use all 8 bits; a large value there is that. Weights of 7 bits never
             saturate.
+        dynamic_batch: Whether the batch is open; then the compiled model ran with two batch sizes. False if a
+            file was converted.
+        notes: What is worth knowing about the files, in sentences.
     """
 
     path: Path
@@ -50,11 +63,13 @@ class OpenVINOSummary:
     integer_layers: int | None
     kernels: Mapping[str, str]
     max_rel_difference: float | None
+    dynamic_batch: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def export_openvino(
     model_or_result_or_onnx_path: object,
-    example: Tensor | tuple[object, ...],
+    example: Example,
     path: str | os.PathLike[str],
     *,
     dynamic_batch: bool = True,
@@ -66,10 +81,10 @@ def export_openvino(
     Args:
         model_or_result_or_onnx_path: The quantized module, anything that holds it as ``.model``, or
             the path of an ONNX file that `export_onnx` wrote.
-        example: One input as ``forward`` takes it, or the tuple of all of them; batch first.
+        example: See `export_onnx`.
         path: The ``.xml`` file to write; both files appear only once they are complete.
-        dynamic_batch: Leave the first dimension open. A fixed one lets processors without AVX-512
-            run transposed convolutions in integers too.
+        dynamic_batch: Leave the first dimension open, if another batch size really runs. A fixed one lets
+            processors without AVX-512 run transposed convolutions in integers too.
 
     Raises:
         ExportError: A package is missing, the model cannot be exported or converted, or the files
@@ -82,27 +97,66 @@ def export_openvino(
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             work = Path(folder)
-            integer_layers: int | None = None
             if isinstance(source, str | os.PathLike):
                 onnx_path = Path(source)
                 if not onnx_path.is_file():
                     raise ExportError(f"There is no ONNX file {onnx_path}; write it with export_onnx first.")
+                summary = _summary(_convert(ov, onnx_path, work / path.name), path)
             else:
-                onnx_path = work / "model.onnx"
-                written = export_onnx(source, example, onnx_path, dynamic_batch=dynamic_batch)
-                integer_layers = written.integer_layers
-            compiled = _convert(ov, onnx_path, work / path.name)
+                summary = _from_model(ov, quantized_module(source), example, work / path.name, dynamic_batch)
             for suffix in (".bin", ".xml"):
                 (work / path.name).with_suffix(suffix).replace(path.with_suffix(suffix))
     except OSError as error:
         raise unwritable(path, error) from error
-    return OpenVINOSummary(
-        path=path,
-        weights_path=path.with_suffix(".bin"),
-        size_bytes=path.stat().st_size + path.with_suffix(".bin").stat().st_size,
-        integer_layers=integer_layers,
-        kernels=layer_kernels(compiled),
-        max_rel_difference=None if integer_layers is None else _difference(compiled, source, example),
+    for note in summary.notes:
+        logger.info(note)
+    size = path.stat().st_size + path.with_suffix(".bin").stat().st_size
+    return replace(summary, path=path, weights_path=path.with_suffix(".bin"), size_bytes=size)
+
+
+def _summary(compiled: openvino.CompiledModel, path: Path) -> OpenVINOSummary:
+    """Return what a compiled model says of itself; the files are not in their place yet."""
+    return OpenVINOSummary(path, path, 0, None, layer_kernels(compiled), None)
+
+
+def _from_model(ov: ModuleType, model: nn.Module, example: Example, xml: Path, dynamic_batch: bool) -> OpenVINOSummary:
+    """Write a model to ``xml``, its batch open only if OpenVINO runs another one, and return what was written."""
+    onnx_path = xml.with_name("model.onnx")
+    written = export_onnx(model, example, onnx_path, dynamic_batch=dynamic_batch)
+    compiled = _convert(ov, onnx_path, xml, model)
+    simulation = own_copy(model).eval()
+    call = Call.of(example, simulation)
+    with torch.no_grad():
+        outputs = tensors_of(call.run(simulation))
+    difference = relative_difference(_run(compiled, call, model), outputs)
+    notes = written.notes
+    if written.dynamic_batch:
+        second = run_second_batch(simulation, call, outputs)
+        try:
+            # Where 8-bit products saturate, they do so for any batch.
+            reason = reason_against(_run(compiled, second.call, model), second, at_least=difference)
+        except ExportError as error:
+            reason = str(error).rstrip(".")
+        if reason:
+            note = f"The batch size is fixed to the example's in OpenVINO: {reason}."
+            logger.warning(note)
+            del compiled  # it may still read the file that is written anew
+            fixed = _from_model(ov, model, example, xml, dynamic_batch=False)
+            return replace(fixed, notes=(note, *fixed.notes))
+    summary = _summary(compiled, xml)
+    integer = sum(kernel.endswith("I8") for kernel in summary.kernels.values())
+    if integer < written.integer_layers:
+        others = [name for name, kernel in summary.kernels.items() if not kernel.endswith("I8")]
+        notes += (
+            f"{integer} of {written.integer_layers} layers with integer weights run in 8-bit integers on this "
+            f"processor; these run in floating point: {', '.join(others)}.",
+        )
+    return replace(
+        summary,
+        integer_layers=written.integer_layers,
+        max_rel_difference=difference,
+        dynamic_batch=written.dynamic_batch,
+        notes=notes,
     )
 
 
@@ -120,25 +174,21 @@ def require_openvino() -> ModuleType:
     return module
 
 
-def _convert(ov: ModuleType, onnx_path: Path, xml_path: Path) -> openvino.CompiledModel:
+def _convert(ov: ModuleType, onnx_path: Path, xml: Path, model: nn.Module | None = None) -> openvino.CompiledModel:
     """Write the IR and return what compiles from the written files, which proves that they are whole."""
     core = ov.Core()
-    try:
-        ov.save_model(core.read_model(onnx_path), xml_path, compress_to_fp16=False)
-        options = {"INFERENCE_PRECISION_HINT": "f32"}
-        return core.compile_model(core.read_model(xml_path), "CPU", options)
-    except RuntimeError as error:
-        raise ExportError(f"OpenVINO cannot convert {onnx_path.name}, or write {xml_path.name}: {error}") from error
+    failure = f"OpenVINO cannot convert {onnx_path.name}, or write {xml.name}"
+    with explained(failure, OTHER_SOURCE, lambda error: layer_in(str(error), model) if model is not None else ""):
+        ov.save_model(core.read_model(onnx_path), xml, compress_to_fp16=False)
+        return core.compile_model(core.read_model(xml), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
 
-def _difference(compiled: openvino.CompiledModel, source: object, example: Tensor | tuple[object, ...]) -> float:
-    """Compare the compiled model with the torch one on the example."""
-    model = quantized_module(source)
-    args = example if isinstance(example, tuple) else (example,)
-    with inference(model):
-        outputs = tensors_of(model(*args))
-    results = compiled([x.detach().cpu().numpy() for x in tensors_of(args)])
-    return relative_difference([results[i] for i in range(len(outputs))], outputs)
+def _run(compiled: openvino.CompiledModel, call: Call, model: nn.Module) -> list[Tensor]:
+    """Return the outputs of a compiled model for a call of the torch one."""
+    arrays = [x.detach().cpu().numpy() for x in call.tensors]
+    with explained("OpenVINO cannot run the model", OTHER_SOURCE, lambda error: layer_in(str(error), model)):
+        results = compiled(arrays)
+        return [torch.as_tensor(results[i]).clone() for i in range(len(compiled.outputs))]
 
 
 def layer_kernels(compiled_model: openvino.CompiledModel) -> dict[str, str]:

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from repapq_plugin.core.files import write_atomically
 from repapq_plugin.core.tensors import tensors_of as tensors_in
 from repapq_plugin.errors import ExportError
+from repapq_plugin.export.blame import explained, layer_in
+from repapq_plugin.export.calls import Call, Example
 from repapq_plugin.export.deploy import deployable, without_quantizers
-from repapq_plugin.export.onnx_names import GraphNames
+from repapq_plugin.export.onnx_batch import SecondBatch, reason_against, run_second_batch
+from repapq_plugin.export.onnx_names import Axes, GraphNames
 from repapq_plugin.export.onnx_tidy import tidy
-from repapq_plugin.export.onnx_trace import run_once, trace
+from repapq_plugin.export.onnx_trace import Expected, run_once, trace
 from repapq_plugin.export.onnx_verify import (
+    OTHER_FORM,
+    RuntimeCheck,
     count_pairs,
-    difference_in_onnxruntime,
+    has_onnxruntime,
     operators,
+    reading_floats,
     relative_difference,
     verify,
 )
+
+if TYPE_CHECKING:
+    import onnx
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["OnnxSummary", "export_onnx", "quantized_module", "relative_difference", "require_onnx", "tensors_in"]
 
@@ -46,6 +59,12 @@ class OnnxSummary:
             graph's, run node by node in onnxruntime, relative to the model's largest output;
             ``None`` without onnxruntime. About 1e-6, unless an activation falls on the other side
             of a rounding boundary, which moves it by one step of its grid.
+        float_inputs: How many of the integer layers read their input in floating point, because it is
+            not quantized or something that is no padding stands in between: runtimes compute them in
+            floating point.
+        dynamic_batch: Whether the first axis of inputs and outputs is open; then the graph ran with
+            two batch sizes.
+        notes: What is worth knowing about the file, in sentences.
     """
 
     path: Path
@@ -55,11 +74,48 @@ class OnnxSummary:
     operators: Mapping[str, int]
     size_bytes: int
     max_rel_difference: float | None
+    float_inputs: int = 0
+    dynamic_batch: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Network:
+    """What is exported.
+
+    Args:
+        model: The quantized module.
+        deployed: Its export form.
+        call: The call that the example stands for.
+        expected: What that does.
+        names: Names of inputs and outputs.
+        opset: ONNX operator set.
+    """
+
+    model: nn.Module
+    deployed: nn.Module
+    call: Call
+    expected: Expected
+    names: GraphNames
+    opset: int
+
+    def named(self, call: Call) -> dict[str, Tensor]:
+        """Return the tensors of a call by the names of the graph's inputs."""
+        return dict(zip(self.names.inputs, call.tensors, strict=True))
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A graph that passed its checks, its file's content, and the difference in onnxruntime if that is there."""
+
+    graph: onnx.GraphProto
+    data: bytes
+    difference: float | None
 
 
 def export_onnx(
     model_or_result: object,
-    example: Tensor | tuple[object, ...],
+    example: Example,
     path: str | os.PathLike[str],
     *,
     input_names: Sequence[str] | None = None,
@@ -76,11 +132,14 @@ def export_onnx(
 
     Args:
         model_or_result: The quantized module, or anything that holds it as ``.model``.
-        example: One input as ``forward`` takes it, or the tuple of all of them; batch first.
+        example: One input as ``forward`` takes it, or the tuple of all of them; batch first. A dict at the
+            end holds keywords, as for ``torch.onnx.export``. Tensors in containers are inputs of their own.
+            Floating tensors of another dtype than the network's are cast to that.
         path: File to write; replaced atomically.
         input_names: Names of the graph's inputs; default ``input`` or ``input_0``, ``input_1``...
         output_names: Names of the outputs, in order; default ``output`` or ``output_0``...
-        dynamic_batch: Leave the first dimension of inputs and outputs open.
+        dynamic_batch: Leave the first dimension of inputs and outputs open, if the graph then computes
+            what the model does for one sample more too; if not, the summary's notes say why.
         opset: ONNX operator set, 13 or newer.
 
     Raises:
@@ -91,28 +150,85 @@ def export_onnx(
     if opset < MIN_OPSET:
         raise ExportError(f"opset={opset} has no scales per channel; choose {MIN_OPSET} or newer.")
     model = quantized_module(model_or_result)
-    args = example if isinstance(example, tuple) else (example,)
     deployed = deployable(model)
-    expected = run_once(deployed, args)
-    names = GraphNames(args, expected.outputs, input_names, output_names, dynamic_batch)
-    proto = trace(deployed, args, names, opset)
-    tidy(proto.graph)
-    if expected.layer_calls:
-        plain = trace(without_quantizers(model), args, names, opset)
-        tidy(plain.graph)
-        verify(proto, plain, expected)
-    data = proto.SerializeToString()
-    write_atomically(Path(path), data)
-    pairs, weights = count_pairs(proto.graph)
+    call = Call.of(example, deployed)
+    expected = run_once(deployed, call)
+    names = GraphNames(call.tensors, expected.outputs, input_names, output_names)
+    network = _Network(model, deployed, call, expected, names, opset)
+    notes = []
+    written = None
+    if dynamic_batch:
+        written, reason = _with_open_batch(network)
+        if written is None:
+            notes.append(f"The batch size is fixed to the example's: {reason}.")
+            logger.warning(notes[-1])
+    is_open = written is not None
+    written = written or _written(network, {})
+    floats = reading_floats(written.graph)
+    if floats:
+        where = sorted({layer_in(node.name, deployed) or node.name for node in floats})
+        notes.append(f"These layers with integer weights read their input in floating point: {', '.join(where)}.")
+        logger.info(notes[-1])
+    write_atomically(Path(path), written.data)
+    pairs, weights = count_pairs(written.graph)
     return OnnxSummary(
         path=Path(path),
         q_dq_pairs=pairs,
         weight_dq=weights,
         integer_layers=expected.layer_calls,
-        operators=dict(operators(proto.graph)),
-        size_bytes=len(data),
-        max_rel_difference=difference_in_onnxruntime(data, args, expected.outputs),
+        operators=dict(operators(written.graph)),
+        size_bytes=len(written.data),
+        max_rel_difference=written.difference,
+        float_inputs=len(floats),
+        dynamic_batch=is_open,
+        notes=tuple(notes),
     )
+
+
+def _with_open_batch(network: _Network) -> tuple[_Written | None, str]:
+    """Return the file with an open batch, or why it cannot be open."""
+    call, expected = network.call, network.expected
+    second = run_second_batch(network.deployed, call, expected.outputs)
+    if second.reason:
+        return None, second.reason
+    axes = network.names.open_axes(call.tensors, expected.outputs, (second.call.tensors, second.outputs))
+    try:
+        return _written(network, axes, second), ""
+    except ExportError as error:  # if the reason is another, the fixed one meets it too
+        return None, str(error).rstrip(".")
+
+
+def _written(network: _Network, axes: Mapping[str, Axes], second: SecondBatch | None = None) -> _Written:
+    """Trace the network, and check the graph.
+
+    Args:
+        network: What is exported.
+        axes: Open axes of the inputs and outputs.
+        second: What the model does for another batch size; the graph has to do the same.
+
+    Raises:
+        ExportError: It cannot be traced, or a check failed.
+    """
+    deployed, call, expected = network.deployed, network.call, network.expected
+    proto = trace(deployed, call, network.names, axes, network.opset)
+    tidy(proto.graph)
+    if expected.layer_calls:
+        plain = trace(without_quantizers(network.model), call, network.names, axes, network.opset)
+        tidy(plain.graph)
+        verify(proto, plain, expected, deployed)
+    with explained("The graph does not fit into one file", "Export the model in parts below 2 GiB."):
+        data = proto.SerializeToString()
+    if not has_onnxruntime():
+        return _Written(proto.graph, data, None)
+    check = RuntimeCheck(data, deployed)
+    with explained("The graph's outputs on the example are not of the model's shapes", OTHER_FORM):
+        difference = relative_difference(check.run(network.named(call)), expected.outputs)
+    if second is not None:
+        inputs = network.named(second.call)
+        reason = reason_against(check.run(inputs), second)
+        if reason:
+            raise ExportError(reason)
+    return _Written(proto.graph, data, difference)
 
 
 def quantized_module(model_or_result: object) -> nn.Module:
