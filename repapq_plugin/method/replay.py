@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from repapq_plugin.core.hooks import Hooks, other_forwards, unseen
+from repapq_plugin.core.tensors import first_tensor
 
 
 class _Reached(BaseException):
@@ -57,20 +58,23 @@ def inputs_of(module: nn.Module, calls: int, run: Callable[[], object]) -> list[
     """Return what ``module`` is called with, call after call, and stop before its last call runs.
 
     Args:
-        module: A module that is called with one tensor.
+        module: A module that is called with one tensor, by position or by keyword.
         calls: How often one forward pass calls it.
         run: Makes that forward pass.
     """
     seen: list[Tensor] = []
 
-    def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def before(_: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+        given = first_tensor(args, kwargs)
+        if given is None:
+            raise TypeError(f"{type(module).__name__} is called without a tensor")
         with unseen():
-            seen.append(args[0].detach().clone())
+            seen.append(given.detach().clone())
         if len(seen) == calls:
             raise _Reached
 
     with Hooks() as hooks:
-        hooks.before(module, before)
+        hooks.before(module, before, with_kwargs=True)
         _run_until_reached(run)
     return seen
 

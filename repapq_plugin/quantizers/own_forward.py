@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from repapq_plugin.core.modules import become, own_class
 from repapq_plugin.core.running import inference
-from repapq_plugin.core.tensors import first_tensor
+from repapq_plugin.core.tensors import change_first_tensor, first_tensor
 from repapq_plugin.core.watch import FunctionWatch
 from repapq_plugin.quantizers.layers import PRODUCTS, QUANTIZABLE, BakedLayer, output_channels, weight_of
 
@@ -113,6 +113,8 @@ def reason_against(layer: nn.Module, arguments: Arguments) -> str:
         seen = products_of(probe, arguments)
     except Exception as error:  # whatever the user's forward raises
         return f"the forward of {kind} cannot be run alone with a bias ({type(error).__name__}: {error})"
+    if not seen.products and seen.others:
+        return f"the forward of {kind} multiplies with {seen.others[0]} instead of a layer's own function"
     if len(seen.products) != 1 or seen.others:
         return f"the forward of {kind} makes {len(seen.products) + len(seen.others)} products instead of one"
     product = seen.products[0]
@@ -165,14 +167,13 @@ def _bake(layer: nn.Module, calls: Sequence[Arguments]) -> bool:
     if weight is None:
         return False
     args, kwargs = calls[0]
-    given = first_tensor(args, kwargs)
-    if given is None:
+    if first_tensor(args, kwargs) is None:
         return False
     try:
         wanted = layer(*args, **kwargs)
         seen = [products_of(layer, call).products for call in calls]
         # Another input shows whether the tensor depends on it.
-        seen.append(products_of(layer, ((given * 0.5 + 0.25, *args[1:]), kwargs)).products if args else seen[0])
+        seen.append(products_of(layer, change_first_tensor(args, kwargs, lambda x: x * 0.5 + 0.25)).products)
     except Exception:  # the user's forward; `reason_against` will say it
         return False
     if any(len(products) != 1 for products in seen):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from repapq_plugin.core.tensors import floating_tensors
 from repapq_plugin.method.replay import answering, inputs_of, outputs_of, recording
@@ -52,3 +53,13 @@ def test_inputs_and_outputs_of_a_shared_module_are_all_found_and_nothing_behind_
     assert not ran
     for given, got in zip(inputs, outputs, strict=True):
         torch.testing.assert_close(model.tower(given), got)
+
+
+def test_inputs_given_by_keyword_are_found_and_a_call_without_a_tensor_is_named():
+    layer, x = nn.ConvTranspose2d(3, 3, 2, 2), torch.randn(1, 3, 4, 4)
+    [given] = inputs_of(layer, 1, lambda: layer(output_size=[8, 8], input=x))
+    assert torch.equal(given, x) and given is not x
+    nothing = nn.Identity()
+    with pytest.raises(TypeError, match="Identity is called without a tensor"):
+        inputs_of(nothing, 1, lambda: nothing([x]))
+    assert not layer._forward_pre_hooks and not nothing._forward_pre_hooks

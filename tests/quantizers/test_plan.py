@@ -15,8 +15,10 @@ from repapq_plugin.policy import KEPT_FLOAT, NO_CHANNEL_AXIS, bits_of
 from repapq_plugin.quantizers.layers import QuantizedLayer
 from repapq_plugin.quantizers.plan import LayerPlan, insert_quantizers, plan_layers
 from repapq_plugin.quantizers.trace import Trace, trace_network
-from tests.support.networks import Chain, Pyramid, batches, settle
+from tests.support.networks import Chain, Pyramid, Tied, batches, settle
 from tests.support.placed import after
+
+NOT_CALLED = "not called in a forward pass; if its weight is used by a function, that runs in float"
 
 
 def traced(model: nn.Module) -> tuple[nn.Module, Trace]:
@@ -120,3 +122,44 @@ def test_the_plan_of_one_network_is_that_of_its_copy() -> None:
     again = copy.deepcopy(model)
     x = batches(1)[0]
     assert plans_of(again, trace_network(again, lambda: again(x))) == plans_of(model, trace)
+
+
+def test_layers_of_one_weight_share_its_quantizer_with_the_bits_of_the_one_that_needs_most() -> None:
+    model, trace = traced(Tied())
+    plans = plans_of(model, trace, layer_bits={"fine": (3, 6)})
+    assert trace.layers["coarse"].last
+    assert (plans["fine"].weight_bits, plans["fine"].activation_bits) == (8, 6)
+    assert plans["coarse"].weight_bits == 8 and plans["down"].weight_bits == 4
+    layers = insert_quantizers(model, plans, RepAPQConfig())
+    fine, coarse = layers["fine"], layers["coarse"]
+    assert fine.weight is coarse.weight and fine.weight_fake_quant is coarse.weight_fake_quant
+    assert fine.bias is not coarse.bias and fine.input_fake_quant is not coarse.input_fake_quant
+    assert len({layer.weight_fake_quant for layer in layers.values()}) == len(layers) - 1
+
+
+def test_a_weight_that_two_layers_share_takes_no_affine_layer() -> None:
+    job, _ = after("find_ranges", settle(Tied()), batches(1), RepAPQConfig())
+    job.backend.attach_affine()
+    layers = {name: job.backend.student.get_submodule(name) for name in job.backend.plans}
+    assert [name for name, layer in layers.items() if layer.affine is None] == ["fine", "coarse"]
+
+
+def test_what_holds_a_matrix_of_weights_and_runs_in_float_is_named_and_a_norm_is_not() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.unused = nn.Conv2d(3, 4, 3), nn.Linear(4, 4)
+            self.norm, self.recurrent, self.slope = nn.GroupNorm(2, 4), nn.GRU(4, 4, batch_first=True), nn.PReLU(4)
+            self.by_function = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.slope(self.norm(self.stem(x)))
+            x = nn.functional.conv2d(x, self.by_function.weight)
+            return self.recurrent(x.flatten(2).transpose(1, 2))[0]
+
+    model, trace = traced(Mixed())
+    plans, reasons = plan_layers(model, trace, RepAPQConfig())
+    assert list(plans) == ["stem"]
+    assert reasons == {
+        "unused": NOT_CALLED, "by_function": NOT_CALLED, "recurrent": "GRU runs in float"
+    }  # fmt: skip

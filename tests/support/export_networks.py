@@ -35,13 +35,13 @@ def float_copy(layer: QuantizedLayer) -> nn.Module:
     return copied
 
 
-def set_ranges(model: nn.Module, x: Tensor) -> nn.Module:
+def set_ranges(model: nn.Module, *args: object, **kwargs: object) -> nn.Module:
     """Set every quantizer to the range that it sees in a float pass, and put the model in evaluation mode."""
     quantizers = [m for m in model.modules() if isinstance(m, LearnableFakeQuantize)]
     for quantizer in quantizers:
         quantizer.enable_fake_quant(False)
     with torch.no_grad():
-        model.eval()(x)
+        model.eval()(*args, **kwargs)
     for quantizer in quantizers:
         quantizer.enable_fake_quant(True)
         quantizer.enable_observer(False)

@@ -80,6 +80,21 @@ class Pyramid(nn.Module):
         return [self.classes(t) for t in towers], [self.boxes(t) for t in towers]
 
 
+class Tied(nn.Module):
+    """Two levels, one weight for the heads of both; each head has a bias of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.fine, self.coarse = nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1)
+        self.out = nn.Conv2d(8, 4, 1)
+        self.coarse.weight = self.fine.weight
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.stem(x).relu()
+        return self.out(self.fine(x).relu()), self.coarse(3 * self.down(x).relu())
+
+
 def settle(model: nn.Module, size: int = 16) -> nn.Module:
     """Give norms statistics of their own by a few passes in training mode; returned in eval mode."""
     model.train()
