@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from typing import TypeVar, cast
+from typing import TypeGuard, TypeVar, cast
 
 from torch import Tensor, nn
 
 from repapq_plugin.core.hooks import Hooks
 from repapq_plugin.core.tensors import first_tensor
+from repapq_plugin.reparam.layer_maps import is_plain_conv, is_plain_linear
 
 Layer = nn.Conv2d | nn.Linear
 """A layer whose channels can be changed."""
 
 B = TypeVar("B")
 L = TypeVar("L", bound=nn.Module)
+
+
+def is_plain(layer: nn.Module) -> TypeGuard[Layer]:
+    """Whether a layer multiplies its input with its weight, adds its bias and does nothing else, as torch's own do.
+
+    A subclass with a forward of its own may make anything of its weight; its channels stay as they are.
+    """
+    return is_plain_conv(layer) or is_plain_linear(layer)
+
+
+def tied_parameters(model: nn.Module) -> set[int]:
+    """Return by ``id`` the parameters that more than one module reads, as one object or in one place of memory."""
+    held = [p for module in model.modules() for p in module._parameters.values() if p is not None]
+    places = Counter((p.data_ptr(), p.device) for p in held if p.numel())
+    return {id(p) for p in held if p.numel() and places[p.data_ptr(), p.device] > 1}
+
+
+def own_parameters(layer: nn.Module, tied: Collection[int]) -> bool:
+    """Whether a layer holds its weight as a parameter, and nobody else holds that or its bias.
+
+    Args:
+        layer: A convolution or a linear layer.
+        tied: What `tied_parameters` returned for the model.
+    """
+    return "weight" in layer._parameters and not any(id(p) in tied for p in layer._parameters.values())
 
 
 def largest_weights(layer: Layer) -> Tensor:

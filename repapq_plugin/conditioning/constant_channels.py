@@ -19,8 +19,16 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from repapq_plugin.conditioning.channels import B, L, Layer, largest_weights, read_channels
-from repapq_plugin.core.modules import parameter_uses
+from repapq_plugin.conditioning.channels import (
+    B,
+    L,
+    Layer,
+    is_plain,
+    largest_weights,
+    own_parameters,
+    read_channels,
+    tied_parameters,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +51,7 @@ class _Range:
 
 
 def _reads_channels_together(layer: nn.Module) -> TypeGuard[Layer]:
-    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+    return is_plain(layer) and (isinstance(layer, nn.Linear) or layer.groups == 1)
 
 
 def _zero_padded(layer: Layer) -> bool:
@@ -57,7 +65,8 @@ def fold_constant_channels(
     """Move what constant channels contribute into biases, in place; on ``batches`` nothing else changes.
 
     A channel counts if it is the same everywhere, in all of ``batches``, and its weights stand out (`OUTLIER`). In
-    front of a padded convolution only zero is: another constant ends where the padding begins.
+    front of a padded convolution only zero is: another constant ends where the padding begins. Layers that share their
+    parameters, or have a forward of their own, stay as they are.
 
     Args:
         model: The merged float network, in evaluation mode.
@@ -69,12 +78,11 @@ def fold_constant_channels(
         Number of folded channels by layer name, in no case zero.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    uses = parameter_uses(model)
+    tied = tied_parameters(model)
     layers: dict[Layer, str] = {}
     for name in names:
         layer = modules[name]
-        own = "weight" in layer._parameters and uses[id(layer.weight)] == 1
-        if own and _reads_channels_together(layer) and bool(_stands_out(layer).any()):
+        if own_parameters(layer, tied) and _reads_channels_together(layer) and bool(_stands_out(layer).any()):
             layers[layer] = name
     folded = {}
     for layer, seen in _channel_ranges(layers, run, batches).items():

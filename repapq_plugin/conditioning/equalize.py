@@ -11,19 +11,26 @@ W8A8 without it stays 0.5 points below float, because one input channel of its m
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from repapq_plugin.conditioning.channels import B, Layer, largest_weights, read_channels
-from repapq_plugin.core.compare import equal_within
+from repapq_plugin.conditioning.channels import (
+    B,
+    Layer,
+    is_plain,
+    largest_weights,
+    own_parameters,
+    read_channels,
+    tied_parameters,
+)
+from repapq_plugin.core.compare import equal_within, precise, rounding_of
 from repapq_plugin.core.hooks import Hooks
-from repapq_plugin.core.modules import parameter_uses
-from repapq_plugin.core.tensors import tensors_of
+from repapq_plugin.core.tensors import first_tensor, tensors_of
 from repapq_plugin.core.watch import MakersWatch
 
 logger = logging.getLogger(__name__)
@@ -49,27 +56,28 @@ class _Readers(MakersWatch):
         self.readers: dict[nn.Module, set[nn.Module]] = {}
         self.given: dict[nn.Module, nn.Module | None] = {}
 
-    def module_runs(self, module: nn.Module, args: tuple[object, ...]) -> None:
-        if args and isinstance(args[0], Tensor):
-            self.reading.append(args[0])
-            self.given[module] = self.maker_of(args[0])
-        else:
-            self.given[module] = None
+    def module_runs(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        x = first_tensor(args, kwargs)
+        if x is not None:
+            self.reading.append(x)
+        self.given[module] = self.maker_of(x)
 
-    def layer_ran(self, layer: nn.Module, args: tuple[object, ...], output: object) -> None:
+    def layer_ran(self, layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
         self.calls[layer] += 1
-        maker = self._finish(layer, args)
+        maker = self._finish(layer, args, kwargs)
         if maker is not None:
             self.readers.setdefault(maker, set()).add(layer)
         self.made(layer, output)
 
-    def homogeneous_ran(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        maker = self._finish(module, args)
+    def homogeneous_ran(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
+    ) -> None:
+        maker = self._finish(module, args, kwargs)
         if maker is not None:
             self.made(maker, output)
 
-    def _finish(self, module: nn.Module, args: tuple[object, ...]) -> nn.Module | None:
-        if args and isinstance(args[0], Tensor) and self.reading:
+    def _finish(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> nn.Module | None:
+        if first_tensor(args, kwargs) is not None and self.reading:
             self.reading.pop()
         return self.given.pop(module, None)
 
@@ -88,18 +96,16 @@ def find_links(
     with Hooks() as hooks:
         for module in model.modules():
             is_layer = isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
-            if is_layer or isinstance(module, HOMOGENEOUS):
-                hooks.before(module, watch.module_runs)
-                hooks.after(module, watch.layer_ran if is_layer else watch.homogeneous_ran)
+            if is_layer or _is_homogeneous(module):
+                hooks.before(module, watch.module_runs, with_kwargs=True)
+                hooks.after(module, watch.layer_ran if is_layer else watch.homogeneous_ran, with_kwargs=True)
         with watch:
             result = run()
         watch.note_use(result)
-    uses = parameter_uses(model)
+    tied = tied_parameters(model)
 
     def changeable(layer: nn.Module) -> TypeGuard[Layer]:
-        own = all(uses[id(p)] == 1 for p in layer._parameters.values() if p is not None)
-        plain = isinstance(layer, Layer) and "weight" in layer._parameters
-        return layer in layers and plain and watch.calls[layer] == 1 and own
+        return layer in layers and is_plain(layer) and watch.calls[layer] == 1 and own_parameters(layer, tied)
 
     order = list(watch.calls)
     links = []
@@ -112,6 +118,12 @@ def find_links(
         if alike and len(chosen) == len(readers):
             links.append((maker, chosen))
     return links
+
+
+def _is_homogeneous(module: nn.Module) -> bool:
+    """Whether a module is one of `HOMOGENEOUS`; subclasses with a forward of their own may be anything."""
+    forwards = [kind.forward for kind in HOMOGENEOUS if isinstance(module, kind)]
+    return type(module).forward in forwards and "forward" not in vars(module)
 
 
 def _is_depthwise(layer: Layer) -> bool:
@@ -129,7 +141,7 @@ def channel_scales(sizes: Tensor, readers: Sequence[Layer]) -> Tensor:
         sizes: Typical largest absolute value of each channel, float64.
         readers: Layers that read the tensor.
     """
-    dense = [largest_weights(reader) for reader in readers if not _is_depthwise(reader)]
+    dense = [largest_weights(reader).to(sizes.device) for reader in readers if not _is_depthwise(reader)]
     alive = sizes > 0
     scales = torch.where(alive, sizes, 1.0)
     if dense:
@@ -144,22 +156,39 @@ def channel_scales(sizes: Tensor, readers: Sequence[Layer]) -> Tensor:
 
 @torch.no_grad()
 def _scale(maker: Layer, readers: Iterable[Layer], scales: Tensor) -> None:
-    dtype = maker.weight.dtype
+    dtype, scales = maker.weight.dtype, scales.to(maker.weight.device)
     maker.weight.copy_((maker.weight.double() / scales.reshape(-1, *[1] * (maker.weight.dim() - 1))).to(dtype))
     if maker.bias is not None:
         maker.bias.copy_((maker.bias.double() / scales).to(dtype))
     for reader in readers:
+        dtype, scales = reader.weight.dtype, scales.to(reader.weight.device)
         groups = getattr(reader, "groups", 1)
         weight = reader.weight.double().reshape(groups, -1, *reader.weight.shape[1:])
         by_group = scales.reshape(groups, 1, -1, *[1] * (reader.weight.dim() - 2))
         reader.weight.copy_((weight * by_group).flatten(0, 1).to(dtype))
 
 
+@dataclass(frozen=True)
+class Equalized:
+    """What became of the channels of a network.
+
+    Args:
+        layers: Names of the layers whose output channels were rescaled, in call order.
+        notes: What could not be done, and why.
+    """
+
+    layers: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@precise()
 @torch.no_grad()
 def equalize_channels(
     model: nn.Module, run: Callable[[B], object], batches: Sequence[B], names: Collection[str]
-) -> tuple[str, ...]:
+) -> Equalized:
     """Equalize the channels of ``model`` in place; it computes what it did before, to float rounding.
+
+    Layers that share their parameters, or have a forward of their own, stay as they are.
 
     Args:
         model: The merged float network, in evaluation mode.
@@ -168,24 +197,28 @@ def equalize_channels(
         names: Module paths of the layers that may be changed: those that are quantized.
 
     Returns:
-        Names of the layers whose output channels were rescaled, in call order.
+        The layers whose output channels were rescaled, or a note why none was.
     """
-    named = dict(model.named_modules())
+    named = dict(model.named_modules(remove_duplicate=False))
     links = find_links(model, lambda: run(batches[0]), {named[name] for name in names})
     if not links:
-        return ()
-    before = copy.deepcopy(model.state_dict())
+        return Equalized()
+    touched = {p for maker, readers in links for layer in (maker, *readers) for p in layer.parameters(recurse=False)}
+    before = {parameter: parameter.clone() for parameter in touched}
     wanted = [tensor.clone() for tensor in tensors_of(run(batches[0]))]
     sizes = _channel_sizes([readers[0] for _, readers in links], run, batches[:_BATCHES])
     for maker, readers in links:
         if readers[0] in sizes:
             _scale(maker, readers, channel_scales(sizes[readers[0]], readers))
-    if not equal_within(tensors_of(run(batches[0])), wanted):
-        model.load_state_dict(before)
-        logger.warning("Equalizing channels changes what the network computes; it is left as it was.")
-        return ()
-    paths = {module: name for name, module in named.items()}
-    return tuple(paths[maker] for maker, _ in links)
+    actual = tensors_of(run(batches[0]))
+    if not equal_within(actual, wanted, rounding_of([*wanted, *touched])):
+        for parameter, values in before.items():
+            parameter.copy_(values)
+        note = "Equalizing channels changes what the network computes; it is left as it was."
+        logger.warning(note)
+        return Equalized(notes=(note,))
+    paths = {module: name for name, module in model.named_modules()}
+    return Equalized(tuple(paths[maker] for maker, _ in links))
 
 
 def _channel_sizes(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -13,6 +14,51 @@ ROUNDING = 1e-4
 
 EXACT = 1e-9
 """The same for two runs in float64."""
+
+HALF_ROUNDING = 0.05
+"""The same for two runs in float16 or bfloat16, whose roundings add up over many layers (our choice)."""
+
+
+def rounding_of(tensors: Iterable[Tensor]) -> float:
+    """Return what two runs that compute with such tensors may differ by: the coarsest floating dtype decides."""
+    coarsest = max((torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point()), default=0.0)
+    return ROUNDING if coarsest <= torch.finfo(torch.float32).eps else HALF_ROUNDING
+
+
+@contextmanager
+def precise() -> Iterator[None]:
+    """Multiply float32 as float32 inside, and not as TF32 or bfloat16; the settings come back afterwards.
+
+    Two results that are to be equal differ by 1e-3 where one of them was computed with ten bits of mantissa.
+    """
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    # From torch 2.9 on each operator has a setting of its own, and the older switches cannot be read once such a one
+    # was set; up to then there are none but the switches.
+    single = [(s, s.fp32_precision) for s in _settings_by_operator() if hasattr(s, "fp32_precision")]
+    try:
+        switches = (torch.get_float32_matmul_precision(), cuda.allow_tf32, cudnn.allow_tf32)
+    except RuntimeError:
+        switches = None
+    try:
+        if switches is not None:
+            torch.set_float32_matmul_precision("highest")
+            cuda.allow_tf32 = cudnn.allow_tf32 = False
+        else:
+            for setting, _ in single:
+                setting.fp32_precision = "ieee"
+        yield
+    finally:
+        if switches is not None:
+            torch.set_float32_matmul_precision(switches[0])
+            cuda.allow_tf32, cudnn.allow_tf32 = switches[1:]
+        for setting, before in single:
+            setting.fp32_precision = before
+
+
+def _settings_by_operator() -> list[object]:
+    owners = (torch.backends.cuda, torch.backends.cudnn, getattr(torch.backends, "mkldnn", None))
+    found = (getattr(owner, name, None) for owner in owners for name in ("matmul", "conv", "rnn"))
+    return [setting for setting in found if setting is not None]
 
 
 def _apart(one: Tensor, other: Tensor) -> tuple[float, float]:

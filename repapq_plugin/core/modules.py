@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Mapping
 from typing import ClassVar, SupportsIndex, TypeVar, cast
 
+import torch
 from torch import nn
 
 
@@ -66,6 +68,13 @@ def become(module: nn.Module, role: type[M]) -> M:
     return cast(M, module)
 
 
+def may_become(module: nn.Module) -> bool:
+    """Whether a module can play a role: its class must not pickle itself in a way of its own, as traced modules do."""
+    own = own_class(module)
+    reduces = own.__reduce__ is not object.__reduce__ or own.__reduce_ex__ is not object.__reduce_ex__
+    return not reduces and not isinstance(module, torch.jit.ScriptModule)
+
+
 def own_class(module: nn.Module) -> type[nn.Module]:
     """Return the class that a module has without the role that it plays."""
     return type(module).own_class if isinstance(module, _Playing) else type(module)
@@ -84,9 +93,34 @@ class _Playing:
     role: ClassVar[type[nn.Module]]
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
+        own_state = getattr(self.own_class, "__getstate__", None)  # every class has one from Python 3.11 on
         # A copy: a module that runs at this moment may hold what it does not own.
-        return _unpickled, (self.own_class, self.role), dict(vars(self))
+        state = dict(vars(self)) if own_state in (None, getattr(object, "__getstate__", None)) else own_state(self)
+        return _unpickled, (self.own_class, self.role), state
 
 
 def _unpickled(own: type[nn.Module], role: type[nn.Module]) -> nn.Module:
     return become(own.__new__(own), role)
+
+
+_REGISTRIES = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
+)
+
+
+def shallow_copy(module: M) -> M:
+    """Return a copy that shares children, parameters and buffers, and may be given others."""
+    copied = copy.copy(module)
+    for name in _REGISTRIES:
+        vars(copied)[name] = copy.copy(getattr(module, name))
+    return copied
+
+
+def without_hooks(module: M) -> M:
+    """Return a `shallow_copy` that runs the module's own forward without its own hooks; its children keep theirs."""
+    copied = shallow_copy(module)
+    for name in _HOOKS:
+        vars(copied)[name] = type(getattr(module, name))()
+    return copied

@@ -46,6 +46,15 @@ class FunctionWatch(TorchFunctionMode):
         return result
 
 
+SHAPES_ONLY = {"reshape_as", "view_as", "expand_as", "type_as"}
+"""Functions that take nothing but shape or dtype from what they are given besides the first tensor."""
+
+MAKERS_OF_OTHERS = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"} | {
+    *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"),
+}
+"""Functions that take nothing but shape, dtype or device from a tensor."""
+
+
 class MakersWatch(FunctionWatch):
     """Knows which layer made a tensor, and which layers' outputs were read by more than the modules that report it.
 
@@ -81,5 +90,6 @@ class MakersWatch(FunctionWatch):
     def after(
         self, name: str, args: tuple[object, ...], kwargs: Mapping[str, object], result: object, note: object
     ) -> None:
-        """Every argument is used."""
-        self.note_use([args, kwargs])
+        """Every argument is used whose values are."""
+        if name not in MAKERS_OF_OTHERS:
+            self.note_use(args[:1] if name in SHAPES_ONLY else [args, kwargs])

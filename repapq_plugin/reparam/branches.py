@@ -18,8 +18,10 @@ from typing import TypeVar, overload
 
 from torch import Tensor, nn
 
+from repapq_plugin.core.modules import own_class
 from repapq_plugin.core.running import is_out_of_memory
 from repapq_plugin.errors import MergeError
+from repapq_plugin.reparam.merged import MergedBlock
 
 BlockFunction = Callable[..., "BranchSpec | None"]
 """Takes one block, of the class that it was registered for."""
@@ -116,7 +118,9 @@ def qualified_name(cls: type) -> str:
 
 
 def _function_of(block: nn.Module) -> BlockFunction | None:
-    for cls in type(block).__mro__:
+    if isinstance(block, MergedBlock):
+        return None
+    for cls in own_class(block).__mro__:
         function = _BY_CLASS.get(cls) or _BY_NAME.get(qualified_name(cls))
         if function is not None:
             return function
@@ -124,7 +128,7 @@ def _function_of(block: nn.Module) -> BlockFunction | None:
 
 
 def is_registered(block: nn.Module) -> bool:
-    """Tell whether the class of ``block``, or an ancestor of it, was taught."""
+    """Tell whether the class of ``block``, or an ancestor of it, was taught, and its branches are not merged yet."""
     return _function_of(block) is not None
 
 
@@ -135,7 +139,7 @@ def branches_of(block: nn.Module) -> BranchSpec | None:
         block: A module.
 
     Returns:
-        Its branches; None if nothing is known about its class or the block is already deployed.
+        Its branches; None if nothing is known about its class or the block is already deployed or merged.
 
     Raises:
         MergeError: The registered function failed or returned something else.
@@ -143,7 +147,7 @@ def branches_of(block: nn.Module) -> BranchSpec | None:
     function = _function_of(block)
     if function is None:
         return None
-    what = f"The function registered for {qualified_name(type(block))}"
+    what = f"The function registered for {qualified_name(own_class(block))}"
     try:
         spec = function(block)
     except MergeError:

@@ -1,27 +1,29 @@
 """Fold batch normalisation into the convolution or linear layer in front of it, whatever the host.
 
 Which norm follows which layer is seen by running the model, not read from attribute names: a norm
-whose input *is* the very tensor that a layer returned.
+whose input *is* the very tensor that a layer returned, or that tensor reshaped or transposed.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from repapq_plugin.core.compare import equal_within
+from repapq_plugin.core.compare import equal_within, precise, rounding_of
 from repapq_plugin.core.hooks import Hooks
 from repapq_plugin.core.modules import places_of
 from repapq_plugin.core.running import inference
 from repapq_plugin.core.tensors import tensors_of
-from repapq_plugin.core.watch import MakersWatch
 from repapq_plugin.errors import MergeError
+from repapq_plugin.reparam.norm_inputs import NormInputs
 from repapq_plugin.reparam.norms import is_norm, norm_affine, tail_of
+from repapq_plugin.reparam.take_over import carry_attributes
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +79,7 @@ def _put(layer: nn.Module, values: Iterable[Tensor | None]) -> None:
 
 def _folded(layer: Layer, bn: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight and bias of ``layer`` followed by ``bn``, in the dtype of ``layer``."""
-    scale, shift = norm_affine(bn)
+    scale, shift = (value.to(layer.weight.device) for value in norm_affine(bn))
     weight = layer.weight.double()
     groups = layer.groups if isinstance(layer, _TRANSPOSED) else 1
     # A transposed convolution keeps its output channels, within each group, in the second axis.
@@ -92,36 +94,6 @@ def _folded(layer: Layer, bn: nn.Module) -> tuple[Tensor, Tensor]:
         weight = weight * scale.reshape(-1, 1, *taps)
     bias = shift if layer.bias is None else scale * layer.bias.double() + shift
     return weight.to(layer.weight.dtype), bias.to(layer.weight.dtype)
-
-
-class _NormInputs(MakersWatch):
-    """Sees, over one run, which layer's output every norm was given, and who else used such an output."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.given: dict[nn.Module, list[nn.Module | None]] = {}
-
-    def layer_ran(self, layer: nn.Module, _: tuple[object, ...], output: object) -> None:
-        self.calls[layer] += 1
-        self.made(layer, output)
-
-    def norm_runs(self, norm: nn.Module, args: tuple[object, ...]) -> None:
-        x = args[0] if args else None
-        self.reading = [x] if isinstance(x, Tensor) else []
-        self.given.setdefault(norm, []).append(self.maker_of(x))
-
-    def norm_ran(self, *_: object) -> None:
-        self.reading = []
-
-    def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Layers all of whose outputs went to one norm and nowhere else, the norm being given nothing else."""
-        found = []
-        for norm, layers in self.given.items():
-            layer = layers[0]
-            only_one = layer is not None and all(other is layer for other in layers)
-            if layer is not None and only_one and self.calls[layer] == len(layers):
-                found.append((layer, norm))
-        return [(layer, norm) for layer, norm in found if layer not in self.used_elsewhere]
 
 
 def _outputs(model: nn.Module, run: Callable[[nn.Module], object]) -> list[Tensor]:
@@ -139,6 +111,7 @@ class _Pair:
         tail = tail_of(norm)
         self.rest: nn.Module = nn.Sequential(*tail) if tail else nn.Identity()
         self.rest.training = norm.training
+        carry_attributes(norm, self.rest)
         self.places = places_of(model, norm)
 
     def fold(self) -> None:
@@ -152,32 +125,93 @@ class _Pair:
             setattr(parent, name, self.norm)
 
 
-def _candidates(
-    model: nn.Module, run: Callable[[nn.Module], object], refused: Collection[nn.Module]
-) -> tuple[list[_Pair], list[Tensor]]:
-    """Observe one run: the pairs that look foldable, but for ``refused`` norms, and the model's outputs."""
-    watch = _NormInputs()
-    with Hooks() as hooks:
-        for module in model.modules():
-            if isinstance(module, Layer):
-                hooks.after(module, watch.layer_ran)
-            elif is_norm(module):
-                hooks.before(module, watch.norm_runs)
-                hooks.after(module, watch.norm_ran)
-        with inference(model):
-            with watch:
-                result = run(model)
-            watch.note_use(result)
-            outputs = [tensor.detach().clone() for tensor in tensors_of(result)]
-    pairs = []
-    with torch.no_grad():
+@dataclass(frozen=True)
+class Folding:
+    """What became of the norms of a model.
+
+    Args:
+        pairs: Names of layer and norm of each folded pair.
+        kept: Why each other norm stays, by name.
+    """
+
+    pairs: list[tuple[str, str]] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+
+
+def _normalises(module: nn.Module) -> bool:
+    return is_norm(module) or isinstance(module, nn.modules.batchnorm._NormBase)
+
+
+class _Folder:
+    """Folds norms of one model, one set of pairs after the other."""
+
+    def __init__(self, model: nn.Module, run: Callable[[nn.Module], object]) -> None:
+        self.model, self.run = model, run
+        self.names = {module: name for name, module in model.named_modules()}
+        self.refused: dict[nn.Module, str] = {}
+        self.alone: dict[nn.Module, str] = {}
+
+    def candidates(self) -> tuple[list[_Pair], list[Tensor]]:
+        """Observe one run: the pairs that look foldable, but for refused norms, and the model's outputs."""
+        watch = NormInputs()
+        with Hooks() as hooks:
+            for module in self.model.modules():
+                if isinstance(module, Layer):
+                    hooks.after(module, watch.layer_ran)
+                elif _normalises(module):
+                    hooks.before(module, watch.norm_runs, with_kwargs=True)
+                    hooks.after(module, watch.norm_ran)
+            with inference(self.model):
+                with watch:
+                    result = self.run(self.model)
+                watch.note_use(result)
+                outputs = [tensor.detach().clone() for tensor in tensors_of(result)]
+        pairs = []
+        self.alone = dict.fromkeys(watch.given, "its input is not the output of one layer that nothing else reads")
         for layer, norm in watch.pairs():
-            try:
-                if "weight" in layer._parameters and norm not in refused:
-                    pairs.append(_Pair(model, _foldable(layer), norm))
-            except MergeError as failure:
-                logger.warning("A norm stays where it is: %s", failure)
-    return pairs, outputs
+            del self.alone[norm]
+            if norm not in self.refused and (pair := self._pair(layer, norm)) is not None:
+                pairs.append(pair)
+        return pairs, outputs
+
+    @torch.no_grad()
+    def _pair(self, layer: nn.Module, norm: nn.Module) -> _Pair | None:
+        try:
+            if "weight" not in layer._parameters:
+                raise _not_foldable(layer)
+            return _Pair(self.model, _foldable(layer), norm)
+        except MergeError as failure:
+            logger.warning("%s stays a norm: %s", self.names[norm], failure)
+            self.refused[norm] = str(failure)
+            return None
+
+    def fold_what_stays_equal(self, group: list[_Pair], wanted: list[Tensor]) -> list[_Pair]:
+        """Fold those of ``group``, on top of what is folded already, that leave the model's outputs as ``wanted``."""
+        if not group:
+            return []
+        same = False
+        for pair in group:
+            pair.fold()
+        try:
+            tolerance = rounding_of([*wanted, *self.model.parameters()])
+            same = equal_within(_outputs(self.model, self.run), wanted, tolerance)
+        finally:
+            if not same:
+                for pair in group:
+                    pair.unfold()
+        if same:
+            return group
+        if len(group) == 1:
+            return []
+        middle = len(group) // 2
+        halves = (group[:middle], group[middle:])
+        return [pair for half in halves for pair in self.fold_what_stays_equal(half, wanted)]
+
+    def refuse(self, pair: _Pair) -> None:
+        """Keep a norm that cannot be folded into the layer in front of it."""
+        layer = self.names[pair.layer]
+        self.refused[pair.norm] = f"folding it into {layer} changes the model's output"
+        logger.warning("%s stays a norm: folding it into %s changes the model's output.", self.names[pair.norm], layer)
 
 
 def fold_conv_norm_pairs(
@@ -185,11 +219,12 @@ def fold_conv_norm_pairs(
 ) -> list[tuple[str, str]]:
     """Fold every norm into the layer whose output it normalises, whatever framework built them.
 
-    A pair counts when the norm was only ever given the outputs of that one layer, and these went
-    nowhere else; several norms in a row fold one after the other. The folded model is run again; if
-    its outputs differ (a layer that does more with its weights than others), the guilty pairs are
-    found by halving and stay as they were. A folded norm is replaced, under its own name, by
-    ``nn.Identity`` or by the activation that it carried itself.
+    A pair counts when the norm was only ever given the outputs of that one layer, perhaps reshaped or
+    transposed, and these went nowhere else; several norms in a row fold one after the other. The folded
+    model is run again; if its outputs differ (a layer that does more with its weights than others), the
+    guilty pairs are found by halving and stay as they were. A folded norm is replaced, under its own
+    name, by ``nn.Identity`` or by the activation that it carried itself. `fold_norms` does the same and
+    tells why other norms stay.
 
     Args:
         model: A model; run as at inference, its modes come back.
@@ -203,50 +238,37 @@ def fold_conv_norm_pairs(
     Raises:
         MergeError: ``run`` returned no tensor, so that nothing can be compared.
     """
+    return fold_norms(model, run, inplace=inplace).pairs
+
+
+@precise()
+def fold_norms(model: nn.Module, run: Callable[[nn.Module], object], *, inplace: bool = True) -> Folding:
+    """Fold norms as `fold_conv_norm_pairs` does, and tell why others stay.
+
+    Args:
+        model: See `fold_conv_norm_pairs`.
+        run: See `fold_conv_norm_pairs`.
+        inplace: See `fold_conv_norm_pairs`.
+
+    Raises:
+        MergeError: ``run`` returned no tensor, so that nothing can be compared.
+    """
     model = model if inplace else copy.deepcopy(model)
-    names = {module: name for name, module in model.named_modules()}
+    folder = _Folder(model, run)
+    names = folder.names
     found: list[tuple[str, str]] = []
-    refused: set[nn.Module] = set()
     while True:  # behind a norm that was folded another one may follow
-        pairs, wanted = _candidates(model, run, refused)
+        pairs, wanted = folder.candidates()
         if pairs and not wanted:
             raise MergeError("run(model) returned no tensor to compare; return the network's raw output tensors.")
-        folded = _fold_what_stays_equal(model, run, pairs, wanted)
+        folded = folder.fold_what_stays_equal(pairs, wanted)
         found += [(names[pair.layer], names[pair.norm]) for pair in folded]
         for pair in pairs:
             if pair not in folded:
-                refused.add(pair.norm)
-                logger.warning(
-                    "%s stays a norm: folding it into %s changes the model's output.",
-                    names[pair.norm],
-                    names[pair.layer],
-                )
-        if not folded or not any(is_norm(module) for module in model.modules() if module not in refused):
-            return found
-
-
-def _fold_what_stays_equal(
-    model: nn.Module, run: Callable[[nn.Module], object], group: list[_Pair], wanted: list[Tensor]
-) -> list[_Pair]:
-    """Fold those of ``group``, on top of what is folded already, that leave the model's outputs as ``wanted``."""
-    if not group:
-        return []
-    same = False
-    for pair in group:
-        pair.fold()
-    try:
-        same = equal_within(_outputs(model, run), wanted)
-    finally:
-        if not same:
-            for pair in group:
-                pair.unfold()
-    if same:
-        return group
-    if len(group) == 1:
-        return []
-    middle = len(group) // 2
-    halves = (group[:middle], group[middle:])
-    return [pair for half in halves for pair in _fold_what_stays_equal(model, run, half, wanted)]
+                folder.refuse(pair)
+        if not folded or not any(is_norm(module) for module in model.modules() if module not in folder.refused):
+            kept = folder.alone | folder.refused
+            return Folding(found, {names[norm]: reason for norm, reason in kept.items()})
 
 
 def fold_named_pairs(model: nn.Module, pairs: Iterable[tuple[str, str]]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from repapq_plugin.core.modules import own_class
 from repapq_plugin.errors import MergeError
 from repapq_plugin.reparam.branches import qualified_name
 from repapq_plugin.reparam.linear_map import LinearMap, check_channels, identity_map, in_series, scaled
@@ -16,8 +17,9 @@ Size = int | tuple[int, ...]
 """One number, or (rows, columns), as torch's layers take it."""
 
 _DROPOUT = nn.modules.dropout._DropoutNd
-# Written out for empty inputs only; on every other input it is nn.Conv2d.
+# Written out for empty inputs only; on every other input they are torch's own.
 _SAME_AS_CONV2D = ("mmcv.cnn.bricks.wrappers.Conv2d",)
+_SAME_AS_LINEAR = ("mmcv.cnn.bricks.wrappers.Linear",)
 
 
 def _pair(value: Size) -> tuple[int, int]:
@@ -36,13 +38,20 @@ def is_plain_conv(module: nn.Module) -> bool:
         return False
     cls = type(module)
     own = cls.forward is not nn.Conv2d.forward or cls._conv_forward is not nn.Conv2d._conv_forward
-    return not own or qualified_name(cls) in _SAME_AS_CONV2D
+    return "forward" not in vars(module) and (not own or qualified_name(cls) in _SAME_AS_CONV2D)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Tell whether a module runs as ``nn.Linear`` does, and not something of its own."""
+    if not isinstance(module, nn.Linear) or "forward" in vars(module):
+        return False
+    return type(module).forward is nn.Linear.forward or qualified_name(type(module)) in _SAME_AS_LINEAR
 
 
 def _conv_map(conv: nn.Conv2d, where: str) -> LinearMap:
     if not is_plain_conv(conv):
         raise MergeError(
-            f"{where}: {qualified_name(type(conv))} computes something of its own, not a plain convolution."
+            f"{where}: {qualified_name(own_class(conv))} computes something of its own, not a plain convolution."
         )
     if conv.padding_mode != "zeros":
         raise MergeError(f"{where}: padding_mode={conv.padding_mode!r}; only 'zeros' can be merged.")
@@ -96,10 +105,10 @@ def _pool_map(pool: nn.AvgPool2d, channels: int, like: Tensor, where: str) -> Li
 
 
 def flattened(layers: Sequence[nn.Module]) -> list[nn.Module]:
-    """Open nested ``nn.Sequential`` and drop what does nothing at inference."""
+    """Open nested ``nn.Sequential`` that have no forward of their own, and drop what does nothing at inference."""
     flat: list[nn.Module] = []
     for layer in layers:
-        if isinstance(layer, nn.Sequential):
+        if isinstance(layer, nn.Sequential) and type(layer).forward is nn.Sequential.forward:
             flat.extend(flattened(list(layer)))
         elif not isinstance(layer, nn.Identity | _DROPOUT):
             flat.append(layer)

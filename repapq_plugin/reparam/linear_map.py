@@ -73,8 +73,16 @@ def identity_map(channels: int, like: Tensor) -> LinearMap:
     return LinearMap(ones, torch.zeros_like(ones[:, 0, 0, 0]), groups=channels)
 
 
+def on_device_of(linear: LinearMap, other: Tensor) -> LinearMap:
+    """Return a map with its weights where another tensor is: layers of one block may be on several devices."""
+    device = other.device
+    return replace(linear, weight=linear.weight.to(device), bias=linear.bias.to(device))
+
+
 def scaled(linear: LinearMap, scale: Tensor, shift: Tensor | float = 0.0) -> LinearMap:
-    """Multiply the outputs of a map by ``scale`` (one or one per channel) and add ``shift``."""
+    """Multiply the outputs of a map by ``scale`` (one or one per channel) and add ``shift``, where the map is."""
+    scale = scale.to(linear.weight.device)
+    shift = shift.to(linear.weight.device) if isinstance(shift, Tensor) else shift
     return replace(linear, weight=linear.weight * scale.reshape(-1, 1, 1, 1), bias=linear.bias * scale + shift)
 
 
@@ -129,7 +137,7 @@ def check_channels(given: int, wanted: int, where: str) -> None:
 
 
 def in_series(first: LinearMap, second: LinearMap, where: str, *, shifts: bool | None = None) -> LinearMap:
-    """Compose two maps, ``second`` behind ``first``.
+    """Compose two maps, ``second`` behind ``first``; the result is where ``first`` is.
 
     Args:
         first: Reads the input.
@@ -142,6 +150,7 @@ def in_series(first: LinearMap, second: LinearMap, where: str, *, shifts: bool |
             outside the image: no convolution behaves like that at the border.
     """
     check_channels(first.out_channels, second.in_channels, where)
+    second = on_device_of(second, first.weight)
     shifts = bool(first.bias.any()) if shifts is None else shifts
     if second.reads_padding and (shifts or not first.is_pointwise):
         raise MergeError(
@@ -166,7 +175,7 @@ def in_series(first: LinearMap, second: LinearMap, where: str, *, shifts: bool |
                 at_rows = [rows.index(a + step[0] * row) for a in first.rows]
                 at_cols = [cols.index(a + step[1] * col) for a in first.cols]
                 product = torch.einsum("gom,gmcij->gocij", outer[..., i, j], inner).flatten(0, 1)
-                weight[:, :, torch.tensor(at_rows)[:, None], torch.tensor(at_cols)] += product
+                weight[:, :, _index(at_rows, weight)[:, None], _index(at_cols, weight)] += product
     return LinearMap(
         weight,
         bias,
@@ -181,6 +190,10 @@ def in_series(first: LinearMap, second: LinearMap, where: str, *, shifts: bool |
     )
 
 
+def _index(places: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(places, device=like.device)
+
+
 def _scale_inputs(linear: LinearMap, scale: Tensor) -> Tensor:
     grouped = _split(linear.weight, linear.groups) * scale.reshape(linear.groups, 1, -1, 1, 1)
     return grouped.flatten(0, 1)
@@ -188,6 +201,8 @@ def _scale_inputs(linear: LinearMap, scale: Tensor) -> Tensor:
 
 def in_parallel(maps: Sequence[LinearMap], where: str) -> LinearMap:
     """Add maps that read the same input: the union of their taps, the largest common group count.
+
+    The result is where the first one is.
 
     Raises:
         MergeError: Channels, strides or output sizes differ, so that the outputs cannot be added.
@@ -208,9 +223,10 @@ def in_parallel(maps: Sequence[LinearMap], where: str) -> LinearMap:
     rows = sorted({tap for member in maps for tap in member.rows})
     cols = sorted({tap for member in maps for tap in member.cols})
     weight = first.weight.new_zeros(first.out_channels, first.in_channels // groups, len(rows), len(cols))
+    maps = [on_device_of(member, first.weight) for member in maps]
     for member in maps:
-        at_rows = torch.tensor([rows.index(tap) for tap in member.rows])
-        at_cols = torch.tensor([cols.index(tap) for tap in member.cols])
+        at_rows = _index([rows.index(tap) for tap in member.rows], weight)
+        at_cols = _index([cols.index(tap) for tap in member.cols], weight)
         weight[:, :, at_rows[:, None], at_cols] += _regrouped(member, groups)
     bias = torch.stack([member.bias for member in maps]).sum(0)
     return replace(first, weight=weight, bias=bias, rows=tuple(rows), cols=tuple(cols), groups=groups)
@@ -248,8 +264,8 @@ def to_conv(linear: LinearMap, dtype: torch.dtype) -> nn.Conv2d:
         dtype=dtype,
         device=linear.weight.device,
     )
-    at_rows = torch.tensor([(tap + padding[0]) // dilation[0] for tap in linear.rows])
-    at_cols = torch.tensor([(tap + padding[1]) // dilation[1] for tap in linear.cols])
+    at_rows = _index([(tap + padding[0]) // dilation[0] for tap in linear.rows], linear.weight)
+    at_cols = _index([(tap + padding[1]) // dilation[1] for tap in linear.cols], linear.weight)
     weight = linear.weight.new_zeros(conv.weight.shape)
     weight[:, :, at_rows[:, None], at_cols] = linear.weight
     with torch.no_grad():

@@ -9,14 +9,16 @@ from __future__ import annotations
 import copy
 import fnmatch
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from repapq_plugin.core.compare import EXACT, relative_error
-from repapq_plugin.core.modules import replace_modules
+from repapq_plugin.core.compare import EXACT, precise, relative_error
+from repapq_plugin.core.copies import HALVES
+from repapq_plugin.core.modules import own_class, replace_modules, without_hooks
 from repapq_plugin.core.running import inference, is_out_of_memory
+from repapq_plugin.core.tensors import tensors_of
 from repapq_plugin.errors import MergeError
 from repapq_plugin.reparam.branches import Branch, BranchSpec, branches_of, is_registered, qualified_name
 from repapq_plugin.reparam.by_algebra.merge import merge_by_algebra
@@ -24,6 +26,7 @@ from repapq_plugin.reparam.families import TAKE_IDENTITY
 from repapq_plugin.reparam.layer_maps import branch_map, flattened, input_channels
 from repapq_plugin.reparam.linear_map import LinearMap, in_parallel, scaled, to_conv
 from repapq_plugin.reparam.merged import MergedBlock, MergeRecord
+from repapq_plugin.reparam.take_over import take_over
 
 __all__ = ["MergeRecord", "MergedBlock", "fuse_branches", "merge_branches"]
 
@@ -89,7 +92,7 @@ def _probe(conv: nn.Conv2d) -> Tensor:
 
 
 def _sum_of_branches(spec: BranchSpec, x: Tensor) -> Tensor:
-    total = torch.zeros((), dtype=x.dtype, device=x.device)
+    total = x.new_zeros(())
     for branch in spec.branches:
         y = x
         for layer in branch.layers:
@@ -106,27 +109,37 @@ def _difference(block: nn.Module, spec: BranchSpec, conv: nn.Conv2d) -> float:
     """
     x = _probe(conv)
     merged = MergedBlock(conv, spec.after)
-    with inference(block):
+    # The block keeps its own hooks, so they are no part of what is merged.
+    alone = without_hooks(block)
+    with inference(block), inference(alone):
         error = relative_error([conv(x)], [_sum_of_branches(spec, x.clone())])
-        return max(error, relative_error([merged(x.clone())], [block(x.clone())]))
+        wanted: object = alone(x.clone())
+        if not isinstance(wanted, Tensor):
+            raise MergeError(
+                f"the block gives {type(wanted).__name__} and no tensor, but what a convolution gives is one."
+            )
+        return max(error, relative_error(tensors_of(merged(x.clone())), [wanted]))
 
 
 def _exact_difference(block: nn.Module, where: str) -> float:
     """`_difference` of a float64 copy of the block, where nothing but a wrong merge can differ."""
-    block = copy.deepcopy(block).double()
+    block = copy.deepcopy(without_hooks(block)).double()
     spec = branches_of(block)
     if spec is None:
         raise MergeError(f"{where}: a copy of the block no longer tells its branches.")
     return _difference(block, spec, fuse_branches(spec, where=where))
 
 
+@precise()
 def _verified(block: nn.Module, spec: BranchSpec, conv: nn.Conv2d, where: str) -> float:
     """Return the relative error of merging; raise `MergeError` if it does not come from rounding."""
+    half = conv.weight.dtype in HALVES
     try:
-        error = _difference(block, spec, conv)
-        if error <= min(1000 * torch.finfo(conv.weight.dtype).eps, 0.05):
+        error = _measured(block, spec, conv, half)
+        if error is not None and not half and error <= min(1000 * torch.finfo(conv.weight.dtype).eps, 0.05):
             return error
-        # Branches that nearly cancel, or differ much in magnitude, round badly by themselves.
+        # Branches that nearly cancel, or differ much in magnitude, round badly by themselves; half precision hides
+        # what float64 shows.
         exact = _exact_difference(block, where)
     except MergeError:
         raise
@@ -140,14 +153,24 @@ def _verified(block: nn.Module, spec: BranchSpec, conv: nn.Conv2d, where: str) -
     if not exact <= EXACT:
         raise MergeError(
             f"{where}: merged and branched block differ by {exact:.1e} of the largest output; the "
-            f"function registered for {qualified_name(type(block))} does not describe its forward."
+            f"function registered for {qualified_name(own_class(block))} does not describe its forward."
         )
-    return error
+    return exact if error is None else error
+
+
+def _measured(block: nn.Module, spec: BranchSpec, conv: nn.Conv2d, half: bool) -> float | None:
+    """`_difference`, or None where half precision cannot be run: a processor may not have it for these layers."""
+    try:
+        return _difference(block, spec, conv)
+    except RuntimeError as failure:
+        if half and not is_out_of_memory(failure):
+            return None
+        raise
 
 
 def _merge(block: nn.Module, spec: BranchSpec, name: str, verify: bool) -> tuple[MergedBlock | None, MergeRecord]:
     where = name or "model"
-    block_class, count = qualified_name(type(block)), len(spec.branches)
+    block_class, count = qualified_name(own_class(block)), len(spec.branches)
     try:
         conv = fuse_branches(spec, where=where)
         error = _verified(block, spec, conv, where) if verify else None
@@ -155,7 +178,8 @@ def _merge(block: nn.Module, spec: BranchSpec, name: str, verify: bool) -> tuple
         logger.warning("%s stays as it is: %s", where, failure)
         return None, MergeRecord(name, block_class, count, None, None, False, str(failure))
     merged = MergedBlock(conv, spec.after)
-    merged.training = block.training
+    for made in (merged, merged.conv, merged.after):
+        made.training = block.training
     size = (conv.kernel_size[0], conv.kernel_size[1])
     return merged, MergeRecord(name, block_class, count, size, error, True)
 
@@ -165,7 +189,8 @@ def merge_branches(
 ) -> tuple[nn.Module, list[MergeRecord]]:
     """Replace the branches of every multi-branch block by one convolution.
 
-    A block whose class was taught becomes a `MergedBlock`; of what is left, `merge_by_algebra` merges
+    Blocks stay the user's own modules: of their class, with their attributes, hooks and names (see `take_over`). One
+    whose class was taught plays the role of a `MergedBlock`; of what is left, `merge_by_algebra` merges
     whatever adds linear branches and equals a convolution. A block that cannot be merged, or whose
     merged form gives another result, stays as it is, with a reason in its record and a warning. A
     block that appears under several names is merged once and stays shared.
@@ -177,12 +202,12 @@ def merge_branches(
         skip: Names, or glob patterns of names, of blocks to leave alone.
 
     Returns:
-        The model (a new module if ``model`` itself was a block) and one record per block, in the
-        order of ``model.named_modules()``. Blocks of unknown classes have one only if they add linear
-        branches.
+        The model (another module only if it was itself a block that cannot go on, see `take_over`) and one
+        record per block, in the order of ``model.named_modules()``. Blocks of unknown classes have one only
+        if they add linear branches.
     """
     model = model if inplace else copy.deepcopy(model)
-    replacements: dict[nn.Module, MergedBlock] = {}
+    merged_blocks: dict[nn.Module, MergedBlock] = {}
     records: list[MergeRecord] = []
     inside: set[nn.Module] = set()
     for name, block in model.named_modules():
@@ -193,7 +218,7 @@ def merge_branches(
             spec = None if skipped else branches_of(block)
         except MergeError as failure:
             logger.warning("%s stays as it is: %s", name or "model", failure)
-            records.append(MergeRecord(name, qualified_name(type(block)), 0, None, None, False, str(failure)))
+            records.append(MergeRecord(name, qualified_name(own_class(block)), 0, None, None, False, str(failure)))
             continue
         if skipped or spec is not None:
             inside.update(block.modules())
@@ -202,9 +227,17 @@ def merge_branches(
         merged, record = _merge(block, spec, name, verify)
         records.append(record)
         if merged is not None:
-            replacements[block] = merged
+            merged_blocks[block] = merged
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
-    model = replace_modules(model, replacements)
+    new = {block: take_over(block, merged) for block, merged in merged_blocks.items()}
+    model = replace_modules(model, {block: other for block, other in new.items() if other is not block})
     taught = {inner for block in model.modules() if is_registered(block) for inner in block.modules()}
     model, others = merge_by_algebra(model, known=taught, with_identity=TAKE_IDENTITY, verify=verify, skip=skip)
-    return model, sorted([*records, *others], key=lambda record: order[record.name])
+    return model, sorted([*records, *others], key=lambda record: _place(record.name, order))
+
+
+def _place(name: str, order: Mapping[str, int]) -> int:
+    """Return the place of a module, or of the block that it came to stand in."""
+    while name not in order:
+        name = name.rpartition(".")[0]
+    return order[name]

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import cast
 
 from torch import Tensor, nn
 
 
-class MergedBlock(nn.Module):
+class OneInput(nn.Module):
+    """A role of one input, which may be given by whatever name the module's own forward has for it."""
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """Run hooks and forward."""
+        if not args and len(kwargs) == 1:
+            args, kwargs = tuple(kwargs.values()), {}
+        return super().__call__(*args, **kwargs)
+
+
+class MergedBlock(OneInput):
     """A block whose branches are one convolution.
 
+    The user's own block plays this role (see `repapq_plugin.reparam.take_over`); what the constructor makes is a
+    module for itself.
+
     Args:
-        conv: The merged convolution.
-        after: What followed the sum of the branches, in order.
+        conv: The merged convolution; in a block, the child ``conv``.
+        after: What followed the sum of the branches, in order; the child ``after``.
     """
+
+    _repapq_children = ("conv", "after")
+    """Names of both children; others than these where the block itself has such a name."""
+
+    _repapq_moved: Mapping[str, str] = MappingProxyType({})
+    """Where children of the block are now that it names itself."""
 
     def __init__(self, conv: nn.Conv2d, after: Collection[nn.Module] = ()) -> None:
         super().__init__()
@@ -24,7 +44,17 @@ class MergedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[batch, in_channels, height, width]`` to the block's output."""
-        return cast(Tensor, self.after(self.conv(x)))
+        conv, after = (getattr(self, name) for name in self._repapq_children)
+        return cast(Tensor, after(conv(x)))
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            place = self._repapq_moved.get(name)
+            if place is None:
+                raise
+            return self.get_submodule(place)
 
 
 @dataclass(frozen=True)
@@ -38,8 +68,8 @@ class MergeRecord:
         kernel_size: Of the merged convolution, (rows, columns); None if there is none.
         max_rel_error: Largest difference between branched and merged block on random input, relative
             to the largest branched output; None if it was not measured.
-        merged: Whether the block was replaced.
-        reason: Why not; empty if it was.
+        merged: Whether the branches were merged.
+        reason: Why not; empty if they were.
         found_by: ``"class"`` for a block whose class was taught, ``"algebra"`` for one that was
             recognised by what its forward computes.
     """

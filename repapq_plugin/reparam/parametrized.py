@@ -1,16 +1,34 @@
-"""Weights that are computed whenever they are read (weight norm, weight mean) become plain ones."""
+"""Weights that are computed whenever they are read, or before each call, become plain ones.
+
+Weight norm, spectral norm and pruning are of this kind, as parametrizations and as hooks.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
+import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+_HOOKS: dict[type, tuple[str, Callable[[nn.Module, str], object]]] = {
+    WeightNorm: ("name", remove_weight_norm),
+    SpectralNorm: ("name", remove_spectral_norm),
+    prune.BasePruningMethod: ("_tensor_name", prune.remove),
+}
+"""By the class of a hook: its attribute that names the tensor, and what computes that once more and takes it off."""
 
 
+@torch.no_grad()
 def bake_parametrizations(model: nn.Module) -> list[str]:
-    """Replace every parametrized tensor of ``model`` by the value that it has at inference, in place.
+    """Replace every computed tensor of ``model`` by the value that it has at inference, in place.
 
-    Torch's own removal takes the property off the class, which a copy shares with what it was copied from; here the
-    copy gets its plain class back, and the class stays as it is.
+    Torch's own removal of parametrizations takes the property off the class, which a copy shares with what it was
+    copied from; here the copy gets its plain class back, and the class stays as it is. A hook computes the tensor anew:
+    what a module holds may be older than the parameters that were loaded into it.
 
     Args:
         model: A network, in evaluation mode.
@@ -20,12 +38,33 @@ def bake_parametrizations(model: nn.Module) -> list[str]:
     """
     baked = []
     for path, module in list(model.named_modules()):
-        if not parametrize.is_parametrized(module):
-            continue
-        values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
-        module.__class__ = parametrize.type_before_parametrizations(module)
-        del module.parametrizations
-        for name, value in values.items():
-            setattr(module, name, nn.Parameter(value))
-            baked.append(f"{path}.{name}" if path else name)
+        names = [*_bake_parametrized(module), *_bake_hooked(module)]
+        baked += [f"{path}.{name}" if path else name for name in names]
+    return baked
+
+
+def _bake_parametrized(module: nn.Module) -> list[str]:
+    if not parametrize.is_parametrized(module):
+        return []
+    values = {
+        name: getattr(module, name).detach().clone() for name in list(cast(nn.ModuleDict, module.parametrizations))
+    }
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module.parametrizations
+    for name, value in values.items():
+        setattr(module, name, nn.Parameter(value))
+    return list(values)
+
+
+def _bake_hooked(module: nn.Module) -> list[str]:
+    baked: list[str] = []
+    for hook in list(module._forward_pre_hooks.values()):
+        for kind, (attribute, remove) in _HOOKS.items():
+            if isinstance(hook, kind):
+                name = str(getattr(hook, attribute))
+                if name not in vars(module):
+                    # torch takes it off before it puts the parameter there.
+                    setattr(module, name, None)
+                remove(module, name)
+                baked.append(name)
     return baked

@@ -17,7 +17,7 @@ def names_of(model: nn.Module) -> list[str]:
 
 def equalize(model: nn.Module, x: torch.Tensor) -> tuple[str, ...]:
     with torch.no_grad():
-        return equalize_channels(model, model, [x], names_of(model))
+        return equalize_channels(model, model, [x], names_of(model)).layers
 
 
 def separable(channels: int = 6, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:

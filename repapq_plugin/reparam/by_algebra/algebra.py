@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from torch import nn
 
+from repapq_plugin.core.modules import own_class
 from repapq_plugin.errors import MergeError
 from repapq_plugin.reparam.by_algebra.composition import Composition
 from repapq_plugin.reparam.by_algebra.impulse import NotAffineError, empty_like, whole_map
@@ -26,7 +27,7 @@ _ACTIVATIONS = tuple(
 
 def is_builtin(module: nn.Module) -> bool:
     """Tell whether a module is of a class that torch itself ships."""
-    return type(module).__module__.startswith("torch.nn.")
+    return own_class(module).__module__.startswith("torch.nn.")
 
 
 def holds_activation(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from repapq_plugin.reparam.by_algebra.forward_graph import ForwardGraph, Scale, 
 from repapq_plugin.reparam.by_algebra.impulse import NotAffineError, empty_like, impulse_map
 from repapq_plugin.reparam.by_algebra.memo import Memo
 from repapq_plugin.reparam.layer_maps import Size, conv2d_map
-from repapq_plugin.reparam.linear_map import LinearMap, identity_map, in_parallel, in_series, scaled
+from repapq_plugin.reparam.linear_map import LinearMap, identity_map, in_parallel, in_series, on_device_of, scaled
 from repapq_plugin.reparam.norms import is_norm
 
 _CONV2D_ARGUMENTS = ("weight", "bias", "stride", "padding", "dilation", "groups")
@@ -129,7 +129,8 @@ class Composition:
 
     def _step(self, node: fx.Node, channels: int) -> LinearMap:
         if node.op == "call_module":
-            return self.maps.map_of(self.graph.child(node), channels)
+            # A child without parameters does not tell where it runs.
+            return on_device_of(self.maps.map_of(self.graph.child(node), channels), self.like)
         if self.is_conv2d(node):
             return self._conv2d(node)
         source = self.graph.live_inputs(node)[0]

@@ -7,7 +7,6 @@ parent nothing.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import TypeGuard, cast
 from torch import Tensor, fx, nn
 from torch.fx.node import Argument, map_arg
 
+from repapq_plugin.core.modules import shallow_copy
 from repapq_plugin.core.running import is_out_of_memory
 from repapq_plugin.errors import MergeError
 
@@ -71,9 +71,7 @@ def _standin(module: nn.Module) -> nn.Module:
     if "forward" in vars(module):
         raise MergeError("its forward was replaced on the instance.")
     cls = type(module)
-    standin = copy.copy(module)
-    for registry in ("_modules", "_parameters", "_buffers"):
-        vars(standin)[registry] = dict(getattr(standin, registry))
+    standin = shallow_copy(module)
     one_argument = {"forward": lambda self, x: cls.forward(self, x)}
     standin.__class__ = cast("type[nn.Module]", type(cls.__name__, (cls,), one_argument))
     return standin

@@ -153,14 +153,14 @@ def _kernel(run: _Probe, linear: LinearMap, weights: int) -> Tensor:
     if 2 * weights * outputs * image[0] * image[1] > _MOST_WORK:
         raise NotAffineError(f"{run.where}: reading its {linear.weight.numel()} taps one by one would take too long.")
     numel = max(run.channels, linear.out_channels) * image[0] * image[1]
-    batches = torch.split(torch.arange(outputs), max(1, min(outputs, _BATCH_NUMEL // numel)))
+    batches = torch.split(torch.arange(outputs, device=run.like.device), max(1, min(outputs, _BATCH_NUMEL // numel)))
     parts = []
     for batch in batches:
 
         def picked(output: Tensor, batch: Tensor = batch) -> Tensor:
             # Channels of different groups do not meet, so one image serves one output of each group.
             position = output[:, :, at[0], at[1]].reshape(len(batch), groups, outputs)
-            return position[torch.arange(len(batch)), :, batch].sum()
+            return position[torch.arange(len(batch), device=batch.device), :, batch].sum()
 
         gradient = _gradient(run, run.zeros(len(batch), image[0], image[1]), picked)
         parts.append(gradient[:, :, rows][..., cols].reshape(len(batch), groups, -1, len(rows), len(cols)))

@@ -14,9 +14,9 @@ import logging
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import fx, nn
 
-from repapq_plugin.core.modules import replace_modules
+from repapq_plugin.core.modules import own_class, replace_modules, without_hooks
 from repapq_plugin.core.running import inference, is_out_of_memory
 from repapq_plugin.errors import MergeError
 from repapq_plugin.reparam.branches import qualified_name
@@ -30,6 +30,7 @@ from repapq_plugin.reparam.by_algebra.verify import error_on_images, images, rea
 from repapq_plugin.reparam.linear_map import to_conv
 from repapq_plugin.reparam.merged import MergedBlock, MergeRecord
 from repapq_plugin.reparam.norms import is_norm
+from repapq_plugin.reparam.take_over import take_over
 
 __all__ = ["MAX_GROWTH", "merge_by_algebra"]
 
@@ -38,9 +39,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What became of one block: what replaces it, or why nothing does."""
+    """What became of one block: its merged form, or why there is none."""
 
-    merged: nn.Module | None
+    merged: MergedBlock | fx.GraphModule | None
     branches: int = 0
     kernel_size: tuple[int, int] | None = None
     error: float | None = None
@@ -86,11 +87,11 @@ class _BlockMerger:
     def _by_parts(self, block: nn.Module) -> _Outcome | None:
         """Merge the sums in a block's own forward; None if it shows none."""
         forward = self.algebra.forward_of(block)
-        takes_identity = qualified_name(type(block)) in self.with_identity
+        takes_identity = qualified_name(own_class(block)) in self.with_identity
         regions, reason = RegionSearch(forward, takes_identity=takes_identity).run()
         if not regions:
             return None if reason is None else _Outcome(None, reason=reason)
-        merged = rewritten(forward.graph, regions, type(block).__name__)
+        merged = rewritten(forward.graph, regions, own_class(block).__name__)
         error = verified(block, merged, takes_identity=takes_identity) if self.verify else None
         return _Outcome(merged, max(region.branches for region in regions), _size(regions[0].conv), error)
 
@@ -102,7 +103,9 @@ class _BlockMerger:
             return None
         if not _adds_branches(block, channels):
             return None
-        linear = whole_map(block, channels, type(block).__name__)
+        # The block keeps its own hooks, so they are no part of what is merged.
+        block = without_hooks(block)
+        linear = whole_map(block, channels, own_class(block).__name__)
         parameters = [p for p in block.parameters() if p.is_floating_point()]
         conv = to_conv(linear, parameters[0].dtype).requires_grad_(any(p.requires_grad for p in parameters))
         weights = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Conv2d))
@@ -118,7 +121,7 @@ def _size(conv: nn.Conv2d) -> tuple[int, int]:
 
 def _adds_branches(block: nn.Module, channels: int) -> bool:
     """Tell whether a block is seen to add branches when it is run alone."""
-    lone = copy.deepcopy(block).double()
+    lone = copy.deepcopy(without_hooks(block)).double()
     image = next(images(channels, 5, empty_like(lone)))
     try:
         return "" in find_unknown_multibranch(lone, lambda module: module(image))
@@ -131,7 +134,7 @@ def _adds_branches(block: nn.Module, channels: int) -> bool:
 
 def _may_be_block(module: nn.Module) -> bool:
     holds_weights = any(True for _ in module.parameters())
-    return holds_weights and not is_builtin(module) and type(module) is not MergedBlock and takes_one_input(module)
+    return holds_weights and not is_builtin(module) and not isinstance(module, MergedBlock) and takes_one_input(module)
 
 
 def merge_by_algebra(
@@ -145,8 +148,8 @@ def merge_by_algebra(
     """Merge, in place, the branches of blocks whose class nobody taught.
 
     Inner modules come first, so that an outer block finds its branches merged already and may become
-    one convolution itself. A block of nothing else becomes a `MergedBlock`; of any other the forward
-    stays what it was, with a `MergedBlock` in place of the branches.
+    one convolution itself. Each block stays the user's own module: of nothing else, it becomes a
+    `MergedBlock`; of any other the forward stays what it was, with a `MergedBlock` in place of the branches.
 
     Args:
         model: A module.
@@ -156,13 +159,14 @@ def merge_by_algebra(
         skip: Names, or glob patterns of names, of blocks to leave alone.
 
     Returns:
-        The model (a new module if ``model`` itself was a block), and a record of each block that was
-        merged or that adds linear branches but is no convolution; in the order of
-        ``model.named_modules()``.
+        The model (another module only if it was itself a block that cannot go on, see `take_over`), and a
+        record of each block that was merged or that adds linear branches but is no convolution; in the
+        order of ``model.named_modules()``.
     """
     order = list(model.named_modules())
     modes = {module: module.training for _, module in order}
     merger = _BlockMerger(with_identity, verify)
+    new: nn.Module | None
     records: dict[str, tuple[MergeRecord, nn.Module | None]] = {}
     with inference(model):
         for name, block in reversed(order):
@@ -171,24 +175,26 @@ def merge_by_algebra(
             outcome = merger.merge(block)
             if outcome is None:
                 continue
-            record = _record(name or "model", block, outcome)
+            record, new = _record(name or "model", block, outcome), None
             if outcome.merged is not None:
-                for module in outcome.merged.modules():
-                    module.training = modes.setdefault(module, modes[block])
-                model = replace_modules(model, {block: outcome.merged})
-                swallowed = {key for key, (_, new) in records.items() if key.startswith(f"{name}.") and new is not None}
-                inside = set(outcome.merged.modules())
+                new = take_over(block, outcome.merged)
+                model = replace_modules(model, {block: new})
+                inside = set(new.modules())
+                for module in inside:
+                    modes.setdefault(module, modes[block])
+                    module.training = False  # a block around it may be looked at next
+                swallowed = {key for key, (_, old) in records.items() if key.startswith(f"{name}.") and old is not None}
                 for key in swallowed:
                     if records[key][1] not in inside:
                         del records[key]
-            records[name] = (replace(record, name=name), outcome.merged)
+            records[name] = (replace(record, name=name), new)
     for module in model.modules():
         module.training = modes.get(module, module.training)
     return model, [records[name][0] for name, _ in order if name in records]
 
 
 def _record(where: str, block: nn.Module, outcome: _Outcome) -> MergeRecord:
-    kind = qualified_name(type(block))
+    kind = qualified_name(own_class(block))
     if outcome.merged is None:
         logger.warning("%s (%s) adds linear branches and stays as it is: %s", where, kind, outcome.reason)
     else:

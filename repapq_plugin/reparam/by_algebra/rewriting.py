@@ -1,4 +1,7 @@
-"""A module with one convolution in place of each of its regions; the rest of its forward stays as it is."""
+"""A module with one convolution in place of each of its regions; the rest of its forward stays as it is.
+
+What is made here is compared with the block, which then takes it over (`repapq_plugin.reparam.take_over`).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from repapq_plugin.reparam.by_algebra.regions import Region
 from repapq_plugin.reparam.merged import MergedBlock
 
 
-def rewritten(forward: ForwardGraph, regions: Collection[Region], name: str) -> nn.Module:
+def rewritten(forward: ForwardGraph, regions: Collection[Region], name: str) -> MergedBlock | fx.GraphModule:
     """Return a module with a convolution in place of each region.
 
     Args:

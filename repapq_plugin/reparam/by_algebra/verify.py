@@ -10,7 +10,9 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor, fx, nn
 
-from repapq_plugin.core.compare import EXACT, relative_error
+from repapq_plugin.core.compare import EXACT, precise, relative_error
+from repapq_plugin.core.copies import HALVES
+from repapq_plugin.core.modules import without_hooks
 from repapq_plugin.core.running import is_out_of_memory
 from repapq_plugin.core.tensors import tensors_of
 from repapq_plugin.errors import MergeError
@@ -99,6 +101,7 @@ def error_on_images(block: nn.Module, merged: nn.Module, channels: int, size: in
     return max(errors)
 
 
+@precise()
 def verified(block: nn.Module, merged: nn.Module, *, takes_identity: bool) -> float:
     """Return the relative error of merging the sums in a block's own forward.
 
@@ -110,6 +113,7 @@ def verified(block: nn.Module, merged: nn.Module, *, takes_identity: bool) -> fl
     Raises:
         MergeError: The error does not come from rounding, or cannot be measured.
     """
+    block = without_hooks(block)  # it keeps them, so they are no part of what is merged
     lone = copy.deepcopy(block).double()
     forward = Algebra().forward_of(lone)
     channels = forward.channels(forward.graph.input)
@@ -133,8 +137,14 @@ def verified(block: nn.Module, merged: nn.Module, *, takes_identity: bool) -> fl
         for region in regions:
             _check_exact(_error(region.conv(tap.kept[region.source]), tap.kept[region.node]))
         break
-    _check_exact(error_on_images(lone, rewritten(forward.graph, regions, type(lone).__name__), channels, size))
-    error = error_on_images(block, merged, channels, size)
+    exact = error_on_images(lone, rewritten(forward.graph, regions, type(lone).__name__), channels, size)
+    _check_exact(exact)
+    try:
+        error = error_on_images(block, merged, channels, size)
+    except MergeError:
+        if empty_like(block).dtype not in HALVES:
+            raise
+        return exact  # a processor may have no half precision for these layers
     if not math.isfinite(error):
         raise MergeError(f"the merged block is not finite in {empty_like(block).dtype}.")
     return error

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from repapq_plugin.reparam import MergedBlock, MergeRecord, QARepVGGBlock, find_unknown_multibranch, merge_branches
 from repapq_plugin.reparam.by_algebra.merge import MAX_GROWTH
+from repapq_plugin.reparam.take_over import RewrittenBlock
 from tests.support.numerics import random_input, relative_error, set_norms
 
 
@@ -218,7 +219,7 @@ class WithGate(nn.Module):
 def test_branches_inside_a_forward_are_merged_where_they_stand() -> None:
     model = prepared(WithGate()).double()
     merged, (record,) = merge_branches(nn.Sequential(model))
-    assert isinstance(merged[0], fx.GraphModule) and record.branches == 2
+    assert isinstance(merged[0], WithGate) and isinstance(merged[0], RewrittenBlock) and record.branches == 2
     assert set(dict(merged[0].named_children())) == {"stem", "gate", "merged", "merged_1"}
     x = random_input(4)
     with torch.no_grad():
