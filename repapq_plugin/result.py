@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.copies import is_half, own_copy, takes_halves
 from repapq_plugin.core.files import atomically
-from repapq_plugin.core.modules import become
 from repapq_plugin.errors import MergeError, ResultError
 from repapq_plugin.method.across_block import UnitResult
-from repapq_plugin.quantizers.layers import BakedLayer
+from repapq_plugin.quantizers.layers import weight_of
+from repapq_plugin.quantizers.own_forward import baked_layer
 from repapq_plugin.quantizers.plan import LayerPlan, QuantizationPlan, insert_quantizers
 from repapq_plugin.reparam.fold import fold_named_pairs
 from repapq_plugin.reparam.merge import MergeRecord, merge_branches
@@ -145,7 +145,8 @@ def rebuild(model: nn.Module, plan: QuantizationPlan, merges: Sequence[MergeReco
         takes_halves(copied)
     bake_parametrizations(copied)
     for name in plan.baked:
-        become(copied.get_submodule(name), BakedLayer)
+        layer = copied.get_submodule(name)
+        baked_layer(layer, weight_of(layer))  # in its place: what was made is loaded later
     merged, _ = merge_branches(copied, inplace=True, verify=False, skip=skip)
     fold_named_pairs(merged, plan.folded)
     insert_quantizers(merged, plan.layers, config)

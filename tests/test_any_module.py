@@ -127,6 +127,28 @@ def test_weights_that_a_forward_makes_are_quantized_as_they_are_multiplied(
         assert isinstance(deployable(result.model).get_submodule(name), DeployedLayer)
 
 
+class TiedAndMade(nn.Module):
+    """One weight of two layers that make what they multiply of it, and of a plain one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.plain = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1)
+        self.one, self.other = Standardized(8, 8, 3, padding=1), Scaled(8, 8, 3, padding=1)
+        self.one.weight = self.other.weight = self.plain.weight
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.stem(x).relu()
+        return self.plain(x), self.one(x), self.other(x)
+
+
+def test_what_layers_make_of_one_weight_are_weights_of_their_own(quantized: Make) -> None:
+    case = quantized(TiedAndMade())
+    assert case.result.plan.baked == ("one", "other") and not case.result.float_layers
+    for model in (case.result.model, case.loaded().model):
+        assert len({id(model.get_submodule(name).weight) for name in ("plain", "one", "other")}) == 3
+    assert error(case) < 0.05
+
+
 def test_a_norm_behind_a_standardized_convolution_is_folded_into_what_that_multiplies(quantized: Make) -> None:
     layers = (Standardized(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
     case = quantized(nn.Sequential(*layers))

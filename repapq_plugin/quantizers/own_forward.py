@@ -162,6 +162,18 @@ def calls_of(layers: Sequence[nn.Module], run: Callable[[], object]) -> dict[nn.
     return calls
 
 
+def baked_layer(layer: nn.Module, made: Tensor) -> BakedLayer:
+    """Let a layer multiply ``made`` from now on, in place; a weight that it shares with others is no longer shared.
+
+    Args:
+        layer: The layer.
+        made: What its own forward makes of its weight; of the weight's shape.
+    """
+    learns = weight_of(layer).requires_grad
+    layer._parameters["weight"] = nn.Parameter(made.detach().clone(), requires_grad=learns)
+    return become(layer, BakedLayer)
+
+
 def _bake(layer: nn.Module, calls: Sequence[Arguments]) -> bool:
     weight = layer._parameters.get("weight")
     if weight is None:
@@ -184,8 +196,7 @@ def _bake(layer: nn.Module, calls: Sequence[Arguments]) -> bool:
     if not all(torch.equal(products[0].weight, made) for products in seen):
         return False
     before = weight
-    layer._parameters["weight"] = nn.Parameter(made.detach().clone(), requires_grad=weight.requires_grad)
-    become(layer, BakedLayer)
+    baked_layer(layer, made)
     if torch.equal(layer(*args, **kwargs), wanted):
         return True
     layer._parameters["weight"] = before
