@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import nncf.torch
 import pytest
 import torch
 from mmengine.runner import Runner
@@ -14,6 +13,7 @@ from nncf.torch.function_hook import get_hook_storage
 
 from integration.openmmlab.scenes import CLASSIFIER, DETECTOR, FEW_ITEMS, FEW_SCENES, random_checkpoint
 from repapq_plugin.errors import ConfigError, ExportError, HostError
+from repapq_plugin.hosts.nncf import load
 from repapq_plugin.hosts.nncf.hosted import NNCFNetwork
 from repapq_plugin.hosts.openmmlab import RepAPQTestLoop, TensorPath
 from repapq_plugin.hosts.openmmlab.network import preprocess
@@ -76,14 +76,12 @@ def test_a_classifier_is_scored_simulated_and_its_state_comes_back(
     assert record["scores"]["repapq"] == pytest.approx(metrics)
     assert record["scheme"].startswith("W4A4") and record["calibration"]["units"]
     loop = runner.test_loop
-    saved = torch.load(tmp_path / "work" / "nncf.pth", weights_only=False)
     example = loop.quantization.example
     with torch.no_grad():
         fresh, *_ = merge_for_inference(TensorPath(runner.model), lambda model: model(example))
-        restored = nncf.torch.load_from_config(fresh, saved["config"], allowed_modules=("nncf.*", "repapq_plugin.*"))
-        restored.load_state_dict(saved["state_dict"])
+        restored = load(tmp_path / "work" / "nncf.pth", fresh)
         images = preprocess(runner.model, next(iter(runner.test_dataloader)))["inputs"]
-        (ours,), (theirs,) = restored.eval()(images), loop.network(images)
+        (ours,), (theirs,) = restored(images), loop.network(images)
     assert torch.equal(ours, theirs)
     with pytest.raises(ExportError, match="exported to OpenVINO, not to onnx"):
         NNCFNetwork(loop.result).export("onnx", example, tmp_path / "network")

@@ -65,9 +65,16 @@ def test_every_host_from_the_command_line(
     assert command("eval", str(folder / "repapq.xml"), folder=tmp_path / "eval") == 0
     assert scores_of(capsys)["accuracy/top1"] == pytest.approx(top1["openvino"])
     if saved == "nncf.pth":
-        for words in (("eval",), ("export",)):
-            assert command(*words, str(folder / saved), folder=tmp_path / "eval") == 1
-            assert "What NNCF saved (nncf.pth) is scored by the .xml beside it." in capsys.readouterr().err
+        assert command("eval", str(folder / saved), folder=tmp_path / "eval") == 0
+        assert scores_of(capsys)["accuracy/top1"] == pytest.approx(top1["repapq"])
+        assert command("eval", str(folder / saved), "--backend", "openvino", folder=tmp_path / "eval") == 0
+        assert scores_of(capsys)["accuracy/top1"] == pytest.approx(top1["openvino"])
+        again = tmp_path / "again.xml"
+        words = ("export", str(folder / saved), "--format", "openvino", "--out", str(again))
+        assert command(*words, folder=tmp_path / "export") == 0
+        assert again.with_suffix(".bin").read_bytes() == (folder / "repapq.bin").read_bytes()
+        assert command("export", str(folder / saved), folder=tmp_path / "export") == 1
+        assert "NNCF's networks are exported to OpenVINO, not to onnx" in capsys.readouterr().err
         return
     assert command("eval", str(folder / saved), folder=tmp_path / "eval") == 0
     out = capsys.readouterr().out

@@ -17,7 +17,7 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
 from mmengine.registry import RUNNERS, init_default_scope
-from mmengine.runner import Runner
+from mmengine.runner import CheckpointLoader, Runner
 from mmengine.visualization import Visualizer
 from mmyolo.registry import HOOKS
 from torch import nn
@@ -25,6 +25,7 @@ from torch import nn
 from integration.openmmlab.scenes import DETECTOR, random_model
 from repapq_plugin.hosts.openmmlab import _compat
 from repapq_plugin.hosts.openmmlab.runner import RepAPQRunner
+from tests.support.hostile import write_hostile
 
 
 class Toy(BaseModel):  # type: ignore[misc]
@@ -114,3 +115,60 @@ def test_mmengine_0_10_12_imports_a_runner_type_by_its_path() -> None:
     """Why a config needs no custom_imports to name the runner."""
     init_default_scope("mmyolo")
     assert RUNNERS.get("repapq_plugin.hosts.openmmlab.RepAPQRunner") is RepAPQRunner
+
+
+def test_mmengine_0_10_12_reads_every_checkpoint_by_torch_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why the reading of checkpoints is replaced there, whatever a checkpoint's address is."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cached = tmp_path / "hub" / "checkpoints" / "a.pth"
+    cached.parent.mkdir(parents=True)
+    torch.save({}, cached)
+    addresses = [str(cached), "http://127.0.0.1:9/a.pth", "https://127.0.0.1:9/a.pth"]
+    before, seen = torch.load, []
+
+    def load(file: Any, **_: object) -> object:
+        seen.append(str(file))
+        return {"seen": len(seen)}
+
+    for count, address in enumerate(addresses, 1):
+        with _compat.unpickling_by(load):
+            assert CheckpointLoader.load_checkpoint(address, map_location="cpu") == {"seen": count}
+    assert torch.load is before and seen == [str(cached)] * 3
+    with pytest.raises(KeyError), _compat.unpickling_by(load):
+        raise KeyError
+    assert torch.load is before
+
+
+def test_mmengine_0_10_12_falls_back_to_running_what_a_file_says(tmp_path: Path) -> None:
+    """Why it is replaced at all."""
+    marker = tmp_path / "marker"
+    path = write_hostile(tmp_path / "a.pth", {}, "shell", marker)
+    CheckpointLoader.load_checkpoint(str(path), map_location="cpu")
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_mmengine_0_10_12_loads_and_resumes_by_a_method_of_the_runner(resume: bool, tmp_path: Path) -> None:
+    """Why a test loop can stand between: the runner looks the method up when it comes to load."""
+    runner = runner_with(tmp_path / f"four_{resume}")
+    runner._load_from, runner._resume = "a.pth", resume
+    seen = []
+
+    def around(load: Any, address: str) -> object:
+        seen.append((callable(load), address))
+        raise InterruptedError
+
+    _compat.loading_through(runner, around)
+    with pytest.raises(InterruptedError):
+        runner.load_or_resume()
+    assert seen == [(True, "a.pth")]
+
+
+def test_mmengine_0_10_12_makes_its_test_loop_before_it_loads(tmp_path: Path) -> None:
+    order: list[str] = []
+    runner = runner_with(tmp_path / "five")
+    runner._test_loop = {}
+    runner.build_test_loop = lambda _: order.append("loop") or SimpleNamespace(run=lambda: {})
+    runner.load_or_resume = lambda: order.append("load")
+    assert runner.test() == {}
+    assert order[:2] == ["loop", "load"]

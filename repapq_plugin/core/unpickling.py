@@ -56,9 +56,10 @@ def load_plain(
         FileNotFoundError: There is no such file.
         HostError: It asks for anything else, which is named; or it is damaged.
     """
+    ours = [*((stand_in, name) for name, stand_in in (stand_ins or {}).items())]
     before = get_safe_globals()
     clear_safe_globals()
-    add_safe_globals([*((stand_in, name) for name, stand_in in (stand_ins or {}).items())])
+    add_safe_globals([*ours])
     try:
         return torch_load(file, map_location=map_location, weights_only=True)
     except FileNotFoundError:
@@ -73,8 +74,10 @@ def load_plain(
             raise HostError(f"{named} cannot be read as plain data ({_reason(error)}). {remedy}") from error
         raise HostError(f"{named} cannot be read: {_reason(error)}") from error
     finally:
+        # A part of torch that was first imported meanwhile may have declared something as well.
+        since = [each for each in get_safe_globals() if each not in ours]
         clear_safe_globals()
-        add_safe_globals(before)
+        add_safe_globals([*before, *since])
 
 
 def _refusal(named: str, what: str, remedy: str) -> str:

@@ -40,8 +40,8 @@ def test_words_that_are_not_understood_end_in_code_2(words: list[str], capsys: p
     [
         (["quantize", "nowhere.py"], "The config nowhere.py does not exist."),
         (["quantize", "nowhere.py", "-q", "steps"], "--quantizer 'steps' is not allowed; write KEY=VALUE."),
-        (["eval", "nowhere.py", "a.pth"], "a.pth is not a result; give a file ending in .safetensors"),
-        (["eval", "nowhere.py", "a.onnx", "--backend", "simulated"], "needs a .safetensors result"),
+        (["eval", "nowhere.py", "a.pt"], "a.pt is not a result; give a file ending in .safetensors"),
+        (["eval", "nowhere.py", "a.onnx", "--backend", "simulated"], "needs a .safetensors or .pth result"),
         (["export", "nowhere.py", "a.onnx"], "a.onnx is exported already"),
         (["export", "nowhere.py", "a.safetensors", "-o", "a.xml"], "end it in .onnx"),
     ],

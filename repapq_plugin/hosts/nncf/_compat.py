@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from nncf.common.graph.graph import NNCFGraph
+from nncf.common.quantization.structs import QuantizationScheme
 from nncf.common.tensor_statistics import collectors
 from nncf.common.tensor_statistics.collectors import AggregatorBase, TensorReducerBase
 from nncf.common.tensor_statistics.statistic_point import StatisticPointsContainer
@@ -36,6 +37,7 @@ __all__ = [
     "GraphModelWrapper",
     "HookStorage",
     "NNCFGraph",
+    "QuantizationScheme",
     "StatefulModuleInterface",
     "StatisticPointsContainer",
     "SymmetricQuantizer",

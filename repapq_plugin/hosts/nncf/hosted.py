@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.files import atomically
 from repapq_plugin.core.tensors import tensors_of
-from repapq_plugin.core.unpickling import load_plain
+from repapq_plugin.core.unpickling import StandIns, load_plain
 from repapq_plugin.errors import ConfigError, ExportError, HostError
 from repapq_plugin.export.onnx_verify import relative_difference
 from repapq_plugin.export.openvino import OpenVINOSummary, layer_kernels, require_openvino
+from repapq_plugin.hosts.nncf._compat import QuantizationScheme
 from repapq_plugin.hosts.nncf.backend import NNCFBackend, NNCFOptions
 from repapq_plugin.hosts.nncf.data import forward
 from repapq_plugin.hosts.nncf.quantization import check
@@ -34,6 +35,9 @@ OPTIONS = ("target_device", "preset", "model_type")
 
 ALLOWED = ("nncf.*", "repapq_plugin.*")
 """Modules whose classes a saved state may name."""
+
+MEMBERS: StandIns = {f"{QuantizationScheme.__module__}.{QuantizationScheme.__qualname__}": QuantizationScheme}
+"""Enums whose members NNCF's configuration holds, by the name that stands in a file."""
 
 E = TypeVar("E", bound=Enum)
 
@@ -96,7 +100,7 @@ def load(path: str | Path, merged_model: nn.Module) -> nn.Module:
             or belongs to another network.
     """
     try:
-        saved = load_plain(path, str(path), "Quantize again to make a new one.")
+        saved = load_plain(path, str(path), "Quantize again to make a new one.", MEMBERS)
     except FileNotFoundError as error:
         raise HostError(f"{path} does not exist.") from error
     if not isinstance(saved, Mapping) or not {"config", "state_dict"} <= saved.keys():

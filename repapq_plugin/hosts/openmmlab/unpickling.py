@@ -145,6 +145,8 @@ def scalar(dtype: DType, data: bytes) -> np.generic:
     """
     if not isinstance(dtype, DType) or not isinstance(data, bytes):
         raise Refused("a numpy scalar of a Python object")
+    if not dtype.dtype.itemsize:  # an empty text
+        return dtype.dtype.type()
     value: np.generic = np.frombuffer(data, dtype.dtype)[0]
     return value
 
