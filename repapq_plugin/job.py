@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Generic, NamedTuple, TypeVar
@@ -52,6 +52,9 @@ from repapq_plugin.result import Calibrated, CalibrationResult
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
+
+NAMED = 5
+"""How many layers a note names."""
 
 
 class Merged(NamedTuple):
@@ -264,6 +267,13 @@ class Job(Generic[R]):
                 state.units = [replace(u, loss_after=u.loss_before, kept=False, note=note) for u in state.units]
                 state.notes.append(f"Learning was undone: {note}.")
         state.float_layers |= calibrator.left_float
+        if calibrator.left_float.keys() >= backend.plans.keys():
+            reason = next(iter(calibrator.left_float.values()))
+            raise CalibrationError(f"No part of the network can be calibrated: each {reason}.")
+        if calibrator.left_float:
+            state.notes.append(
+                f"{len(calibrator.left_float)} layers could not be calibrated: {_listed(calibrator.left_float)}"
+            )
 
     @torch.no_grad()
     def _whole_error(self, state: State) -> float:
@@ -294,6 +304,11 @@ class Job(Generic[R]):
             seconds=seconds,
             notes=(*state.merged.notes, *state.notes),
         )
+
+
+def _listed(reasons: Mapping[str, str]) -> str:
+    """Return what stands in a note of layers and the reasons for each."""
+    return "; ".join(f"{name} {reason}" for name, reason in list(reasons.items())[:NAMED])
 
 
 def quantize_model(

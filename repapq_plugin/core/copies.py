@@ -81,7 +81,7 @@ def _copies_of_bound_tensors(model: nn.Module) -> dict[int, object]:
                 memo[id(tensor)] = tensor.detach().clone()
         for parameter in module._parameters.values():
             if parameter is not None and parameter.is_inference():
-                memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
     return memo
 
 

@@ -99,9 +99,11 @@ def reconstruct(
     leave_ties(subject.learners)
     after, parts_after = evaluate(subject, loss, held_out)
     kept = math.isfinite(after) and after < before
+    if kept and note:
+        note += ": what was learned before is kept"
     if not kept:
         restore(subject.learners, start)
-        note = note or f"held-out loss went from {before:.4g} to {after:.4g}: the starting point stays"
+        note = (note or f"held-out loss went from {before:.4g} to {after:.4g}") + ": the starting point stays"
         logger.info("%s: %s", subject.name, note)
         parts_after = parts_before
     return Outcome(parts_before, parts_after, kept, time.perf_counter() - started, note)
@@ -131,7 +133,7 @@ def _optimise(
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
             if not math.isfinite(float(loss.detach())):
-                return f"the loss became {float(loss.detach())} at step {step}: the starting point stays"
+                return f"the loss became {float(loss.detach())} at step {step}"
             optimizer.step()
             schedule.step()
             advance()
