@@ -17,7 +17,7 @@ from repapq_plugin.core.tensors import floating_tensors
 from repapq_plugin.export.deploy import DeployedLayer, deployable, without_quantizers
 from repapq_plugin.policy import NO_CHANNEL_AXIS
 from repapq_plugin.quantizers.layers import BakedLayer, QuantizedLayer
-from tests.support.networks import Tied
+from tests.support.networks import Tied, TwoBranchBlock
 from tests.support.own_layers import BiasApart, ByMatmul, FromInput, Padded, Scaled, Standardized, Twice
 
 
@@ -254,8 +254,9 @@ class Listed(nn.Module):
             (-1, nn.Conv2d(3, 8, 3, 2, 1)),
             (-1, nn.ReLU()),
             (-1, Padded(8, 8, 3, stride=2)),
+            (-1, TwoBranchBlock(8, 8)),
             (-1, nn.Upsample(scale_factor=2)),
-            ([-1, 1], nn.Bilinear(1, 1, 1)),  # stands for a sum; what it holds is never used
+            ([-1, 1], nn.Identity()),  # stands for a sum
             (-1, Standardized(8, 4, 1)),
         )
         for place, (source, layer) in enumerate(layers):
@@ -275,25 +276,28 @@ class Listed(nn.Module):
 @STEPS
 def test_layers_keep_what_their_network_reads_of_them(quantized: Make, steps: int) -> None:
     case = quantized(Listed(), steps=steps)
-    assert list(case.result.layers) == ["model.0", "model.2", "model.5"]
+    assert [record.merged for record in case.result.merges] == [True] and not case.result.float_layers
+    assert [name.split(".")[1] for name in case.result.layers] == ["0", "2", "3", "6"]
     for model in (case.result.model, case.loaded().model, deployable(case.result.model)):
         layers = list(cast(nn.ModuleList, model.model))
-        assert [layer.i for layer in layers] == list(range(6)) and layers[4].f == [-1, 1]
+        assert [layer.i for layer in layers] == list(range(7)) and layers[5].f == [-1, 1]
     assert error(case) < 0.05
 
 
 class Tokens(nn.Module):
-    """A convolution over a signal, a linear layer with a norm behind it, and a convolution over a volume."""
+    """Convolutions over a volume and a signal, and linear layers with a norm behind them, one over flattened tokens."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.signal, self.volume = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv1d(8, 8, 3), nn.Conv3d(2, 2, (1, 2, 1))
+        self.mix, self.mix_norm = nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8)
         self.fc, self.norm, self.out = nn.Linear(8, 16, bias=False), nn.BatchNorm1d(16), nn.Linear(16, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x).relu()
         x = self.volume(x.reshape(len(x), 2, 4, *x.shape[2:])).relu().flatten(1, 2)
-        x = self.signal(x.flatten(2)).relu().mean(2)
+        x = self.mix(self.signal(x.flatten(2)).relu().transpose(1, 2))
+        x = self.mix_norm(x.flatten(0, 1)).reshape_as(x).relu().mean(1)
         return self.out(self.norm(self.fc(x)).relu())
 
 
@@ -302,6 +306,6 @@ def test_convolutions_of_one_and_three_axes_are_quantized_and_a_norm_goes_into_a
     quantized: Make, steps: int
 ) -> None:
     case = quantized(Tokens(), steps=steps)
-    assert list(case.result.layers) == ["stem", "volume", "signal", "fc", "out"] and not case.result.float_layers
-    assert case.result.plan.folded == (("fc", "norm"),)
+    assert list(case.result.layers) == ["stem", "volume", "signal", "mix", "fc", "out"] and not case.result.float_layers
+    assert set(case.result.plan.folded) == {("mix", "mix_norm"), ("fc", "norm")}
     assert error(case) < 0.06
