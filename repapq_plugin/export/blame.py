@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 
 import torch
@@ -57,8 +57,8 @@ class Running:
 
 
 def brief(error: Exception) -> str:
-    """Return the first paragraph of an error's text, shortened."""
-    text = str(error).strip().split("\n\n")[0]
+    """Return the first paragraph of an error's text in one line, shortened."""
+    text = " ".join(str(error).strip().split("\n\n")[0].split())
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
@@ -94,17 +94,28 @@ def layer_in(text: str, model: nn.Module) -> str:
     """
     modules = dict(model.named_modules())
     for name in re.findall(r"(?:/[\w.]+)+", text):
-        path = base = ""
+        path = ""
         for part in name.split("/")[1:]:
-            # Inside a container a name may start again with the container's own.
-            options = [f"{start}.{part}" if start else part for start in (path, base)]
-            inner = next((option for option in options if option in modules), None)
+            inner = _called(part, path, modules)
             if inner is None:
                 break
-            path, base = inner, path if inner == options[0] else base
+            path = inner
         if path:
             return path
     return ""
+
+
+def _called(part: str, path: str, modules: Collection[str]) -> str | None:
+    """Return the one module inside ``path`` that a part of a node's name can mean; None for none or several.
+
+    Containers that are not called themselves are left out of the name, and inside one that is called a name starts
+    again with the container's own: ``/head/head.0`` for ``branches.head.0``.
+    """
+    start = f"{path}." if path else ""
+    if f"{start}{part}" in modules:
+        return f"{start}{part}"
+    inside = [name for name in modules if name.startswith(start) and f".{name}".endswith(f".{part}")]
+    return inside[0] if len(inside) == 1 else None
 
 
 def layer_with_operator(text: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> str:

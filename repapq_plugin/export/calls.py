@@ -111,11 +111,28 @@ class Call:
                 return None
             return tuple(tensors_of(output))
 
-        with Hooks() as hooks:
+        with Hooks() as hooks, _signature_hidden(model):
             if not self.is_flat:
                 hooks.before(model, unfold, with_kwargs=True, first=True)
             hooks.after(model, fold)
             yield tuple(self.tensors)
+
+
+@contextmanager
+def _signature_hidden(model: nn.Module) -> Iterator[None]:
+    """Keep torch's exporter from adding the defaults of ``forward`` to the arguments, keyword-only ones too."""
+    own, before = model.forward, vars(model).get("forward")
+
+    def forward(*args: object, **kwargs: object) -> object:
+        return own(*args, **kwargs)
+
+    vars(model)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(model)["forward"]
+        if before is not None:
+            vars(model)["forward"] = before
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype | None:

@@ -7,11 +7,14 @@ point. The codes are those of the b-bit grid exactly, and every runtime has kern
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.overrides import TorchFunctionMode
 
 from repapq_plugin.core.copies import own_copy
 from repapq_plugin.core.quant_primitives import CONTAINERS, grid_bounds
@@ -26,6 +29,7 @@ from repapq_plugin.quantizers.layers import (
     take_role,
     weight_of,
 )
+from repapq_plugin.quantizers.own_forward import is_plain
 
 __all__ = ["CONTAINERS", "DeployedLayer", "deployable", "without_quantizers"]
 
@@ -71,6 +75,31 @@ class DequantizeWeight(torch.autograd.Function):
         """Emit the node."""
         weight = g.op("DequantizeLinear", codes, scale, zero_point, axis_i=axis)
         return weight.setType(codes.type().with_dtype(torch.float32))
+
+
+class NumericSizes(TorchFunctionMode):
+    """Lets a forward that is traced read sizes as numbers, except for that of the batch.
+
+    Layers pad by the size of their input. The tracer would follow how, but gets it wrong: its integer division of
+    negative numbers, with which sizes are rounded up, rounds the other way.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Iterable[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        """Run a function, and look at what it returns if it reads a size."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is not torch.Tensor.size and getattr(func, "__self__", None) is not torch.Tensor.shape:
+            return result
+        if isinstance(result, tuple):
+            return torch.Size([size if axis == 0 else int(size) for axis, size in enumerate(result)])
+        axis = cast(int, kwargs.get("dim", args[-1]))
+        return result if axis % cast(Tensor, args[0]).dim() == 0 else int(cast(Tensor, result))
 
 
 class DeployedLayer(RunsOwnForward):
@@ -141,9 +170,8 @@ class DeployedLayer(RunsOwnForward):
         """Run the layer on the quantized input with dequantized integer weights."""
         if self.quantizes_input:
             args, kwargs = change_first_tensor(args, kwargs, self._quantized)
-        if not self.quantizes_weight:
-            return self.float_forward(*args, **kwargs)
-        with self.multiplying(self.dequantized_weight()):
+        weight = self.multiplying(self.dequantized_weight()) if self.quantizes_weight else nullcontext()
+        with weight, NumericSizes() if torch.onnx.is_in_onnx_export() and not is_plain(self) else nullcontext():
             return self.float_forward(*args, **kwargs)
 
     def _quantized(self, x: Tensor) -> Tensor:

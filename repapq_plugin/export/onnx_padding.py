@@ -62,8 +62,9 @@ def move_codes(graph: onnx.GraphProto) -> None:
         zeros = [node for node in moving.values() if _pads_constantly(node)]
         if not all(_pads_zeros(node, initializers) for node in zeros):
             continue
-        for node in zeros:
-            node.input[:] = [*node.input[:2], source.input[2], *node.input[3:]]
+        for node in (node for node in moving.values() if node.op_type == "Pad"):
+            value = source.input[2] if node in zeros else ""
+            node.input[:] = [*node.input[:2], value, *node.input[3:]]
         for node in moving.values():
             node.input[:] = [source.input[0] if name == source.output[0] else name for name in node.input]
         pair = onnx.NodeProto()

@@ -156,14 +156,11 @@ def export_onnx(
     names = GraphNames(call.tensors, expected.outputs, input_names, output_names)
     network = _Network(model, deployed, call, expected, names, opset)
     notes = []
-    written = None
-    if dynamic_batch:
-        written, reason = _with_open_batch(network)
-        if written is None:
-            notes.append(f"The batch size is fixed to the example's: {reason}.")
-            logger.warning(notes[-1])
-    is_open = written is not None
-    written = written or _written(network, {})
+    opened, reason = _with_open_batch(network) if dynamic_batch else (None, "")
+    written = opened or _written(network, {})
+    if reason:
+        notes.append(f"The batch size is fixed to the example's: {reason}.")
+        logger.warning(notes[-1])
     floats = reading_floats(written.graph)
     if floats:
         where = sorted({layer_in(node.name, deployed) or node.name for node in floats})
@@ -180,7 +177,7 @@ def export_onnx(
         size_bytes=len(written.data),
         max_rel_difference=written.difference,
         float_inputs=len(floats),
-        dynamic_batch=is_open,
+        dynamic_batch=opened is not None,
         notes=tuple(notes),
     )
 
