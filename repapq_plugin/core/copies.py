@@ -46,6 +46,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def plain_copy(model: T) -> T:
+    """Return a copy of a module; tensors that it keeps from an earlier run, with their graph, are copied without it."""
+    return copy.deepcopy(model, _copies_of_bound_tensors(cast(nn.Module, model)))
+
+
 def own_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a model, in evaluation mode, whose floating tensors are at least float32.
 
@@ -61,7 +66,7 @@ def own_copy(model: nn.Module) -> nn.Module:
     model = unwrapped(model)
     with torch.inference_mode(False), torch.no_grad():
         try:
-            copied = copy.deepcopy(model, _copies_of_bound_tensors(model))
+            copied = plain_copy(model)
         except Exception as error:  # whatever the user's own classes raise
             raise HostError(
                 f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); give a network that "

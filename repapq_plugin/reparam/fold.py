@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from repapq_plugin.core.compare import equal_within, precise, rounding_of
+from repapq_plugin.core.copies import plain_copy
 from repapq_plugin.core.hooks import Hooks
 from repapq_plugin.core.modules import places_of
 from repapq_plugin.core.running import inference
@@ -253,7 +254,7 @@ def fold_norms(model: nn.Module, run: Callable[[nn.Module], object], *, inplace:
     Raises:
         MergeError: ``run`` returned no tensor, so that nothing can be compared.
     """
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else plain_copy(model)
     folder = _Folder(model, run)
     names = folder.names
     found: list[tuple[str, str]] = []

@@ -12,6 +12,7 @@ from repapq_plugin.errors import MergeError
 from repapq_plugin.reparam.branches import qualified_name
 from repapq_plugin.reparam.linear_map import LinearMap, check_channels, identity_map, in_series, scaled
 from repapq_plugin.reparam.norms import has_activation, is_norm, norm_affine
+from repapq_plugin.reparam.parametrized import with_computed_tensors
 
 Size = int | tuple[int, ...]
 """One number, or (rows, columns), as torch's layers take it."""
@@ -55,6 +56,7 @@ def _conv_map(conv: nn.Conv2d, where: str) -> LinearMap:
         )
     if conv.padding_mode != "zeros":
         raise MergeError(f"{where}: padding_mode={conv.padding_mode!r}; only 'zeros' can be merged.")
+    conv = with_computed_tensors(conv)
     return conv2d_map(conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 

@@ -6,7 +6,6 @@ families themselves fuse in float32).
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import logging
 from collections.abc import Collection, Mapping
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from repapq_plugin.core.compare import EXACT, precise, relative_error
-from repapq_plugin.core.copies import HALVES
+from repapq_plugin.core.copies import HALVES, plain_copy
 from repapq_plugin.core.modules import own_class, replace_modules, without_hooks
 from repapq_plugin.core.running import inference, is_out_of_memory
 from repapq_plugin.core.tensors import tensors_of
@@ -123,7 +122,7 @@ def _difference(block: nn.Module, spec: BranchSpec, conv: nn.Conv2d) -> float:
 
 def _exact_difference(block: nn.Module, where: str) -> float:
     """`_difference` of a float64 copy of the block, where nothing but a wrong merge can differ."""
-    block = copy.deepcopy(without_hooks(block)).double()
+    block = plain_copy(without_hooks(block)).double()
     spec = branches_of(block)
     if spec is None:
         raise MergeError(f"{where}: a copy of the block no longer tells its branches.")
@@ -206,7 +205,7 @@ def merge_branches(
         record per block, in the order of ``model.named_modules()``. Blocks of unknown classes have one only
         if they add linear branches.
     """
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else plain_copy(model)
     merged_blocks: dict[nn.Module, MergedBlock] = {}
     records: list[MergeRecord] = []
     inside: set[nn.Module] = set()

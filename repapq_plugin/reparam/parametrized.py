@@ -6,13 +6,17 @@ Weight norm, spectral norm and pruning are of this kind, as parametrizations and
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+
+from repapq_plugin.core.modules import shallow_copy
+
+M = TypeVar("M", bound=nn.Module)
 
 _HOOKS: dict[type, tuple[str, Callable[[nn.Module, str], object]]] = {
     WeightNorm: ("name", remove_weight_norm),
@@ -41,6 +45,25 @@ def bake_parametrizations(model: nn.Module) -> list[str]:
         names = [*_bake_parametrized(module), *_bake_hooked(module)]
         baked += [f"{path}.{name}" if path else name for name in names]
     return baked
+
+
+def with_computed_tensors(module: M) -> M:
+    """Return a module whose tensors are what hooks of these kinds would compute before its next call.
+
+    Args:
+        module: Left as it is.
+
+    Returns:
+        The module itself if it has no such hook, else a shallow copy of it.
+    """
+    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, tuple(_HOOKS))]
+    if not hooks:
+        return module
+    computed = shallow_copy(module)
+    computed.training = False
+    for hook in hooks:
+        hook(computed, ())
+    return computed
 
 
 def _bake_parametrized(module: nn.Module) -> list[str]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeGuard, cast
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import Argument, map_arg
 
@@ -55,6 +56,8 @@ class _OwnForwardTracer(fx.Tracer):
 
 def takes_one_input(module: nn.Module) -> bool:
     """Tell whether a module's forward takes one argument, and not more even if somebody gave more."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     try:
         parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     except (TypeError, ValueError):

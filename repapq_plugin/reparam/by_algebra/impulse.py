@@ -7,7 +7,6 @@ then again on random images of several sizes and scales to learn whether that wa
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from repapq_plugin.core.compare import EXACT
+from repapq_plugin.core.copies import plain_copy
 from repapq_plugin.core.running import is_out_of_memory
 from repapq_plugin.errors import MergeError
 from repapq_plugin.reparam.linear_map import LinearMap, condensed, to_conv
@@ -230,7 +230,7 @@ def impulse_map(
 
 def whole_map(module: nn.Module, channels: int, where: str) -> LinearMap:
     """Recover the convolution that a module is, from a float64 copy of it (see `impulse_map`)."""
-    lone = copy.deepcopy(module).double()
+    lone = plain_copy(module).double()
     convs = [layer for layer in lone.modules() if isinstance(layer, nn.Conv2d)]
     groups = math.gcd(*(conv.groups for conv in convs)) if convs else 1
     weights = sum(conv.weight.numel() for conv in convs)

@@ -8,7 +8,6 @@ Nothing is replaced before it was seen, in float64, to give what it gave (our ch
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import logging
 from collections.abc import Collection
@@ -16,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
+from repapq_plugin.core.copies import plain_copy
 from repapq_plugin.core.modules import own_class, replace_modules, without_hooks
 from repapq_plugin.core.running import inference, is_out_of_memory
 from repapq_plugin.errors import MergeError
@@ -121,7 +121,7 @@ def _size(conv: nn.Conv2d) -> tuple[int, int]:
 
 def _adds_branches(block: nn.Module, channels: int) -> bool:
     """Tell whether a block is seen to add branches when it is run alone."""
-    lone = copy.deepcopy(without_hooks(block)).double()
+    lone = plain_copy(without_hooks(block)).double()
     image = next(images(channels, 5, empty_like(lone)))
     try:
         return "" in find_unknown_multibranch(lone, lambda module: module(image))

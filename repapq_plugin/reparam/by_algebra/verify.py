@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Collection, Iterator
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from repapq_plugin.core.compare import EXACT, precise, relative_error
-from repapq_plugin.core.copies import HALVES
+from repapq_plugin.core.copies import HALVES, plain_copy
 from repapq_plugin.core.modules import without_hooks
 from repapq_plugin.core.running import is_out_of_memory
 from repapq_plugin.core.tensors import tensors_of
@@ -114,7 +113,7 @@ def verified(block: nn.Module, merged: nn.Module, *, takes_identity: bool) -> fl
         MergeError: The error does not come from rounding, or cannot be measured.
     """
     block = without_hooks(block)  # it keeps them, so they are no part of what is merged
-    lone = copy.deepcopy(block).double()
+    lone = plain_copy(block).double()
     forward = Algebra().forward_of(lone)
     channels = forward.channels(forward.graph.input)
     if channels is None:
