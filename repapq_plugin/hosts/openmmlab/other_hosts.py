@@ -8,17 +8,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, cast
 
 from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.errors import ConfigError, HostError
-from repapq_plugin.export.openvino import OpenVINOSummary
-from repapq_plugin.export.qdq_onnx import OnnxSummary
+from repapq_plugin.hosts.hosted import QuantizedNetwork
 from repapq_plugin.job import Progress
-from repapq_plugin.result import CalibrationResult
 
 OWN = "RepAPQ"
 """The plugin's own quantizers, which need no other host."""
@@ -46,33 +43,6 @@ HOSTS: Mapping[str, Host] = {
     "TorchAO": Host("repapq_plugin.hosts.torch_ao.hosted:quantize_network"),
 }
 """Each host by the name that stands in a config as ``quantizer.type``."""
-
-
-class QuantizedNetwork(Protocol):
-    """What a host returns.
-
-    Attributes:
-        network: Runs in place of the float network: images to its raw outputs, laid flat.
-        result: The record of how it came about.
-    """
-
-    @property
-    def network(self) -> nn.Module:
-        """See the class."""
-
-    @property
-    def result(self) -> CalibrationResult:
-        """See the class."""
-
-    def save(self, folder: Path) -> list[Path]:
-        """Write what brings the network back into ``folder``; return the files."""
-
-    def export(self, kind: str, example: Tensor, path: Path) -> OnnxSummary | OpenVINOSummary:
-        """Write it for a runtime; ``kind`` is ``'onnx'`` or ``'openvino'``, ``path`` has no suffix.
-
-        Raises:
-            ExportError: The host has no such export.
-        """
 
 
 class QuantizeNetwork(Protocol):

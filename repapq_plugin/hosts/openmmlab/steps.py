@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from repapq_plugin.errors import ResultError
 from repapq_plugin.evaluation.processor import saturation_note
+from repapq_plugin.hosts.hosted import QuantizedNetwork
 from repapq_plugin.hosts.openmmlab.network import TensorPath
-from repapq_plugin.hosts.openmmlab.other_hosts import OWN, QuantizedNetwork, find_host
+from repapq_plugin.hosts.openmmlab.other_hosts import OWN, find_host
 from repapq_plugin.hosts.openmmlab.record import Record
 from repapq_plugin.hosts.openmmlab.settings import RUNTIME_FORMATS, Settings
 from repapq_plugin.hosts.openmmlab.work import (
