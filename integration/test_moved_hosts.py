@@ -18,7 +18,7 @@ from repapq_plugin._moved import MOVED
 from repapq_plugin.hosts.nncf import quantize
 from repapq_plugin.hosts.nncf.quantizers import RangeClamp
 
-HOSTS = {old: new for old, new in MOVED.items() if new.startswith("repapq_plugin.hosts.")}
+HOSTS = {old: new for old, new in MOVED.items() if old.startswith("repapq_plugin.hosts.")}
 
 
 class TwoLayers(nn.Module):

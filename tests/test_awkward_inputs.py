@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple, cast
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ class NamedLevels(NamedTuple):
     coarse: Tensor
 
 
-FORMS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+FORMS: dict[str, Callable[[Tensor, Tensor], object]] = {
     "tuple": lambda fine, coarse: (fine, coarse),
     "list of tuples": lambda fine, coarse: [(fine,), (coarse,)],
     "dict": lambda fine, coarse: {"fine": fine, "coarse": coarse},
@@ -36,12 +37,12 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 }
 
 
-def parts(output: Any) -> list[Tensor]:
+def parts(output: object) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, Levels):
         return [output.fine, output.coarse]
-    values = output.values() if isinstance(output, dict) else output
+    values = output.values() if isinstance(output, dict) else cast("list[object]", output)
     return [tensor for value in values for tensor in parts(value)]
 
 
@@ -53,7 +54,7 @@ class Backbone(nn.Module):
         self.stem, self.fine, self.coarse = TwoBranchBlock(3, 8, 2), TwoBranchBlock(8, 8), TwoBranchBlock(8, 8, 2)
         self.form = FORMS[form]
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor) -> object:
         fine = self.fine(self.stem(x))
         return self.form(fine, self.coarse(fine))
 
@@ -66,7 +67,7 @@ class SharedHead(nn.Module):
         self.tower, self.predict = nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 4, 1)
         self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
 
-    def forward(self, levels: Any) -> list[Tensor]:
+    def forward(self, levels: object) -> list[Tensor]:
         return [self.predict(norm(self.tower(x)).relu()) for x, norm in zip(parts(levels), self.norms, strict=True)]
 
 
@@ -75,7 +76,7 @@ class Detector(nn.Module):
         super().__init__()
         self.backbone, self.head, self.form = Backbone(inner), SharedHead(), FORMS[outer]
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor) -> object:
         return self.form(*self.head(self.backbone(x)))
 
 
@@ -98,7 +99,7 @@ def images(*sizes: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(size) for size in sizes]
 
 
-def quantized(model: nn.Module, data: list[Tensor], preset: str = "w8a8", **keys: Any) -> CalibrationResult:
+def quantized(model: nn.Module, data: list[Tensor], preset: str = "w8a8", **keys: object) -> CalibrationResult:
     return quantize_model(model, data, RepAPQConfig.from_preset(preset, **{"steps": 6, **keys}))
 
 
@@ -124,7 +125,7 @@ def test_a_head_shared_by_levels_is_quantized_once_and_serves_all(schedule: str)
 
 
 @pytest.mark.parametrize("schedule", ["unit", "stage", "network"])
-def test_modules_called_twice_stay_one_module(schedule: str, tmp_path: Any) -> None:
+def test_modules_called_twice_stay_one_module(schedule: str, tmp_path: Path) -> None:
     model, data = settled(Twice()), images(*[(4, 3, 16, 16)] * 4)
     result = quantized(model, data, schedule=schedule)
     assert result.model.same_block is result.model.block

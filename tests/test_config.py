@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import pickle
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -20,7 +19,7 @@ NAN, INFINITY = float("nan"), float("inf")
 bit_widths = st.integers(2, 8)
 shares = st.floats(0, 1)
 patterns = st.lists(st.text(min_size=1, max_size=8), max_size=3)
-allowed: dict[str, st.SearchStrategy[Any]] = {
+allowed: dict[str, st.SearchStrategy[object]] = {
     "weight_bits": bit_widths,
     "activation_bits": bit_widths,
     "first_last_bits": st.none() | bit_widths,
@@ -53,7 +52,7 @@ def test_every_key_is_covered_here() -> None:
 
 
 @given(st.fixed_dictionaries({}, optional=allowed))
-def test_what_is_allowed_survives_dict_json_copy_and_pickle(values: dict[str, Any]) -> None:
+def test_what_is_allowed_survives_dict_json_copy_and_pickle(values: dict[str, object]) -> None:
     config = RepAPQConfig.from_dict(values)
     assert RepAPQConfig.from_dict(config.to_dict()) == config
     assert RepAPQConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -66,7 +65,7 @@ def test_what_is_allowed_survives_dict_json_copy_and_pickle(values: dict[str, An
         assert getattr(config.learning_rates, key) == value
 
 
-bad_values: list[tuple[str, Any, str]] = [
+bad_values: list[tuple[str, object, str]] = [
     *((key, value, "2 to 8") for key in ("weight_bits", "activation_bits") for value in (1, 9, 4.0, "8", None, True)),
     *(("first_last_bits", value, "2 to 8") for value in (0, 16, False, "8")),
     *(("activation_observer", value, "'min_max', 'mse', 'mae', 'percentile', 'auto'") for value in ("max", None, 1)),
@@ -88,7 +87,7 @@ bad_values: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("key", "value", "remedy"), bad_values, ids=repr)
-def test_what_is_not_allowed_is_named_with_its_value_and_the_remedy(key: str, value: Any, remedy: str) -> None:
+def test_what_is_not_allowed_is_named_with_its_value_and_the_remedy(key: str, value: object, remedy: str) -> None:
     with pytest.raises(ConfigError) as caught:
         RepAPQConfig(**{key: value})
     assert str(caught.value).startswith(f"{key}={value!r} is not allowed; choose ")
@@ -99,7 +98,7 @@ def test_what_is_not_allowed_is_named_with_its_value_and_the_remedy(key: str, va
     ("bits", "place"),
     [((9, 8), "[0]=9"), ((8, 1), "[1]=1"), ((8,), "=(8,)"), (8, "=8"), (None, "=None"), ("44", "='44'")],
 )
-def test_bits_of_a_layer_are_named_with_their_pattern(bits: Any, place: str) -> None:
+def test_bits_of_a_layer_are_named_with_their_pattern(bits: object, place: str) -> None:
     with pytest.raises(ConfigError) as caught:
         RepAPQConfig(layer_bits={"neck.*": (4, 4), "head.*": bits})
     assert f"layer_bits['head.*']{place}" in str(caught.value)
@@ -107,7 +106,7 @@ def test_bits_of_a_layer_are_named_with_their_pattern(bits: Any, place: str) -> 
 
 @pytest.mark.parametrize("key", ["weight", "scale", "affine"])
 @pytest.mark.parametrize("value", [-1e-3, 1.5, NAN, INFINITY, "fast", None, True])
-def test_a_learning_rate_is_named_with_its_group(key: str, value: Any) -> None:
+def test_a_learning_rate_is_named_with_its_group(key: str, value: object) -> None:
     for build in (LearningRates, lambda **rates: RepAPQConfig(learning_rates=rates)):
         with pytest.raises(ConfigError, match=f"learning_rates.{key}=.*from 0 to 1"):
             build(**{key: value})
@@ -140,7 +139,7 @@ def test_an_override_wins_over_its_preset() -> None:
 
 
 @pytest.mark.parametrize("preset", ["int8", "", "w8", "a8", "8a8", "w8a8x", "w-4a4", "w²a4", "w4 a4", "waa", None, 8])
-def test_an_unknown_preset_is_refused(preset: Any) -> None:
+def test_an_unknown_preset_is_refused(preset: object) -> None:
     with pytest.raises(ConfigError, match="preset=.*w8a8"):
         RepAPQConfig.from_preset(preset)
 

@@ -1,19 +1,29 @@
-"""Imports go one way only, and importing the package loads no host."""
+"""Imports go one way only, each step stands in one place, and nothing grows too large."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import repapq_plugin
-
-PACKAGE = Path(repapq_plugin.__file__).parent
-NAME = PACKAGE.name
+from tests.support.source import (
+    FILES,
+    NAME,
+    PACKAGE,
+    calls_of,
+    circles,
+    dotted,
+    graph_of,
+    imported,
+    module_of,
+    own_names,
+    private_parts,
+)
 
 # A module may import what stands above it. Modules of one line do not import each other.
 ORDER = [
@@ -49,37 +59,16 @@ FOREIGN = {
 }  # fmt: skip
 
 
-def module_of(path: Path) -> tuple[str, ...]:
-    """Path of a module below the package: ``("core", "losses")``; ``()`` is the package itself."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return parts[:-1] if parts[-1] == "__init__" else parts
-
-
-def imported(path: Path, tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Every module name that a file imports, however deep in a function, with its line."""
-    package = [NAME, *module_of(path)]
-    if path.name != "__init__.py":
-        package.pop()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            source = ".".join([*base, *([node.module] if node.module else [])])
-            # A name taken from a package may be a module of it.
-            yield from ((node.lineno, f"{source}.{alias.name}") for alias in node.names)
-
-
-def place(dotted: str) -> tuple[str, str]:
+def place(module: str) -> tuple[str, str]:
     """Top-level part of a module of the package, and for hosts which of them."""
-    parts = dotted.split(".")[1:]
+    parts = module.split(".")[1:]
     top = parts[0] if parts and parts[0] in RANK else ""
     host = parts[1] if top == "hosts" and len(parts) > 1 else ""
     return top, "" if host in SHARED_BY_HOSTS else host
 
 
 def violations(path: Path, source: str) -> list[str]:
-    importer = ".".join([NAME, *module_of(path)])
+    importer = dotted(path)
     top, host = place(importer)
     found = []
     for line, target in imported(path, ast.parse(source)):
@@ -90,9 +79,6 @@ def violations(path: Path, source: str) -> list[str]:
         if not inside and RANK[other] >= RANK[top]:
             found.append(f"{importer}, line {line}: {target}")
     return found
-
-
-FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def test_every_part_of_the_package_has_its_place() -> None:
@@ -152,3 +138,183 @@ def test_importing_the_package_loads_no_host() -> None:
 def test_every_public_name_exists() -> None:
     assert all(hasattr(repapq_plugin, name) for name in repapq_plugin.__all__)
     assert sorted(repapq_plugin.__all__) == sorted(set(repapq_plugin.__all__))
+
+
+TREES = {path: ast.parse(path.read_text()) for path in FILES}
+ROOT = PACKAGE.parent
+TESTS = sorted(path for folder in ("tests", "integration") for path in (ROOT / folder).rglob("*.py"))
+
+
+# -- no circle ----------------------------------------------------------------------------------------------------
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = graph_of({dotted(path): (path, tree) for path, tree in TREES.items()})
+    assert len(graph) == len(FILES) and sum(map(len, graph.values())) > len(FILES)
+    assert circles(graph) == []
+
+
+SOURCES = {
+    "a/__init__.py": "from repapq_plugin.a.one import f",
+    "a/one.py": "f = 1",
+    "a/two.py": "from repapq_plugin.a import f",
+    "b.py": "def g():\n    import repapq_plugin.c",
+    "c.py": "from . import b, a",
+    "d.py": "from repapq_plugin.a.one import f",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({}, [["b", "c"]]),
+        ({"b.py": ""}, []),
+        ({"b.py": "", "a/one.py": "from repapq_plugin.a.two import h"}, [["a.one", "a.two"]]),
+        ({"b.py": "", "a/two.py": "from repapq_plugin.a.one import f"}, []),
+        ({"a/one.py": "import repapq_plugin.d"}, [["a.one", "d"], ["b", "c"]]),
+    ],
+    ids=["function", "none", "handed on", "direct", "two"],
+)
+def test_the_search_for_circles_finds_them(change: dict[str, str], wanted: list[list[str]]) -> None:
+    files = {PACKAGE / name: ast.parse(source) for name, source in {**SOURCES, **change}.items()}
+    graph = graph_of({dotted(path): (path, tree) for path, tree in files.items()})
+    assert circles(graph) == [[f"{NAME}.{name}" for name in group] for group in wanted]
+
+
+# -- one place for each step --------------------------------------------------------------------------------------
+
+ONCE = (
+    "AcrossBlockCalibrator",
+    "equalize_channels",
+    "find_stages",
+    "find_units",
+    "fold_constant_channels",
+    "fold_conv_norm_pairs",
+    "plan_layers",
+    "set_starting_ranges",
+    "trace_network",
+    ".attach_affine",
+    ".run_alone",
+)
+
+
+@pytest.mark.parametrize("step", ONCE)
+def test_each_step_of_the_pipeline_is_called_from_the_job_or_the_method_alone(step: str) -> None:
+    found = {dotted(path): lines for path, tree in TREES.items() if (lines := list(calls_of(step, tree)))}
+    if step == ".run_alone":  # a job hands it to the method, which runs stages with it
+        assert set(found) <= {f"{NAME}.method.across_block", f"{NAME}.method.schedules"}
+    else:
+        assert {name: len(lines) for name, lines in found.items()} == {f"{NAME}.job": 1}
+
+
+def test_a_job_merges_in_one_place_and_backends_alone_fold_affine_layers() -> None:
+    assert len(list(calls_of("merge_branches", TREES[PACKAGE / "job.py"]))) == 1
+    for step in ("attach_affine", "fold_affine"):
+        found = [dotted(path) for path, tree in TREES.items() for _ in calls_of(step, tree)]
+        assert f"{NAME}.backend" in found and len(set(found)) == len(found)
+        assert all(name == f"{NAME}.backend" or name.endswith(".backend") for name in found)
+    folds = [module_of(path) for path, tree in TREES.items() for _ in calls_of(".fold", tree)]
+    assert folds.count(("job",)) == 1
+    assert {module[0] for module in folds} <= {"job", "reparam"}  # whose maps fold by another name
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "lines"),
+    [
+        ("f(1)\n\nx = [f(2) for _ in y]", "f", [1, 3]),
+        ("a.f(1)\nf", "f", []),
+        ("a.b.f(1)\nf(2)", ".f", [1]),
+        ("F[int](1)", "F", [1]),
+    ],
+)
+def test_calls_are_found(source: str, name: str, lines: list[int]) -> None:
+    assert list(calls_of(name, ast.parse(source))) == lines
+
+
+# -- sizes --------------------------------------------------------------------------------------------------------
+
+LONGEST_MODULE, LONGEST_CLASS = 350, 200
+"""Lines."""
+
+MOST_LINES_WITH_ANY = 150
+
+
+@pytest.mark.parametrize("path", FILES, ids=dotted)
+def test_no_module_and_no_class_is_too_long(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= LONGEST_MODULE
+    classes = [node for node in ast.walk(TREES[path]) if isinstance(node, ast.ClassDef)]
+    sizes = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in classes}
+    assert {name: size for name, size in sizes.items() if size > LONGEST_CLASS} == {}
+
+
+def test_few_lines_leave_a_type_open() -> None:
+    lines = [line for path in FILES for line in path.read_text().splitlines() if re.search(r"\bAny\b", line)]
+    assert len(lines) <= MOST_LINES_WITH_ANY
+
+
+# -- hosts and tests ----------------------------------------------------------------------------------------------
+
+HOST_PACKAGES = ("nncf", "mmengine", "mmcv", "mmdet", "mmseg", "mmpretrain", "mmyolo", "torchao", "torch.ao")
+
+INTERNALS = (
+    "mmengine.config.utils",
+    "nncf.common.graph",
+    "nncf.common.tensor_statistics",
+    "nncf.quantization.algorithms",
+    "nncf.torch.function_hook",
+    "nncf.torch.layer_utils",
+    "nncf.torch.quantization",
+)
+"""Modules of hosts that their documentation does not name."""
+
+
+def private_uses(path: Path, tree: ast.AST, own: set[str]) -> list[str]:
+    found = [f"line {line}: {what}" for line, what in private_parts(tree, HOST_PACKAGES, own)]
+    internal = [(line, name) for line, name in imported(path, tree) if name.startswith(INTERNALS)]
+    return found + [f"line {line}: {name}" for line, name in internal]
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "hosts").rglob("*.py")), ids=dotted)
+def test_what_a_host_keeps_private_is_used_in_one_file_of_it(path: Path) -> None:
+    if path.name != "_compat.py":
+        assert private_uses(path, TREES[path], own_names(list(TREES.values()))) == []
+
+
+def test_outside_hosts_nothing_of_a_host_is_private() -> None:
+    for path, tree in TREES.items():
+        if module_of(path)[:1] != ("hosts",):
+            assert list(private_parts(tree, HOST_PACKAGES, {node.attr for node in attributes(tree)})) == []
+
+
+def attributes(tree: ast.AST) -> list[ast.Attribute]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+
+
+@pytest.mark.parametrize(
+    ("line", "private"),
+    [
+        ("from torch.ao.quantization.fx._lower_to_native_backend import is_copy_node", True),
+        ("import mmengine._strange", True),
+        ("from nncf.torch import __version__", False),
+        ("from nncf.torch.function_hook import wrap_model", True),
+        ("from nncf import Dataset", False),
+        ("runner._hooks = []", True),
+        ("self._hooks = []", False),
+        ("job._calibrated(state)", False),
+        ("from ._compat import hooks_of", False),
+    ],
+)
+def test_private_use_is_told_from_public_and_own(line: str, private: bool) -> None:
+    path = PACKAGE / "hosts" / "nncf" / "x.py"
+    assert bool(private_uses(path, ast.parse(line), {"_calibrated"})) == private
+
+
+def test_no_test_imports_another_test() -> None:
+    found = []
+    for path in TESTS:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            if isinstance(node, ast.ImportFrom):
+                names.append(node.module or "")
+            found += [f"{path}: {name}" for name in names if any(p.startswith("test_") for p in name.split("."))]
+    assert found == []

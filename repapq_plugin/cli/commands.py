@@ -108,7 +108,7 @@ def cli() -> None:
     "--export",
     "formats",
     help="What is written: onnx, openvino, both with a comma, or none. OpenVINO files are also scored and timed. "
-    "[default: both, and what the host can write if it is another]",
+    "[default: all that can be written: both; openvino with -q type=NNCF]",
 )
 @click.option(
     "--compare/--no-compare",

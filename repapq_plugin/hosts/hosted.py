@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from repapq_plugin.errors import ExportError, HostError
 from repapq_plugin.export.openvino import OpenVINOSummary, export_openvino
 from repapq_plugin.export.qdq_onnx import OnnxSummary, export_onnx
+from repapq_plugin.quantizers.layers import QuantizedLayer
 from repapq_plugin.result import Calibrated, CalibrationResult
 
 logger = logging.getLogger(__name__)
@@ -22,19 +23,12 @@ SAVED_AS = "repapq.safetensors"
 """Name of the saved calibration in a folder."""
 
 
-class QuantizedNetwork(Protocol):
-    """What every host gives back for a network that takes images."""
+class RunnableNetwork(Protocol):
+    """A network in the form in which a host runs it."""
 
     @property
     def network(self) -> nn.Module:
         """What the host runs: images, float ``(N, C, H, W)``, to the raw outputs."""
-
-    @property
-    def result(self) -> CalibrationResult:
-        """The record of the calibration."""
-
-    def save(self, folder: Path) -> list[Path]:
-        """Write into ``folder`` what brings the network back; return the files."""
 
     def export(self, kind: str, example: Tensor, path: Path) -> OnnxSummary | OpenVINOSummary:
         """Write the network for a runtime.
@@ -47,6 +41,17 @@ class QuantizedNetwork(Protocol):
         Raises:
             ExportError: The host has no such export.
         """
+
+
+class QuantizedNetwork(RunnableNetwork, Protocol):
+    """What every host gives back for a network that takes images."""
+
+    @property
+    def result(self) -> Calibrated:
+        """The record of the calibration."""
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write into ``folder`` what brings the network back; return the files."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,19 @@ class HostedNetwork:
         if kind == "openvino":
             return export_openvino(self.result, example, path.with_name(f"{path.name}.xml"))
         raise ExportError(f"kind={kind!r} is not allowed; choose onnx or openvino.")
+
+
+def quantized_layers(network: nn.Module) -> dict[str, QuantizedLayer]:
+    """Return the quantized layers of a calibrated network by each module path that they stand at.
+
+    Raises:
+        HostError: It holds none.
+    """
+    named = network.named_modules(remove_duplicate=False)
+    layers = {name: module for name, module in named if isinstance(module, QuantizedLayer)}
+    if not layers:
+        raise HostError(f"{type(network).__name__} holds no quantized layer; quantize it with quantize_model first.")
+    return layers
 
 
 def converted_or_simulated(calibrated: Calibrated, convert: Callable[[nn.Module], nn.Module]) -> HostedNetwork:

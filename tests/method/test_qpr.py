@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -94,7 +94,13 @@ def operations(layer: QuantizedLayer, x: Tensor) -> list[str]:
     names: list[str] = []
 
     class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self,
+            func: Callable[..., object],
+            types: object,
+            args: tuple[object, ...] = (),
+            kwargs: dict[str, object] | None = None,
+        ) -> object:
             names.append(str(func))
             return func(*args, **(kwargs or {}))
 

@@ -22,7 +22,7 @@ from repapq_plugin.hosts.openmmlab.settings import Settings
 from repapq_plugin.hosts.openmmlab.steps import Quantization
 from repapq_plugin.hosts.openmmlab.work import writable_folder
 from repapq_plugin.job import Progress
-from repapq_plugin.result import CalibrationResult
+from repapq_plugin.result import Calibrated
 
 
 class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
@@ -71,7 +71,7 @@ class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
         self.network: nn.Module | None = None
 
     @property
-    def result(self) -> CalibrationResult | None:
+    def result(self) -> Calibrated | None:
         """How the network came about; ``None`` before the first run."""
         return None if self.quantization is None else self.quantization.quantized.result
 

@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.errors import ConfigError, HostError
-from repapq_plugin.export.openvino import OpenVINOSummary
-from repapq_plugin.export.qdq_onnx import OnnxSummary
+from repapq_plugin.hosts.hosted import QuantizedNetwork, RunnableNetwork
 from repapq_plugin.job import Progress
-from repapq_plugin.result import CalibrationResult
 
 OWN = "RepAPQ"
 """The plugin's own quantizers, which need no other host."""
@@ -57,45 +55,10 @@ SAVED_BY = {".pth": "NNCF"}
 """Which host saved a file, by the suffix; all others save a `CalibrationResult`."""
 
 
-class HostNetwork(Protocol):
-    """A network in a host's own form.
-
-    Attributes:
-        network: Runs in place of the float network: images to its raw outputs, laid flat.
-    """
-
-    @property
-    def network(self) -> nn.Module:
-        """See the class."""
-
-    def export(self, kind: str, example: Tensor, path: Path) -> OnnxSummary | OpenVINOSummary:
-        """Write it for a runtime; ``kind`` is ``'onnx'`` or ``'openvino'``, ``path`` has no suffix.
-
-        Raises:
-            ExportError: The host has no such export.
-        """
-
-
-class QuantizedNetwork(HostNetwork, Protocol):
-    """What a host returns.
-
-    Attributes:
-        network: See `HostNetwork`.
-        result: The record of how it came about.
-    """
-
-    @property
-    def result(self) -> CalibrationResult:
-        """See the class."""
-
-    def save(self, folder: Path) -> list[Path]:
-        """Write what brings the network back into ``folder``; return the files."""
-
-
 class LoadNetwork(Protocol):
     """Brings back a network that a host saved."""
 
-    def __call__(self, path: Path, network: nn.Module, example: Tensor) -> HostNetwork:
+    def __call__(self, path: Path, network: nn.Module, example: Tensor) -> RunnableNetwork:
         """Read ``path``.
 
         Args:

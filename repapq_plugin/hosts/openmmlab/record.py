@@ -20,7 +20,7 @@ from repapq_plugin import __version__
 from repapq_plugin.core.files import write_atomically
 from repapq_plugin.hosts.openmmlab.settings import Settings
 from repapq_plugin.hosts.openmmlab.work import Exported, Latency
-from repapq_plugin.result import CalibrationResult
+from repapq_plugin.result import Calibrated
 
 RECORD_FILE = "result.json"
 """Name of the record in a work folder."""
@@ -49,7 +49,7 @@ class Record:
             same names; those in integers end in ``I8``.
         exports: Per exported network: operators, Quantize/Dequantize pairs, integer layers, and the
             largest difference from the torch network on one image (`OnnxSummary`, `OpenVINOSummary`).
-        calibration: `CalibrationResult.summary`: per unit the loss before and after and whether
+        calibration: `Calibrated.summary`: per unit the loss before and after and whether
             its result was kept; what was merged; bits of each layer; layers that stayed float and
             why; seconds.
         files: Every file written, by what it is.
@@ -74,7 +74,7 @@ class Record:
     machine: dict[str, object] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, cfg: Config, checkpoint: str | None, settings: Settings, result: CalibrationResult) -> Record:
+    def start(cls, cfg: Config, checkpoint: str | None, settings: Settings, result: Calibrated) -> Record:
         """Begin a record with all that is known after a calibration."""
         return cls(
             config=str(getattr(cfg, "filename", None) or ""),

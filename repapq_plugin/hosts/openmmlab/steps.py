@@ -13,14 +13,9 @@ from torch import Tensor, nn
 
 from repapq_plugin.errors import ResultError
 from repapq_plugin.evaluation.processor import saturation_note
+from repapq_plugin.hosts.hosted import QuantizedNetwork, RunnableNetwork
 from repapq_plugin.hosts.openmmlab.network import TensorPath, serving_points
-from repapq_plugin.hosts.openmmlab.other_hosts import (
-    OWN,
-    HostNetwork,
-    QuantizedNetwork,
-    find_host,
-    find_loader,
-)
+from repapq_plugin.hosts.openmmlab.other_hosts import OWN, find_host, find_loader
 from repapq_plugin.hosts.openmmlab.record import Record
 from repapq_plugin.hosts.openmmlab.settings import RUNTIME_FORMATS, Settings
 from repapq_plugin.hosts.openmmlab.work import (
@@ -37,7 +32,7 @@ from repapq_plugin.hosts.openmmlab.work import (
 )
 from repapq_plugin.hosts.openmmlab.workbench import Report, Workbench
 from repapq_plugin.job import Progress
-from repapq_plugin.result import CalibrationResult
+from repapq_plugin.result import Calibrated, CalibrationResult
 
 Step = Callable[[str, str], AbstractContextManager[Report]]
 """``step(name, text)`` is told that a step begins and ends, and yields what is told how far it is."""
@@ -58,9 +53,9 @@ class LoadedModel:
     """
 
     model: nn.Module
-    result: CalibrationResult | None
+    result: Calibrated | None
     network: nn.Module | None = None
-    hosted: HostNetwork | None = None
+    hosted: RunnableNetwork | None = None
 
     def export(self, kind: str, example: Tensor, path: Path) -> Exported:
         """Write the network part for a runtime.
@@ -85,7 +80,7 @@ class LoadedModel:
 class QuantizedModel(LoadedModel):
     """A quantized toolbox model with its record, whichever host quantized it; arguments: see `LoadedModel`."""
 
-    result: CalibrationResult
+    result: Calibrated
     hosted: QuantizedNetwork | None = None
 
     def save(self, folder: Path) -> list[Path]:
@@ -94,9 +89,9 @@ class QuantizedModel(LoadedModel):
         Raises:
             ResultError: A file cannot be written.
         """
-        if self.hosted is not None:
-            return self.hosted.save(folder)
-        return [self.result.save(folder / RESULT_FILE)]
+        if isinstance(self.result, CalibrationResult):
+            return [self.result.save(folder / RESULT_FILE)]
+        return [] if self.hosted is None else self.hosted.save(folder)
 
 
 def quantize(

@@ -9,6 +9,7 @@ except (ImportError, AttributeError) as error:  # the latter where torch is too 
         f"This host needs torchao>=0.18 and a torch that it fits ({error}): pip install 'repapq-plugin[pt2e]'"
     ) from error
 
+from repapq_plugin.hosts.pt2e.backend import Pt2eBackend
 from repapq_plugin.hosts.pt2e.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
 from repapq_plugin.hosts.pt2e.grid import carry_grid
 from repapq_plugin.hosts.pt2e.learned import carry_over, prepare_learned
@@ -32,6 +33,7 @@ __all__ = [
     "PerChannelMSEObserver",
     "PerChannelMinMaxObserver",
     "PercentileObserver",
+    "Pt2eBackend",
     "RepAPQQuantizer",
     "carry_grid",
     "carry_over",

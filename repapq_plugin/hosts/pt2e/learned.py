@@ -13,6 +13,7 @@ from torchao.quantization.pt2e.quantizer import Quantizer
 from repapq_plugin.errors import HostError
 from repapq_plugin.export.deploy import without_quantizers
 from repapq_plugin.export.qdq_onnx import quantized_module
+from repapq_plugin.hosts.hosted import quantized_layers
 from repapq_plugin.hosts.pt2e._compat import copy_facts, module_path
 from repapq_plugin.hosts.pt2e.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
 from repapq_plugin.hosts.pt2e.graph import layer_nodes, quantizer_at
@@ -20,7 +21,6 @@ from repapq_plugin.hosts.pt2e.grid import carry_grid
 from repapq_plugin.hosts.pt2e.observers import TorchaoObserver
 from repapq_plugin.hosts.pt2e.quantizer import RepAPQQuantizer
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize as CoreFakeQuantize
-from repapq_plugin.quantizers.layers import QuantizedLayer
 from repapq_plugin.result import Calibrated
 
 DynamicShapes = dict[str, object] | tuple[object, ...] | list[object]
@@ -51,7 +51,7 @@ def prepare_learned(
         HostError: The network cannot be exported, holds no quantized layer, or the export lost one.
     """
     model = quantized_module(model_or_result)
-    _quantized_layers(model)
+    quantized_layers(model)
     try:
         program = torch.export.export(
             without_quantizers(model), example_inputs, dynamic_shapes=dynamic_shapes, strict=strict
@@ -82,7 +82,7 @@ def carry_over(model_or_result: nn.Module | Calibrated, prepared: GraphModule) -
     Raises:
         HostError: The graph lacks a layer of the calibrated network.
     """
-    learned = _quantized_layers(quantized_module(model_or_result))
+    learned = quantized_layers(quantized_module(model_or_result))
     placed: dict[tuple[Node, CoreFakeQuantize], Node] = {}
     found: set[str] = set()
     for node in list(layer_nodes(prepared)):
@@ -104,14 +104,6 @@ def carry_over(model_or_result: nn.Module | Calibrated, prepared: GraphModule) -
         )
     _drop_idle(prepared)
     return carry_grid(prepared)
-
-
-def _quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    named = model.named_modules(remove_duplicate=False)
-    layers = {name: module for name, module in named if isinstance(module, QuantizedLayer)}
-    if not layers:
-        raise HostError(f"{type(model).__name__} holds no quantized layer; quantize it with quantize_model first.")
-    return layers
 
 
 def _observed(prepared: GraphModule, node: object) -> Node:

@@ -4,6 +4,7 @@ The observers and fake quantizers are those of `repapq_plugin` itself; they stan
 """
 
 from repapq_plugin.hosts.torch_ao.arithmetic import simulate_integers
+from repapq_plugin.hosts.torch_ao.backend import TorchAOBackend
 from repapq_plugin.hosts.torch_ao.eager import convert_eager, prepare_learned_eager
 from repapq_plugin.hosts.torch_ao.engines import exact_engine, integer_engine, saturates
 from repapq_plugin.hosts.torch_ao.fx import convert_to_int8, prepare_learned
@@ -12,6 +13,7 @@ from repapq_plugin.hosts.torch_ao.qconfig import repapq_qconfig, repapq_qconfig_
 from repapq_plugin.hosts.torch_ao.simulated import quantized_network
 
 __all__ = [
+    "TorchAOBackend",
     "carry_grid",
     "convert_eager",
     "convert_to_int8",

@@ -14,9 +14,10 @@ from torch.ao.quantization import DeQuantStub, QuantStub, QuantWrapper, convert,
 
 from repapq_plugin.core.hooks import Hooks
 from repapq_plugin.core.running import Batch, ForwardFn, call_model
-from repapq_plugin.errors import CalibrationError, HostError
+from repapq_plugin.errors import CalibrationError
 from repapq_plugin.export.deploy import without_quantizers
 from repapq_plugin.export.qdq_onnx import quantized_module
+from repapq_plugin.hosts.hosted import quantized_layers
 from repapq_plugin.hosts.torch_ao._compat import (
     GridModule,
     new_qconfig,
@@ -65,10 +66,7 @@ def prepare_learned_eager(
         CalibrationError: ``data`` is empty.
     """
     network, forward = quantized_module(model_or_result), forward_fn or call_model
-    named = network.named_modules(remove_duplicate=False)
-    layers = {name: module for name, module in named if isinstance(module, QuantizedLayer)}
-    if not layers:
-        raise HostError(f"{type(network).__name__} holds no quantized layer; quantize it with quantize_model first.")
+    layers = quantized_layers(network)
     batches = list(data)
     if not batches:
         raise CalibrationError("The data for the ranges of outputs holds no batch; give at least one.")

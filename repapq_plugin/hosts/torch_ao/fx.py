@@ -15,6 +15,7 @@ from repapq_plugin.core.running import Batch, ForwardFn, call_model
 from repapq_plugin.errors import HostError
 from repapq_plugin.export.deploy import without_quantizers
 from repapq_plugin.export.qdq_onnx import quantized_module
+from repapq_plugin.hosts.hosted import quantized_layers
 from repapq_plugin.hosts.torch_ao._compat import new_qconfig
 from repapq_plugin.hosts.torch_ao.engines import (
     INTEGER_BIAS,
@@ -67,7 +68,7 @@ def prepare_learned(
         CalibrationError: ``data`` is empty.
     """
     model = quantized_module(model_or_result)
-    quantized = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantizedLayer)}
+    quantized = quantized_layers(model)
     if not any(layer.weight_fake_quant.quantizing for layer in quantized.values()):
         raise HostError(f"{type(model).__name__} holds no quantized layer; quantize it with quantize_model first.")
     traced, origin = trace_layers(without_quantizers(model))
