@@ -40,7 +40,7 @@ def device_named(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is not None and (str(device) in there or (device.index is None and f"{device.type}:0" in there)):
+    if device is not None and (str(device) in there or (":" not in name and f"{device.type}:0" in there)):
         return device
     known = ", ".join(f"{known} ({called})" if called else known for known, called in there.items())
     raise ConfigError(f"--device {name!r} is not allowed; torch finds {known} here.")
