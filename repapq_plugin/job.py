@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
@@ -19,13 +19,15 @@ from repapq_plugin.backend import Backend, OwnBackend, Placing
 from repapq_plugin.conditioning.constant_channels import fold_constant_channels
 from repapq_plugin.conditioning.equalize import equalize_channels
 from repapq_plugin.config import RepAPQConfig
-from repapq_plugin.core.copies import is_half, own_batch, own_copy, smaller, takes_halves
+from repapq_plugin.core.copies import own_batch, smaller
 from repapq_plugin.core.progress import Progress as Progress
 from repapq_plugin.core.progress import Report as Report
 from repapq_plugin.core.progress import counted as counted
 from repapq_plugin.core.running import Batch, ForwardFn, call_model, seeded
-from repapq_plugin.core.tensors import floating_tensors
+from repapq_plugin.core.tensors import floating_tensors, tensors_of
 from repapq_plugin.errors import CalibrationError
+from repapq_plugin.merging import Merged as Merged
+from repapq_plugin.merging import merge_for_inference as merge_for_inference
 from repapq_plugin.method.across_block import (
     AcrossBlockCalibrator,
     Networks,
@@ -40,13 +42,8 @@ from repapq_plugin.method.optimise import split_batches
 from repapq_plugin.method.partition import Stage, find_stages, find_units
 from repapq_plugin.method.schedules import Activation
 from repapq_plugin.method.starting_ranges import not_quantizing, set_starting_ranges
-from repapq_plugin.quantizers.own_forward import bake_weights
 from repapq_plugin.quantizers.plan import LayerPlan, QuantizationPlan, plan_layers
 from repapq_plugin.quantizers.trace import Trace, trace_network
-from repapq_plugin.reparam.by_algebra.unknown import find_unknown_multibranch
-from repapq_plugin.reparam.fold import fold_conv_norm_pairs
-from repapq_plugin.reparam.merge import MergeRecord, merge_branches
-from repapq_plugin.reparam.parametrized import bake_parametrizations
 from repapq_plugin.result import Calibrated, CalibrationResult
 
 logger = logging.getLogger(__name__)
@@ -55,52 +52,6 @@ R = TypeVar("R")
 
 NAMED = 5
 """How many layers a note names."""
-
-
-class Merged(NamedTuple):
-    """A float network as it is deployed.
-
-    Args:
-        network: In evaluation mode, branches merged and norms folded.
-        folded: Pairs (layer, norm) of module paths whose norm went into the layer.
-        records: One entry per multi-branch block.
-        notes: Blocks that look as if they had branches, but are unknown.
-        baked: Layers whose weight became what their own forward had made of it.
-    """
-
-    network: nn.Module
-    folded: tuple[tuple[str, str], ...] = ()
-    records: tuple[MergeRecord, ...] = ()
-    notes: tuple[str, ...] = ()
-    baked: tuple[str, ...] = ()
-
-
-@torch.no_grad()
-def merge_for_inference(model: nn.Module, run: Callable[[nn.Module], object]) -> Merged:
-    """Return a copy of ``model`` in evaluation mode with branches merged and norms folded.
-
-    Args:
-        model: Any float network; not changed.
-        run: Makes one forward pass of a network like ``model``.
-    """
-    merged = own_copy(model)
-    notes = []
-    if is_half(model):
-        takes_halves(merged)
-        notes.append("The network is in half precision; what was quantized computes in float32, and takes either.")
-    bake_parametrizations(merged)
-    baked = bake_weights(merged, lambda: run(merged))
-    merged, records = merge_branches(merged, inplace=True)
-    folded = fold_conv_norm_pairs(merged, run, inplace=True)
-    for name in find_unknown_multibranch(merged, run):
-        kind = type(merged.get_submodule(name)).__name__
-        notes.append(
-            f"{name} ({kind}) looks like a multi-branch block that is not known; it stays as plain "
-            f"convolutions. Teach it with repapq_plugin.register_branches."
-        )
-        logger.warning(notes[-1])
-    merged.eval()  # also what merging made
-    return Merged(merged, tuple(folded), tuple(records), tuple(notes), baked)
 
 
 @dataclass
@@ -162,12 +113,17 @@ class Job(Generic[R]):
             RepAPQError: See `quantize_model`, and the backend's ``check``.
         """
         started = time.perf_counter()
-        batches = list(data)
-        if not batches:
+        given = list(data)
+        if not given:
             raise CalibrationError("The calibration data holds no batch; give at least one.")
+        batches = [batch for batch in given if _holds_values(batch)] or given
         with torch.inference_mode(False), seeded(self.config.seed):
             self.backend.check(model, batches, self.config)
             state = State(Merged(model), batches)
+            if len(batches) < len(given):
+                state.notes.append(
+                    f"{len(given) - len(batches)} of {len(given)} batches hold no value and were left out."
+                )
             for phase in self.backend.phases:
                 getattr(self, phase)(state)
                 state.done.append(phase)
@@ -304,6 +260,11 @@ class Job(Generic[R]):
             seconds=seconds,
             notes=(*state.merged.notes, *state.notes),
         )
+
+
+def _holds_values(batch: Batch) -> bool:
+    tensors = tensors_of(batch)
+    return not tensors or any(tensor.numel() for tensor in tensors)
 
 
 def _listed(reasons: Mapping[str, str]) -> str:

@@ -163,6 +163,8 @@ def test_a_batch_without_images_changes_nothing(steps: int, place: int) -> None:
     data.insert(place, torch.zeros(0, 3, 16, 16))
     result = quantized(model, data, steps=steps)
     assert relative(result, model, data[1]) < 0.05
+    assert not result.float_layers and (not steps or any(unit.kept for unit in result.units))
+    assert result.notes[-1] == "1 of 4 batches hold no value and were left out."
     assert all(bool(tensor.isfinite().all()) for tensor in result.model.state_dict().values())
 
 

@@ -36,6 +36,7 @@ ORDER = [
     ("mimicnorm",),
     ("conditioning",),
     ("quantizers",),
+    ("merging",),
     ("method",),
     ("result",),
     ("backend",),
