@@ -118,6 +118,17 @@ def shallow_copy(module: M) -> M:
     return copied
 
 
+def own_registries(module: M) -> M:
+    """Let a module share no registry of children, parameters, buffers and hooks, as one made by ``copy.copy`` does.
+
+    Returns:
+        ``module``, changed in place; what the registries hold stays shared.
+    """
+    for name in (*_REGISTRIES, *_HOOKS):
+        vars(module)[name] = copy.copy(getattr(module, name))
+    return module
+
+
 def without_hooks(module: M) -> M:
     """Return a `shallow_copy` that runs the module's own forward without its own hooks; its children keep theirs."""
     copied = shallow_copy(module)

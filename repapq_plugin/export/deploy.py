@@ -17,6 +17,7 @@ from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 
 from repapq_plugin.core.copies import own_copy
+from repapq_plugin.core.modules import own_registries
 from repapq_plugin.core.quant_primitives import CONTAINERS, grid_bounds
 from repapq_plugin.core.tensors import change_first_tensor
 from repapq_plugin.errors import ExportError
@@ -239,7 +240,7 @@ def deployable(model: nn.Module) -> nn.Module:
         HostError: The model cannot be copied.
     """
     model = own_copy(model).eval()
-    for where, layer in [(name or "model", m) for name, m in model.named_modules() if isinstance(m, QuantizedLayer)]:
+    for where, layer in _quantized_layers(model):
         if layer.input_fake_quant.quantizing or layer.weight_fake_quant.quantizing:
             deploy_layer(layer, where).eval()
         else:
@@ -254,6 +255,12 @@ def without_quantizers(model: nn.Module) -> nn.Module:
         HostError: The model cannot be copied.
     """
     model = own_copy(model).eval()
-    for layer in [module for module in model.modules() if isinstance(module, QuantizedLayer)]:
+    for _, layer in _quantized_layers(model):
         float_layer(layer)
     return model
+
+
+def _quantized_layers(model: nn.Module) -> list[tuple[str, QuantizedLayer]]:
+    """Return the layers to change by path; a layer and its ``copy.copy`` can be changed one by one afterwards."""
+    named = [(name or "model", m) for name, m in model.named_modules() if isinstance(m, QuantizedLayer)]
+    return [(name, own_registries(layer)) for name, layer in named]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -230,6 +231,20 @@ def test_whole_numbers_of_the_example_stay_what_they_are(tmp_path: Path) -> None
     model = set_ranges(Indexed(), images(), args[1])
     graph = onnx.load(export_onnx(model, args, tmp_path / "model.onnx").path).graph
     assert [v.type.tensor_type.elem_type for v in graph.input] == [onnx.TensorProto.FLOAT, onnx.TensorProto.INT64]
+
+
+def test_a_shallow_copy_of_a_layer_is_exported_beside_it(tmp_path: Path) -> None:
+    """Both have the same children and parameters in the same registries."""
+    layer = quantized(nn.Conv2d(3, 3, 3, padding=1), 7, 8)
+    model = set_ranges(nn.Sequential(layer, nn.ReLU(), copy.copy(layer)), images())
+    with torch.no_grad():
+        expected = model(images())
+        assert torch.equal(deployable(model)(images()), expected)
+        assert torch.equal(model(images()), expected)
+    summary = export_onnx(model, images(), tmp_path / "model.onnx")
+    assert summary.integer_layers == 2
+    assert summary.max_rel_difference is not None
+    assert summary.max_rel_difference < 1e-5
 
 
 def test_the_export_form_keeps_class_attributes_and_hooks(tmp_path: Path) -> None:
