@@ -49,8 +49,9 @@ def precise() -> Iterator[None]:
         yield
     finally:
         if switches is not None:
-            torch.set_float32_matmul_precision(switches[0])
             cuda.allow_tf32, cudnn.allow_tf32 = switches[1:]
+            # Last, as the other switch knows two of its three values.
+            torch.set_float32_matmul_precision(switches[0])
         for setting, before in single:
             setting.fp32_precision = before
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from repapq_plugin.core.hooks import Hooks
 from repapq_plugin.core.running import inference
 from repapq_plugin.core.tensor_notes import TensorNotes
-from repapq_plugin.core.tensors import tensors_of
+from repapq_plugin.core.tensors import first_tensor, tensors_of
 from repapq_plugin.core.watch import FunctionWatch
 from repapq_plugin.reparam.branches import is_registered
 from repapq_plugin.reparam.merged import MergedBlock
@@ -99,20 +99,21 @@ class _LinearTerms(FunctionWatch):
                 frame.sums.append(result.shape)
                 return
 
-    def layer_ran(self, layer: nn.Module, args: tuple[object, ...], output: object) -> None:
+    def layer_ran(self, layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
         """A layer starts a branch from what it reads, and goes on with those that lead there."""
-        if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
+        given = first_tensor(args, kwargs)
+        if given is None or not isinstance(output, Tensor):
             return
         terms: Terms = {}
         if not has_activation(layer):
             own = frozenset({layer})
             # Branches that were added before are one from here on.
-            terms = {serial: starts if len(starts) == 1 else own for serial, starts in self.terms(args[0]).items()}
+            terms = {serial: starts if len(starts) == 1 else own for serial, starts in self.terms(given).items()}
         self.remember(output, terms)
 
-    def enter(self, name: str, args: tuple[object, ...]) -> None:
-        given = args[0] if args else None
-        source = self.value_of(given).serial if isinstance(given, Tensor) else None
+    def enter(self, name: str, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        given = first_tensor(args, kwargs)
+        source = None if given is None else self.value_of(given).serial
         self.frames.append(_Frame(name, source, first=next(self._serials)))
 
     def leave(self, output: object) -> None:
@@ -142,9 +143,9 @@ def find_unknown_multibranch(model: nn.Module, run: Callable[[nn.Module], object
     with Hooks() as hooks:
         for name, module in names:
             if isinstance(module, nn.modules.conv._ConvNd) or is_norm(module):
-                hooks.after(module, watch.layer_ran)
+                hooks.after(module, watch.layer_ran, with_kwargs=True)
             elif any(True for _ in module.children()):
-                hooks.before(module, lambda _, args, name=name: watch.enter(name, args))
+                hooks.before(module, lambda _, *given, name=name: watch.enter(name, *given), with_kwargs=True)
                 hooks.after(module, lambda _, args, output: watch.leave(output))
         with inference(model), watch:
             run(model)

@@ -450,3 +450,26 @@ def test_qarepvgg_learns_with_its_branches_and_merges() -> None:
     assert [record.branches for record in records] == [2, 3] and all(record.merged for record in records)
     with torch.no_grad():
         assert relative_error(merged(x), model(x)) <= 1e-5
+
+
+class ByKeyword(nn.Module):
+    """Gives everything by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(3), conv(1)
+
+    def forward(self, image: Tensor, *, factor: float = 1.0) -> Tensor:
+        return factor * (self.a(input=image) + self.b(input=image))
+
+
+def test_an_unknown_block_is_noticed_if_all_is_called_by_keyword() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = ByKeyword()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(image=x).relu()
+
+    assert find_unknown_multibranch(Outer(), lambda net: net(random_input(4).float())) == ["block"]
