@@ -62,7 +62,7 @@ def take_over(block: nn.Module, made: MergedBlock | fx.GraphModule) -> nn.Module
     """Let a block compute what ``made`` computes, in place.
 
     Args:
-        block: Any module; its children that ``made`` does not hold are gone.
+        block: The module; its children that ``made`` does not hold are gone.
         made: Its merged form: the convolution and what follows it, or the block's forward with convolutions in it.
 
     Returns:
