@@ -18,7 +18,7 @@ from mmengine.utils import get_installed_path
 
 import repapq_plugin.hosts.openmmlab as host
 from integration.openmmlab.scenes import CLASSIFIER, DETECTOR, FEW_ITEMS, FEW_SCENES, ROOT
-from integration.openmmlab.test_openmmlab_tools import run_tool
+from integration.openmmlab.tools import run_tool
 from repapq_plugin import RepAPQConfig
 from repapq_plugin.hosts.openmmlab.scopes import register_scopes
 from repapq_plugin.hosts.openmmlab.settings import settings_of

@@ -12,9 +12,9 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import Runner
 from torch import Tensor
 
+from integration.openmmlab.lines import LineModel
 from integration.openmmlab.scenes import CLASSIFIER, FEW_ITEMS, options
-from integration.openmmlab.test_openmmlab_plain import LineModel
-from integration.openmmlab.test_openmmlab_tools import start_tool
+from integration.openmmlab.tools import start_tool
 from repapq_plugin.cli import main
 from repapq_plugin.errors import ConfigError, HostError
 from repapq_plugin.hosts.openmmlab import RepAPQRunner
