@@ -29,10 +29,17 @@ class Nested(nn.Module):
         self.block = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU())
         self.same = nn.Conv2d(4, 4, 3, padding="same", groups=2)
         self.up = nn.ConvTranspose2d(4, 6, 2, 2, groups=2)
+        self.row, self.row_same = nn.Conv1d(6, 6, 3), nn.Conv1d(6, 6, 3, padding="same")
+        self.cube, self.cube_same = nn.Conv3d(6, 6, 1), nn.Conv3d(6, 6, 1, padding="same")
         self.fc = nn.Linear(6, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.up(self.same(self.block(x))).mean((2, 3)))
+        x = self.row_same(self.row(self.up(self.same(self.block(x))).flatten(2)))
+        x = self.cube_same(self.cube(x[..., None, None]))
+        return self.fc(x.mean((2, 3, 4)))
+
+
+NAMES = ["block.0", "same", "up", "row", "row_same", "cube", "cube_same", "fc"]
 
 
 def exported(strict: bool = False) -> GraphModule:
@@ -42,9 +49,7 @@ def exported(strict: bool = False) -> GraphModule:
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_graph_says_where_layers_stood(strict: bool) -> None:
     nodes = list(layer_nodes(exported(strict)))
-    assert [_compat.module_path(node) for node in nodes] == ["block.0", "same", "up", "fc"], (
-        f"{_compat.MODULES} says it otherwise ({SEEN})"
-    )
+    assert [_compat.module_path(node) for node in nodes] == NAMES, f"{_compat.MODULES} says it otherwise ({SEEN})"
     for node in nodes:
         assert _compat.FACTS[0] in node.meta, f"{_compat.FACTS[0]} is gone from node.meta ({SEEN})"
 
@@ -52,9 +57,9 @@ def test_an_exported_graph_says_where_layers_stood(strict: bool) -> None:
 def test_operators_of_layers_and_their_arguments() -> None:
     nodes = list(layer_nodes(exported()))
     assert {node.target for node in nodes} == set(LAYER_TARGETS), f"layers are exported as other operators ({SEEN})"
-    assert [groups(node) for node in nodes] == [1, 2, 2, 1], f"groups are no longer argument 6 ({SEEN})"
-    assert [output_axis(node) for node in nodes] == [0, 0, 1, 0]
-    assert len(QUANTIZABLE) == 3
+    assert [groups(node) for node in nodes] == [1, 2, 2, 1, 1, 1, 1, 1], f"groups are no longer argument 6 ({SEEN})"
+    assert [output_axis(node) for node in nodes] == [0, 0, 1, 0, 0, 0, 0, 0]
+    assert len(QUANTIZABLE) == 5
 
 
 def test_the_key_of_an_annotation() -> None:

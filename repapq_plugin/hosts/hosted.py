@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -101,20 +101,40 @@ def quantized_layers(network: nn.Module) -> dict[str, QuantizedLayer]:
     return layers
 
 
-def converted_or_simulated(calibrated: Calibrated, convert: Callable[[nn.Module], nn.Module]) -> HostedNetwork:
+HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
+
+
+def keep_root_hooks(network: nn.Module, graph: nn.Module) -> None:
+    """Let a graph run the forward hooks that hang on the network itself, which tracing leaves out.
+
+    Args:
+        network: Was traced, or is a graph that has such hooks.
+        graph: What was made of it; changed in place.
+    """
+    for name in HOOKS:
+        getattr(graph, name).update(getattr(network, name))
+
+
+def converted_or_simulated(
+    calibrated: Calibrated, convert: Callable[[nn.Module], tuple[nn.Module, Sequence[str]]]
+) -> HostedNetwork:
     """Hand a calibrated network to a host; where the host cannot take it, it stays simulated.
 
     Args:
         calibrated: A network with the plugin's own quantizers, and its record.
-        convert: Returns the host's form of the network; raises `HostError` with the reason where it cannot.
+        convert: Returns the host's form of the network and notes on it; raises `HostError` with the reason where it
+            cannot.
 
     Returns:
         The host's form; or the simulated network, with the reason in the notes of the record.
     """
     result = CalibrationResult(**vars(calibrated))
     try:
-        return HostedNetwork(convert(result.model), result)
+        network, notes = convert(result.model)
     except HostError as error:
-        note = f"The network runs simulated: {error}"
-        logger.warning(note)
-        return HostedNetwork(result.model, dataclasses.replace(result, notes=(*result.notes, note)))
+        network, notes = result.model, [f"The network runs simulated: {error}"]
+        logger.warning(notes[0])
+    return HostedNetwork(network, dataclasses.replace(result, notes=(*result.notes, *notes)))

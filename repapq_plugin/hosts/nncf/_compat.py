@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
-from nncf.common.graph.graph import NNCFGraph
+from nncf.common.graph.graph import NNCFGraph, NNCFNode
 from nncf.common.quantization.structs import QuantizationScheme
 from nncf.common.tensor_statistics import collectors
 from nncf.common.tensor_statistics.collectors import AggregatorBase, TensorReducerBase
@@ -35,8 +35,10 @@ __all__ = [
     "BaseQuantizer",
     "FunctionHookMode",
     "GraphModelWrapper",
+    "INPUT_NODE",
     "HookStorage",
     "NNCFGraph",
+    "NNCFNode",
     "QuantizationScheme",
     "StatefulModuleInterface",
     "StatisticPointsContainer",
@@ -58,6 +60,9 @@ __all__ = [
 
 QUANTIZE_NODES = ("symmetric_quantize", "asymmetric_quantize")
 """Types of the nodes that NNCF's quantizers make in its graph."""
+
+INPUT_NODE = "nncf_model_input"
+"""Type of the nodes that stand for the network's inputs in NNCF's graph."""
 
 EXTENSION_TIMEOUT = "NNCF_EXTENSION_LOAD_TIMEOUT"
 """Environment variable: seconds that compiling NNCF's kernels may take; 0 is no limit."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,17 +18,18 @@ from repapq_plugin.core.copies import own_batch, own_copy
 from repapq_plugin.core.hooks import unseen
 from repapq_plugin.core.running import Batch
 from repapq_plugin.errors import CalibrationError, ConfigError, HostError
-from repapq_plugin.hosts.nncf._compat import EXTENSION_TIMEOUT, build_nncf_graph, wrap_model
+from repapq_plugin.hosts.nncf._compat import EXTENSION_TIMEOUT, build_nncf_graph
 from repapq_plugin.hosts.nncf.affine import attach_affine, can_take_affine, fold_affine
 from repapq_plugin.hosts.nncf.data import check_items, joined
 from repapq_plugin.hosts.nncf.few_bits import carry_few_bits, set_bits
 from repapq_plugin.hosts.nncf.learners import ActivationLearner, WeightLearner
-from repapq_plugin.hosts.nncf.placement import find_placement
-from repapq_plugin.hosts.nncf.quantizers import NNCFQuantizer, in_logarithms
+from repapq_plugin.hosts.nncf.operations import find_operations
+from repapq_plugin.hosts.nncf.placement import Placement, find_placement
+from repapq_plugin.hosts.nncf.quantizers import CorrectedBias, NNCFQuantizer, in_logarithms
 from repapq_plugin.hosts.nncf.running import Call, counting_skipped, run_alone, watch_calls
 from repapq_plugin.method.learners import Learner
 from repapq_plugin.method.sites import ActivationSite, Sites, WeightSite
-from repapq_plugin.quantizers.layers import ChannelAffine
+from repapq_plugin.quantizers.layers import ChannelAffine, bias_of
 from repapq_plugin.quantizers.plan import LayerPlan
 from repapq_plugin.result import Calibrated
 
@@ -90,18 +91,21 @@ class PlacedBackend(Backend[Calibrated]):
             return task.forward(student, task.batches[0])
 
         self._run = run
-        self.placement = find_placement(student, build_nncf_graph(student, task.batches[0]), run)
+        self.placement = find_placement(student, build_nncf_graph(student, own_batch(task.batches[0])), run)
         if not self.placement.weights:
             raise CalibrationError("NNCF quantized no convolution or linear layer; widen what ignored_scope leaves.")
         self._plans = set_bits(self.placement, task.trace, task.config)
         self._enabled = [(quantizer, quantizer.enabled.clone()) for quantizer in self.placement.quantizers]
         self._affines: dict[str, ChannelAffine] = {}
+        self._biases = corrected_biases(task.teacher, self.placement)
 
     @property
     def sites(self) -> Sites:
         """See `Backend`."""
         weights = {
-            name: WeightSite(name, placed.module, NNCFQuantizer(placed.quantizer), hidden(placed.module))
+            name: WeightSite(
+                name, placed.module, NNCFQuantizer(placed.quantizer, self._biases.get(name)), hidden(placed.module)
+            )
             for name, placed in self.placement.weights.items()
         }
         activations = (
@@ -183,23 +187,22 @@ class NNCFBackend(PlacedBackend):
             ConfigError: ``ignored_scope`` names what the model has not.
             HostError: NNCF cannot trace or quantize the model.
         """
-        left = [name for name in task.trace.layers if name not in task.plans]
-        self.student = self._quantized(task.teacher, task.batches, left)
+        self.student = self._quantized(task)
         super().place(task)
 
-    def _quantized(self, teacher: nn.Module, batches: Sequence[Batch], float_layers: Collection[str]) -> nn.Module:
+    def _quantized(self, task: Placing) -> nn.Module:
         options, names = self.options, list[str]()
-        scope = options.ignored_scope
+        scope, teacher, batches = options.ignored_scope, task.teacher, task.batches
         try:
             with _time_to_compile():
-                operations = _operations(teacher, batches[0])
-                names = [name for of_layer in operations.values() for name in of_layer]
-                if float_layers:
+                operations = find_operations(teacher, own_batch(batches[0]), task.plans)
+                names = operations.of_layers
+                if operations.left_float:
                     scope = copy.deepcopy(scope) if scope is not None else nncf.IgnoredScope()
-                    scope.names += [name for layer in float_layers for name in operations.get(layer, ())]
+                    scope.names += operations.left_float
                 placed: nn.Module = nncf.quantize(
                     teacher,
-                    nncf.Dataset(list(batches)),
+                    nncf.Dataset(list(batches), own_batch),  # a network may change what it is given
                     preset=options.preset,
                     target_device=options.target_device,
                     subset_size=len(batches),
@@ -221,6 +224,17 @@ class NNCFBackend(PlacedBackend):
         return placed
 
 
+def corrected_biases(teacher: nn.Module, placement: Placement) -> dict[str, CorrectedBias]:
+    """Return what NNCF may have added a correction to, by the layer's module path; one for each bias that is shared."""
+    found: dict[int, CorrectedBias] = {}
+    by_name: dict[str, CorrectedBias] = {}
+    for name, placed in placement.weights.items():
+        bias, of_float = bias_of(placed.module), bias_of(teacher.get_submodule(name))
+        if bias is not None and of_float is not None:
+            by_name[name] = found.setdefault(id(bias), CorrectedBias(bias, of_float))
+    return by_name
+
+
 def hidden(layer: nn.Module) -> Callable[..., Tensor]:
     """Return what runs a layer's own forward unseen by NNCF."""
 
@@ -230,17 +244,6 @@ def hidden(layer: nn.Module) -> Callable[..., Tensor]:
         return output
 
     return run
-
-
-def _operations(model: nn.Module, item: Batch) -> dict[str, list[str]]:
-    """Return NNCF's names of the operations of each layer, by the layer's module path."""
-    graph = build_nncf_graph(wrap_model(copy.deepcopy(model)), item)
-    suffix = ".weight"
-    return {
-        node.node_name.removesuffix(suffix): [reader.node_name for reader in graph.get_next_nodes(node)]
-        for node in graph.get_all_nodes()
-        if node.node_name.endswith(suffix)
-    }
 
 
 @contextmanager

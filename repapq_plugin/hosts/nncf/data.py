@@ -10,6 +10,7 @@ import nncf
 import torch
 from torch import Tensor, nn
 
+from repapq_plugin.core.copies import own_batch
 from repapq_plugin.core.running import Batch
 from repapq_plugin.core.tensors import floating_tensors
 from repapq_plugin.errors import CalibrationError, ConfigError
@@ -144,8 +145,8 @@ def _independent(model: nn.Module, one: Batch, other: Batch) -> bool:
     """Whether two items joined give what each gives alone."""
     if _kind(one) != _kind(other) or not _samples(one):
         return False
-    together = floating_tensors(forward(model, _concatenated([one, other])))
-    alone = (floating_tensors(forward(model, item)) for item in (one, other))
+    together = floating_tensors(forward(model, own_batch(_concatenated([one, other]))))
+    alone = (floating_tensors(forward(model, own_batch(item))) for item in (one, other))
     apart = list(zip(*alone, strict=True))
     if len(together) != len(apart) or not together:
         return False

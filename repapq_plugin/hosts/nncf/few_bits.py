@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
-from repapq_plugin.hosts.nncf._compat import SymmetricQuantizer, decode_hook_name, hooks_of
+from repapq_plugin.hosts.nncf._compat import BaseQuantizer, SymmetricQuantizer, decode_hook_name, hooks_of
 from repapq_plugin.hosts.nncf.affine import put_first
 from repapq_plugin.hosts.nncf.placement import PlacedWeight, Placement
 from repapq_plugin.hosts.nncf.quantizers import CARRIER_BITS, carry, channel_axis, set_num_bits, set_qparams, step_of
@@ -32,25 +32,36 @@ def set_bits(placement: Placement, trace: Trace, config: RepAPQConfig) -> dict[s
     Returns:
         How each layer is quantized, by module path.
     """
+    wanted = {name: bits_of(name, trace.layers[name].at_an_end, config) for name in placement.weights}
     plans: dict[str, LayerPlan] = {}
-    for name, placed in placement.weights.items():
-        weight_bits, _ = bits_of(name, trace.layers[name].at_an_end, config)
-        if uses_half_range(placed):
-            step = step_of(placed.quantizer)
-            set_num_bits(placed.quantizer, HALF_RANGE_BITS)
-            set_qparams(placed.quantizer, step, torch.zeros_like(step))
+    for quantizer, sharing in _by_quantizer(placement).items():
+        # Layers that share a weight share its quantizer: the one that needs most bits decides.
+        weight_bits = max(wanted[name][0] for name in sharing)
+        if uses_half_range(placement.weights[sharing[0]]):
+            step = step_of(quantizer)
+            set_num_bits(quantizer, HALF_RANGE_BITS)
+            set_qparams(quantizer, step, torch.zeros_like(step))
             weight_bits = min(weight_bits, HALF_RANGE_BITS)
-        set_num_bits(placed.quantizer, weight_bits)
-        plans[name] = LayerPlan(weight_bits, CARRIER_BITS, None)
+        set_num_bits(quantizer, weight_bits)
+        plans |= {name: LayerPlan(weight_bits, CARRIER_BITS, None) for name in sharing}
+    plans = {name: plans[name] for name in placement.weights}
     for group, activation in enumerate(placement.activations):
         if not activation.readers or channel_axis(activation.quantizer) is not None:
             continue
         # Layers that read the same tensor share its quantizer: the one that needs most bits decides.
-        bits = max(bits_of(name, trace.layers[name].at_an_end, config)[1] for name in activation.readers)
+        bits = max(wanted[name][1] for name in activation.readers)
         set_num_bits(activation.quantizer, bits)
         for name in activation.readers:
             plans[name] = replace(plans[name], activation_bits=bits, input_group=group)
     return plans
+
+
+def _by_quantizer(placement: Placement) -> dict[BaseQuantizer, list[str]]:
+    """Return the layers whose weight each quantizer rounds, by their module paths in call order."""
+    found: dict[BaseQuantizer, list[str]] = {}
+    for name, placed in placement.weights.items():
+        found.setdefault(placed.quantizer, []).append(name)
+    return found
 
 
 @torch.no_grad()

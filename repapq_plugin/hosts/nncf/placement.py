@@ -65,9 +65,9 @@ class Placement:
 
     @property
     def quantizers(self) -> list[BaseQuantizer]:
-        """Every quantizer once."""
+        """Every quantizer once, whatever shares it."""
         of_weights = [placed.quantizer for placed in self.weights.values()]
-        return of_weights + [placed.quantizer for placed in self.activations]
+        return list(dict.fromkeys(of_weights + [placed.quantizer for placed in self.activations]))
 
 
 def find_placement(model: nn.Module, graph: NNCFGraph, run: Callable[[], object]) -> Placement:

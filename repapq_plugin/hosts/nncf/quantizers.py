@@ -113,11 +113,39 @@ def in_logarithms(quantizers: Iterable[BaseQuantizer]) -> Iterator[None]:
                 length_of(quantizer).exp_()
 
 
-class NNCFQuantizer(Quantizer):
-    """One of NNCF's quantizers as a `Quantizer` of the method."""
+class CorrectedBias:
+    """A bias to which NNCF has added what rounding the weight takes away; while nothing rounds it is the float one.
 
-    def __init__(self, quantizer: BaseQuantizer) -> None:
-        self.quantizer = quantizer
+    Args:
+        bias: The bias in the quantized network.
+        of_float: The same in the float network.
+    """
+
+    def __init__(self, bias: Tensor, of_float: Tensor) -> None:
+        self.bias, self.of_float = bias, of_float.detach()
+        self._corrected: Tensor | None = None
+
+    @torch.no_grad()
+    def correct(self, enabled: bool) -> None:
+        """Take the correction away for a while, or put it back; again is harmless."""
+        if not enabled and self._corrected is None:
+            self._corrected = self.bias.detach().clone()
+            self.bias.copy_(self.of_float)
+        elif enabled and self._corrected is not None:
+            self.bias.copy_(self._corrected)
+            self._corrected = None
+
+
+class NNCFQuantizer(Quantizer):
+    """One of NNCF's quantizers as a `Quantizer` of the method.
+
+    Args:
+        quantizer: NNCF's.
+        bias: What NNCF corrected for this quantizer's sake, if it did.
+    """
+
+    def __init__(self, quantizer: BaseQuantizer, bias: CorrectedBias | None = None) -> None:
+        self.quantizer, self.bias = quantizer, bias
 
     @property
     def module(self) -> nn.Module:
@@ -159,6 +187,8 @@ class NNCFQuantizer(Quantizer):
     @quantizing.setter
     def quantizing(self, enabled: bool) -> None:
         self.quantizer.enabled.fill_(int(enabled))
+        if self.bias is not None:
+            self.bias.correct(enabled)
 
 
 class RangeClamp(StatefulModuleInterface, nn.Module):  # type: ignore[misc]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import TypeVar, cast
 
@@ -26,6 +27,9 @@ MODULES = "nn_module_stack"
 
 SELF = ("L['self']", "L__self__")
 """What a strict export calls the network itself; another one calls it nothing."""
+
+BY_DICTIONARY = r"\.__dict__\['_modules'\]\['([^']+)'\]"
+"""How a strict export writes a child of a module whose class has a ``__getattr__`` of its own."""
 
 _Made = TypeVar("_Made")
 
@@ -58,7 +62,7 @@ def module_path(node: Node) -> str:
     path = str(list(stack.values())[-1][0]) if stack else ""
     for prefix in SELF:
         path = path.removeprefix(prefix)
-    return path.lstrip(".")
+    return re.sub(BY_DICTIONARY, r".\1", path).lstrip(".")
 
 
 def quantizer_of_inductor(activation: QuantizationSpec, weight: QuantizationSpec, *, is_qat: bool) -> Quantizer:

@@ -63,4 +63,4 @@ class Pt2eBackend(PlainBackend[HostedNetwork]):
     def deliver(self, calibrated: Calibrated, batches: Sequence[Batch]) -> HostedNetwork:
         """Return the converted graph; the simulated network where it cannot be exported."""
         images = cast("Sequence[Tensor]", batches)
-        return converted_or_simulated(calibrated, lambda network: converted_network(network, images))
+        return converted_or_simulated(calibrated, lambda network: (converted_network(network, images), ()))

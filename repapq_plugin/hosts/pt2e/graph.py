@@ -12,8 +12,12 @@ from torchao.quantization.pt2e import FakeQuantizeBase, ObserverBase
 aten = torch.ops.aten
 
 LAYER_TARGETS: dict[object, int] = {
+    aten.conv1d.default: 0,
+    aten.conv1d.padding: 0,
     aten.conv2d.default: 0,
     aten.conv2d.padding: 0,
+    aten.conv3d.default: 0,
+    aten.conv3d.padding: 0,
     aten.linear.default: 0,
     aten.conv_transpose2d.input: 1,
 }
@@ -35,6 +39,18 @@ def groups(node: Node) -> int:
     if node.target is aten.linear.default:
         return 1
     return int(cast(int, node.args[6])) if len(node.args) > 6 else 1
+
+
+PADS = (aten.pad.default, aten.constant_pad_nd.default)
+"""Operators that pad; what they add may be a value in `constant_of`."""
+
+
+def constant_of(pad: Node) -> float:
+    """Return the value that one of `PADS` adds; 0 where it repeats what is there, which is on any grid as well."""
+    constants = pad.target is aten.constant_pad_nd.default or (list(pad.args) + ["constant"])[2] == "constant"
+    at = 2 if pad.target is aten.constant_pad_nd.default else 3
+    value = pad.args[at] if constants and len(pad.args) > at else pad.kwargs.get("value")
+    return float(cast(float, value or 0))
 
 
 def quantizer_at(graph: GraphModule, node: object) -> torch.nn.Module | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -21,6 +22,7 @@ from repapq_plugin.hosts.pt2e.grid import carry_grid
 from repapq_plugin.hosts.pt2e.observers import TorchaoObserver
 from repapq_plugin.hosts.pt2e.quantizer import RepAPQQuantizer
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize as CoreFakeQuantize
+from repapq_plugin.quantizers.own_forward import is_plain
 from repapq_plugin.result import Calibrated
 
 DynamicShapes = dict[str, object] | tuple[object, ...] | list[object]
@@ -91,11 +93,21 @@ def carry_over(model_or_result: nn.Module | Calibrated, prepared: GraphModule) -
             continue
         found.add(name)
         layer = learned[name]
-        for position, quantizer in ((0, layer.input_fake_quant), (1, layer.weight_fake_quant)):
-            source = _observed(prepared, node.args[position])
-            if quantizer.quantizing and (source, quantizer) not in placed:
-                placed[source, quantizer] = _insert(prepared, source, quantizer, len(placed))
-            node.update_arg(position, placed[source, quantizer] if quantizer.quantizing else source)
+        weight = _observed(prepared, node.args[1])
+        of_weight, of_input = layer.weight_fake_quant, layer.input_fake_quant
+        if of_weight.quantizing and (weight, of_weight) not in placed:
+            placed[weight, of_weight] = _insert(prepared, weight, of_weight, len(placed))
+        node.update_arg(1, placed[weight, of_weight] if of_weight.quantizing else weight)
+        source = _observed(prepared, node.args[0])
+        readers = [node]
+        if not is_plain(layer):  # it reads its input before it pads it
+            source = _entering(prepared, source, name)
+            readers = [
+                each for each in prepared.graph.nodes if each.op == "call_function" and module_path(each) == name
+            ]
+        if of_input.quantizing and (source, of_input) not in placed:
+            placed[source, of_input] = _insert(prepared, source, of_input, len(placed))
+        _read(prepared, readers, source, placed[source, of_input] if of_input.quantizing else source)
     missing = sorted(set(learned) - found)
     if missing:
         raise HostError(
@@ -111,6 +123,21 @@ def _observed(prepared: GraphModule, node: object) -> Node:
     while quantizer_at(prepared, node) is not None:
         node = cast(Node, node).args[0]
     return cast(Node, node)
+
+
+def _entering(prepared: GraphModule, node: Node, name: str) -> Node:
+    """Return the tensor that a module is given, from one that it makes of that."""
+    while module_path(node) == name and node.args and isinstance(node.args[0], Node):
+        node = _observed(prepared, node.args[0])
+    return node
+
+
+def _read(prepared: GraphModule, readers: Sequence[Node], source: Node, through: Node) -> None:
+    """Let nodes that read ``source``, observed or not, read it through another node."""
+    for reader in readers:
+        for given in reader.all_input_nodes:
+            if given is not through and _observed(prepared, given) is source:
+                reader.replace_input_with(given, through)
 
 
 def _insert(prepared: GraphModule, source: Node, quantizer: CoreFakeQuantize, number: int) -> Node:

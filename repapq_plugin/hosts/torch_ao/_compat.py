@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Protocol, cast
 
@@ -20,6 +19,8 @@ from torch.ao.quantization.fx._lower_to_native_backend import (
     is_other_node,
 )
 from torch.fx import Node
+
+from repapq_plugin.core.modules import without_hooks
 
 MOVING: tuple[Callable[[Node, dict[str, nn.Module]], tuple[bool, ...]], ...] = (
     is_copy_node,
@@ -102,7 +103,7 @@ def layer_of(module: nn.Module) -> nn.Module:
 def plain_layer(layer: nn.Module) -> nn.Module:
     """Return a layer without what torch.ao hung on it or made of it."""
     trained = hasattr(layer, "to_float")
-    plain = layer_of(cast(_Trained, layer).to_float()) if trained else copy.copy(layer)
+    plain = layer_of(cast(_Trained, layer).to_float()) if trained else without_hooks(layer)
     plain.__dict__.pop("qconfig", None)
     return plain
 

@@ -13,7 +13,7 @@ from repapq_plugin.core.running import Batch
 from repapq_plugin.errors import ConfigError
 from repapq_plugin.hosts.hosted import HostedNetwork, converted_or_simulated
 from repapq_plugin.hosts.torch_ao.engines import checked_engine, integer_engine
-from repapq_plugin.hosts.torch_ao.fx import ENGINE, convert_to_int8, prepare_learned
+from repapq_plugin.hosts.torch_ao.fx import ENGINE, SIMULATED, convert_to_int8, note_of, prepare_learned
 from repapq_plugin.result import Calibrated
 
 RANGE_BATCHES = 8
@@ -26,11 +26,12 @@ class IntegerNetwork(nn.Module):
     Args:
         network: From `convert_to_int8`.
         engine: What it was converted for.
+        notes: What is to be said of layers that no integer module stands for.
     """
 
-    def __init__(self, network: nn.Module, engine: str) -> None:
+    def __init__(self, network: nn.Module, engine: str, notes: Sequence[str] = ()) -> None:
         super().__init__()
-        self.network, self.engine = network, engine
+        self.network, self.engine, self.notes = network, engine, tuple(notes)
 
     def forward(self, *inputs: Tensor) -> object:
         """Run the network on its inputs, whatever engine torch has active elsewhere."""
@@ -51,7 +52,9 @@ def integer_network(network: nn.Module, images: Sequence[Tensor], backend: str |
         ConfigError: torch has no such engine here.
     """
     prepared = prepare_learned(network, (images[0],), images[:RANGE_BATCHES], backend=backend)
-    return IntegerNetwork(convert_to_int8(prepared), prepared.meta[ENGINE])
+    simulated = prepared.meta[SIMULATED]
+    notes = [note_of(simulated)] if simulated else []
+    return IntegerNetwork(convert_to_int8(prepared), prepared.meta[ENGINE], notes)
 
 
 class TorchAOBackend(PlainBackend[HostedNetwork]):
@@ -80,7 +83,12 @@ class TorchAOBackend(PlainBackend[HostedNetwork]):
     def deliver(self, calibrated: Calibrated, batches: Sequence[Batch]) -> HostedNetwork:
         """Return integer modules; the simulated network where its Python cannot be traced."""
         images = cast("Sequence[Tensor]", batches)
-        return converted_or_simulated(calibrated, lambda network: integer_network(network, images, self._engine()))
+
+        def convert(network: nn.Module) -> tuple[nn.Module, Sequence[str]]:
+            converted = integer_network(network, images, self._engine())
+            return converted, converted.notes
+
+        return converted_or_simulated(calibrated, convert)
 
     def _engine(self) -> str | None:
         name = self.options.get("backend")

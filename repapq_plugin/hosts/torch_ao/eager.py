@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
 
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.ao.quantization import DeQuantStub, QuantStub, QuantWrapper, convert, fuse_modules, prepare
 
+from repapq_plugin.core.copies import own_batch
 from repapq_plugin.core.hooks import Hooks
 from repapq_plugin.core.running import Batch, ForwardFn, call_model
-from repapq_plugin.errors import CalibrationError
-from repapq_plugin.export.deploy import without_quantizers
+from repapq_plugin.core.tensors import first_tensor
+from repapq_plugin.errors import CalibrationError, HostError
 from repapq_plugin.export.qdq_onnx import quantized_module
 from repapq_plugin.hosts.hosted import quantized_layers
 from repapq_plugin.hosts.torch_ao._compat import (
@@ -24,15 +25,16 @@ from repapq_plugin.hosts.torch_ao._compat import (
     output_quantizer_of,
     set_qconfig,
 )
+from repapq_plugin.hosts.torch_ao.carried import put_back, simulated_layers
 from repapq_plugin.hosts.torch_ao.engines import (
     CLAMPS_CONTIGUOUS,
     INTEGER_BIAS,
     checked_engine,
     exact_engine,
-    has_kernel,
     integer_engine,
 )
 from repapq_plugin.hosts.torch_ao.grid import absorb_norms, grid_range, lay_bias_on_grid, lay_on_grid
+from repapq_plugin.hosts.torch_ao.islands import Carrier, Island, attributes_of, give_back, put_carriers
 from repapq_plugin.hosts.torch_ao.outputs import find_ranges, output_quantizer
 from repapq_plugin.hosts.torch_ao.ready import Ready
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
@@ -50,7 +52,8 @@ def prepare_learned_eager(
     """Return what eager ``prepare`` makes of a calibrated network, with the calibration's result in it.
 
     Rectifiers are fused into the layers before them. A network without ``QuantStub`` is wrapped in
-    torch.ao's ``QuantWrapper``; everything between stubs must have an integer kernel.
+    torch.ao's ``QuantWrapper``; everything between stubs must have an integer kernel, but layers that no integer
+    module can stand for run as they were calibrated, in float.
 
     Args:
         model_or_result: From `quantize_model`, or a module that holds its network; not changed.
@@ -62,28 +65,64 @@ def prepare_learned_eager(
         The prepared network, in evaluation mode, with nothing left to observe.
 
     Raises:
-        HostError: The network holds no quantized layer.
+        HostError: The network holds no quantized layer, or computes between the stubs what torch has no integer
+            kernel for; the message names the module.
         CalibrationError: ``data`` is empty.
     """
     network, forward = quantized_module(model_or_result), forward_fn or call_model
-    layers = quantized_layers(network)
+    quantized = quantized_layers(network)
     batches = list(data)
     if not batches:
         raise CalibrationError("The data for the ranges of outputs holds no batch; give at least one.")
     engine = checked_engine(backend or exact_engine())
-    model = without_quantizers(network)
-    model = _fuse_rectifiers(model, list(layers), lambda: forward(model, batches[0]))
-    if not any(isinstance(module, QuantStub) for module in model.modules()):
+    model = copy.deepcopy(network).eval()
+    has_stubs = any(isinstance(module, QuantStub) for module in model.modules())
+    attributes = attributes_of(model)
+    layers = put_carriers(model, quantized, lambda: forward(model, own_batch(batches[0])), engine)
+    _fuse_rectifiers(model, list(layers), lambda: forward(model, own_batch(batches[0])))
+    give_back(model, attributes)
+    if not has_stubs:
         model = QuantWrapper(model)
         layers = {f"module.{name}": layer for name, layer in layers.items()}
-    _set_qconfigs(model, layers, engine)
+    _set_qconfigs(model, layers)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its age
-        prepared: nn.Module = prepare(model.eval())  # type: ignore[no-untyped-call]
+        prepared: nn.Module = prepare(model.eval(), inplace=True)  # type: ignore[no-untyped-call]
     learned = {prepared.get_submodule(name): layer for name, layer in layers.items()}
-    _place_learned(prepared, learned, lambda: forward(prepared, batches[0]), engine)
+    _place_learned(prepared, learned, lambda: forward(prepared, own_batch(batches[0])), engine)
     find_ranges(prepared, batches, forward)
+    _try_converted(prepared, engine, lambda converted: forward(converted, own_batch(batches[0])))
     return prepared
+
+
+def _try_converted(prepared: nn.Module, engine: str, run: Callable[[nn.Module], object]) -> None:
+    """Run what a conversion makes of a prepared network.
+
+    Raises:
+        HostError: It cannot be run: the network computes what torch has no integer kernel for.
+    """
+    converted = convert_eager(prepared, engine)
+    running: list[str] = []
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda *_: running.append(name)
+
+    def leave(*_: object) -> None:
+        running.pop()
+
+    try:
+        with Hooks() as hooks, torch.no_grad(), integer_engine(engine):
+            for name, module in converted.named_modules():
+                hooks.before(module, enter(name))
+                hooks.after(module, leave)
+            run(converted)
+    except Exception as error:  # whatever torch says of an operator without a kernel
+        where = repr(running[-1]) if running and running[-1] else "the network itself"
+        raise HostError(
+            f"{where} cannot run on integers in torch.ao's eager mode ({type(error).__name__}: {error}). Use "
+            "prepare_learned, whose graph runs in float what has no integer kernel, or put QuantStub and DeQuantStub "
+            "around the part that has."
+        ) from error
 
 
 def convert_eager(prepared: nn.Module, backend: str | None = None) -> nn.Module:
@@ -110,12 +149,15 @@ def convert_eager(prepared: nn.Module, backend: str | None = None) -> nn.Module:
         bounds = None if quantizer is None else grid_range(cast(GridModule, quantizer))
         if bounds is not None:
             clamps[name] = bounds
+    attributes, simulated = attributes_of(carried), simulated_layers(carried)
     with integer_engine(engine), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         converted: nn.Module = convert(carried)  # type: ignore[no-untyped-call]
+    put_back(converted, simulated)
     for name, bounds in clamps.items():
         clamp = QuantizedClamp(*bounds, contiguous=engine in CLAMPS_CONTIGUOUS)
         converted.set_submodule(name, nn.Sequential(converted.get_submodule(name), clamp))
+    give_back(converted, attributes)
     return converted
 
 
@@ -141,8 +183,8 @@ class QuantizedClamp(nn.Module):
         return f"{self.low:g}, {self.high:g}"
 
 
-def _fuse_rectifiers(model: nn.Module, layers: list[str], run: Callable[[], object]) -> nn.Module:
-    """Fuse each layer with the ReLU that reads its output, where one module does so at every call."""
+def _fuse_rectifiers(model: nn.Module, layers: list[str], run: Callable[[], object]) -> None:
+    """Fuse each layer with the ReLU that reads its output, in place, where one module does so at every call."""
     makers: dict[int, tuple[str, Tensor]] = {}
     readers: dict[str, set[str]] = {}
 
@@ -152,9 +194,9 @@ def _fuse_rectifiers(model: nn.Module, layers: list[str], run: Callable[[], obje
 
         return hook
 
-    def read_by(name: str) -> Callable[[nn.Module, tuple[object, ...]], None]:
-        def hook(_: nn.Module, args: tuple[object, ...]) -> None:
-            maker = makers.get(id(args[0]))
+    def read_by(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            maker = makers.get(id(first_tensor(args, kwargs)))
             if maker is not None:
                 readers.setdefault(maker[0], set()).add(name)
 
@@ -165,7 +207,7 @@ def _fuse_rectifiers(model: nn.Module, layers: list[str], run: Callable[[], obje
             hooks.after(model.get_submodule(name), made_by(name))
         for name, module in model.named_modules():
             if type(module) is nn.ReLU:
-                hooks.before(module, read_by(name))
+                hooks.before(module, read_by(name), with_kwargs=True)
         run()
     fusable = (nn.Conv2d, nn.Linear)
     pairs = [
@@ -175,18 +217,17 @@ def _fuse_rectifiers(model: nn.Module, layers: list[str], run: Callable[[], obje
     ]
     used = [name for _, name in pairs]
     pairs = [pair for pair in pairs if used.count(pair[1]) == 1]
-    if not pairs:
-        return model
-    return cast(nn.Module, fuse_modules(model, pairs))  # type: ignore[no-untyped-call]
+    if pairs:
+        fuse_modules(model, pairs, inplace=True)  # type: ignore[no-untyped-call]
 
 
-def _set_qconfigs(model: nn.Module, layers: dict[str, QuantizedLayer], engine: str) -> None:
+def _set_qconfigs(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> None:
     for module in model.modules():
         is_stub = isinstance(module, QuantStub | DeQuantStub)
         set_qconfig(module, new_qconfig(output_quantizer, output_quantizer) if is_stub else None)
     for name, layer in layers.items():
         module = model.get_submodule(name)
-        if has_kernel(layer, engine):
+        if not isinstance(module, Island):
             for each in (module, *module.children()):
                 set_qconfig(each, new_qconfig(output_quantizer, Ready(layer.weight_fake_quant)))
 
@@ -227,16 +268,21 @@ def _sources(
     def note_output(quantizer: nn.Module, _: object, output: Tensor) -> None:
         made[id(output)] = (cast(LearnableFakeQuantize, quantizer), output)
 
-    def note_input(layer: nn.Module, args: tuple[object, ...]) -> None:
-        maker = made.get(id(args[0]))
-        read.setdefault(layer, []).append(maker[0] if maker else None)
+    def note_input(layer: nn.Module) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            maker = made.get(id(first_tensor(args, kwargs)))
+            read.setdefault(layer, []).append(maker[0] if maker else None)
 
-    quantizers = [module for module in prepared.modules() if isinstance(module, LearnableFakeQuantize)]
+        return hook
+
+    # Those of layers that run as they were calibrated have ended observing.
+    quantizers = [m for m in prepared.modules() if isinstance(m, LearnableFakeQuantize) and m.observing]
+    around = {m.layer: m for m in prepared.modules() if isinstance(m, Carrier)}
     with Hooks() as hooks, _looking_on(quantizers):
         for quantizer in quantizers:
             hooks.after(quantizer, note_output)
         for layer in layers:
-            hooks.before(layer, note_input)
+            hooks.before(around.get(layer, layer), note_input(layer), with_kwargs=True)
         run()
     return {layer: made_by[0] for layer, made_by in read.items() if made_by[0] is not None and len(set(made_by)) == 1}
 

@@ -29,6 +29,9 @@ INTEGER_BIAS = ("qnnpack",)
 NO_TRANSPOSED_CHANNELS = ("x86", "fbgemm")
 """Engines without a transposed convolution that has a weight scale per channel; it stays float."""
 
+NO_OUTPUT_PADDING = ("onednn",)
+"""Engines whose transposed convolution adds nothing to its output."""
+
 CLAMPS_CONTIGUOUS = ("qnnpack",)
 """Engines whose clamp mixes up elements of a tensor in channels-last order (seen with torch 2.12)."""
 

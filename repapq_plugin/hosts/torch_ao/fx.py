@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
+import torch
 from torch import nn
 from torch.ao.quantization import QConfigMapping
+from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from torch.fx import Graph, GraphModule, Node, Tracer
 
+from repapq_plugin.core.copies import own_batch
 from repapq_plugin.core.running import Batch, ForwardFn, call_model
 from repapq_plugin.errors import HostError
-from repapq_plugin.export.deploy import without_quantizers
 from repapq_plugin.export.qdq_onnx import quantized_module
-from repapq_plugin.hosts.hosted import quantized_layers
+from repapq_plugin.hosts.hosted import keep_root_hooks, quantized_layers
 from repapq_plugin.hosts.torch_ao._compat import new_qconfig
+from repapq_plugin.hosts.torch_ao.carried import (
+    Padding,
+    plain_layer_of,
+    put_back,
+    reason_to_simulate,
+    separate,
+    simulated_layers,
+)
 from repapq_plugin.hosts.torch_ao.engines import (
     INTEGER_BIAS,
     checked_engine,
     engine_for,
     exact_engine,
-    has_kernel,
     integer_engine,
     saturates,
     warn_of_saturation,
@@ -30,11 +40,19 @@ from repapq_plugin.hosts.torch_ao.engines import (
 from repapq_plugin.hosts.torch_ao.grid import carry_grid, lay_biases_on_grid, quantizer_at, weight_quantizer_of
 from repapq_plugin.hosts.torch_ao.outputs import STORED_BOUNDS, find_ranges, output_quantizer
 from repapq_plugin.hosts.torch_ao.ready import Ready
-from repapq_plugin.quantizers.layers import QuantizedLayer
+from repapq_plugin.quantizers.layers import QUANTIZABLE, QuantizedLayer
+from repapq_plugin.quantizers.own_forward import calls_of
 from repapq_plugin.result import Calibrated
 
 ENGINE = "repapq_engine"
 """Under which a prepared graph's ``meta`` says what it was prepared for."""
+
+SIMULATED = "repapq_simulated"
+"""Under which it says for which layers no integer module stands, and why: reasons by module path."""
+
+INSIDE = "it is inside a module that torch.ao takes as a whole"
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_learned(
@@ -71,22 +89,41 @@ def prepare_learned(
     quantized = quantized_layers(model)
     if not any(layer.weight_fake_quant.quantizing for layer in quantized.values()):
         raise HostError(f"{type(model).__name__} holds no quantized layer; quantize it with quantize_model first.")
-    traced, origin = trace_layers(without_quantizers(model))
+    traced, origin = trace_layers(copy.deepcopy(model).eval())
     learned = {name: quantized[source] for name, source in origin.items() if source in quantized}
     engine = checked_engine(backend or engine_for(learned.values()))
+    with torch.no_grad():
+        calls = calls_of(list(set(learned.values())), lambda: model(*own_batch(example_inputs)))
+    simulated = {name: INSIDE for name in quantized if name not in origin.values()}
+    reasons = {name: reason_to_simulate(layer, calls.get(layer, []), engine) for name, layer in learned.items()}
+    simulated |= {origin[name]: reason for name, reason in reasons.items() if reason}
+    learned = {name: layer for name, layer in learned.items() if not reasons[name]}
     mapping = QConfigMapping()
     for name, layer in learned.items():
-        qconfig = new_qconfig(output_quantizer, Ready(layer.weight_fake_quant))
-        mapping.set_module_name(name, qconfig if has_kernel(layer, engine) else None)
+        _put_plain(traced, name, layer)
+        mapping.set_module_name(name, new_qconfig(output_quantizer, Ready(layer.weight_fake_quant)))
+    traced.recompile()
+    whole = PrepareCustomConfig().set_non_traceable_module_names(
+        [str(node.target) for node in traced.graph.nodes if node.op == "call_module"]
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its age, and that the output quantizer is no partial of its own kind
-        prepared = prepare_fx(traced, mapping, example_inputs)
+        prepared = prepare_fx(traced, mapping, example_inputs, whole)
     place_learned(prepared, learned)
     if engine in INTEGER_BIAS:
         lay_biases_on_grid(prepared)
     find_ranges(prepared, data, forward_fn or call_model)
-    prepared.meta[ENGINE] = engine
+    prepared.meta[ENGINE], prepared.meta[SIMULATED] = engine, simulated
+    if simulated:
+        logger.warning("%s", note_of(simulated))
+    keep_root_hooks(model, prepared)
     return prepared.eval()
+
+
+def note_of(simulated: Mapping[str, str]) -> str:
+    """Return what is to be said of layers that no integer module stands for."""
+    named = ", ".join(f"{name!r} ({reason})" for name, reason in simulated.items())
+    return f"torch.ao's integer modules do not carry {named}; there the simulated layers run."
 
 
 def convert_to_int8(prepared: GraphModule, backend: str | None = None) -> GraphModule:
@@ -111,7 +148,11 @@ def convert_to_int8(prepared: GraphModule, backend: str | None = None) -> GraphM
         warn_of_saturation(engine)
     with integer_engine(engine), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return convert_fx(carried)
+        simulated = simulated_layers(carried)
+        converted = convert_fx(carried)
+    put_back(converted, simulated)
+    keep_root_hooks(prepared, converted)
+    return converted
 
 
 def _bits(prepared: GraphModule) -> Iterator[tuple[int, int]]:
@@ -124,10 +165,11 @@ def _bits(prepared: GraphModule) -> Iterator[tuple[int, int]]:
 
 
 class _LeafTracer(Tracer):
-    """Keeps what torch.fx keeps whole, and everything that carries a weight of its own."""
+    """Keeps what torch.fx keeps whole, and every layer, also one with a forward of its own."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return m.__module__.startswith("torch.nn") and not isinstance(m, nn.Sequential)
+        whole = m.__module__.startswith("torch.nn") and not isinstance(m, nn.Sequential)
+        return whole or isinstance(m, QUANTIZABLE)
 
 
 def trace_layers(model: nn.Module) -> tuple[GraphModule, dict[str, str]]:
@@ -158,10 +200,23 @@ def trace_layers(model: nn.Module) -> tuple[GraphModule, dict[str, str]]:
         calls = sum(name.split("__call")[0] == source for name in origin)
         if calls:
             node.target = f"{source}__call{calls}"
-            traced.add_submodule(node.target, copy.copy(traced.get_submodule(source)))
+            traced.add_submodule(node.target, separate(traced.get_submodule(source)))
         origin[str(node.target)] = source
     traced.recompile()
     return traced, origin
+
+
+def _put_plain(traced: GraphModule, name: str, layer: QuantizedLayer) -> None:
+    """Let torch's own layer stand for a calibrated one, behind its padding, and be called with a tensor alone."""
+    plain, padding = plain_layer_of(layer)
+    traced.set_submodule(name, plain)
+    for node in [node for node in traced.graph.nodes if node.op == "call_module" and node.target == name]:
+        x = next(iter((*node.args, *node.kwargs.values())))
+        if padding is not None:
+            traced.add_submodule(f"{name}__padding", padding)
+            with traced.graph.inserting_before(node):
+                x = traced.graph.call_module(f"{name}__padding", (x,))
+        node.args, node.kwargs = (x,), {}
 
 
 def place_learned(prepared: GraphModule, learned: dict[str, QuantizedLayer]) -> None:
@@ -176,6 +231,10 @@ def place_learned(prepared: GraphModule, learned: dict[str, QuantizedLayer]) -> 
         for node in graph.nodes
         if node.op == "call_module" and str(node.target) in learned
     }
+    for node, quantizer in list(layers.items()):
+        padding = _padding_before(prepared, node)
+        if padding is not None:  # it hands on what it reads
+            layers[padding] = quantizer
     for node in list(graph.nodes):
         if quantizer_at(prepared, node) is None:
             continue
@@ -191,6 +250,15 @@ def place_learned(prepared: GraphModule, learned: dict[str, QuantizedLayer]) -> 
         for quantizer in wanted:
             _read_through(prepared, node, quantizer, [user for user in node.users if layers.get(user) is quantizer])
     prepared.recompile()
+
+
+def _padding_before(prepared: GraphModule, layer: Node) -> Node | None:
+    """Return the node that pads what a layer reads, if one does."""
+    observed = layer.args[0]
+    source = observed.args[0] if isinstance(observed, Node) and quantizer_at(prepared, observed) is not None else None
+    if not isinstance(source, Node) or source.op != "call_module":
+        return None
+    return source if isinstance(prepared.get_submodule(str(source.target)), Padding) else None
 
 
 def _read_through(prepared: GraphModule, source: Node, quantizer: nn.Module, readers: list[Node]) -> None:

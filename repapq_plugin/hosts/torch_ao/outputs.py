@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from repapq_plugin.core.copies import own_batch
 from repapq_plugin.core.hooks import Hooks
 from repapq_plugin.core.quant_primitives import activation_bounds
 from repapq_plugin.core.running import Batch, ForwardFn
@@ -52,7 +53,7 @@ def find_ranges(prepared: nn.Module, data: Iterable[Batch], forward: ForwardFn) 
         for quantizer in waiting:
             hooks.before(quantizer, _observe)
         for batch in data:
-            forward(prepared, batch)
+            forward(prepared, own_batch(batch))  # which it may change
             batches += 1
     if not batches:
         raise CalibrationError("The data for the ranges of outputs holds no batch; give at least one.")
