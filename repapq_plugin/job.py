@@ -151,7 +151,7 @@ class Job(Generic[R]):
             if self.config.fold_constants:
                 fold_constant_channels(state.teacher, run, state.batches, state.plans)
             if self.config.equalize:
-                equalize_channels(state.teacher, run, state.batches, state.plans)
+                state.notes += equalize_channels(state.teacher, run, state.batches, state.plans).notes
 
     def place(self, state: State) -> None:
         """Let the backend make the network that carries quantizers, and find units and stages in it."""

@@ -12,7 +12,7 @@ from torch import nn
 from repapq_plugin.core.copies import is_half, own_copy, takes_halves
 from repapq_plugin.quantizers.own_forward import bake_weights
 from repapq_plugin.reparam.by_algebra.unknown import find_unknown_multibranch
-from repapq_plugin.reparam.fold import fold_conv_norm_pairs
+from repapq_plugin.reparam.fold import fold_norms
 from repapq_plugin.reparam.merge import MergeRecord, merge_branches
 from repapq_plugin.reparam.parametrized import bake_parametrizations
 
@@ -53,7 +53,8 @@ def merge_for_inference(model: nn.Module, run: Callable[[nn.Module], object]) ->
     bake_parametrizations(merged)
     baked = bake_weights(merged, lambda: run(merged))
     merged, records = merge_branches(merged, inplace=True)
-    folded = fold_conv_norm_pairs(merged, run, inplace=True)
+    folding = fold_norms(merged, run, inplace=True)
+    notes += [f"{name} stays a norm: {reason}" for name, reason in folding.kept.items()]
     for name in find_unknown_multibranch(merged, run):
         kind = type(merged.get_submodule(name)).__name__
         notes.append(
@@ -62,4 +63,4 @@ def merge_for_inference(model: nn.Module, run: Callable[[nn.Module], object]) ->
         )
         logger.warning(notes[-1])
     merged.eval()  # also what merging made
-    return Merged(merged, tuple(folded), tuple(records), tuple(notes), baked)
+    return Merged(merged, tuple(folding.pairs), tuple(records), tuple(notes), baked)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from repapq_plugin.backend import PHASES, OwnBackend, Placing
+from repapq_plugin.conditioning.equalize import Equalized
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.running import Batch, call_model, seeded
 from repapq_plugin.errors import CalibrationError, HostError
@@ -182,7 +183,7 @@ def test_conditioning_does_what_the_configuration_asks(
 ) -> None:
     called: list[str] = []
     for name in ("fold_constant_channels", "equalize_channels"):
-        monkeypatch.setattr(f"repapq_plugin.job.{name}", lambda *_, name=name: called.append(name))
+        monkeypatch.setattr(f"repapq_plugin.job.{name}", lambda *_, name=name: called.append(name) or Equalized())
     after("condition", settle(Chain()), batches(1), config(**keys))
     wanted = ["fold_constant_channels", "equalize_channels"]
     if "equalize" in keys:

@@ -190,7 +190,7 @@ ONCE = (
     "find_stages",
     "find_units",
     "fold_constant_channels",
-    "fold_conv_norm_pairs",
+    "fold_norms",
     "plan_layers",
     "set_starting_ranges",
     "trace_network",
@@ -205,11 +205,14 @@ def test_each_step_of_the_pipeline_is_called_from_the_job_or_the_method_alone(st
     if step == ".run_alone":  # a job hands it to the method, which runs stages with it
         assert set(found) <= {f"{NAME}.method.across_block", f"{NAME}.method.schedules"}
     else:
-        assert {name: len(lines) for name, lines in found.items()} == {f"{NAME}.job": 1}
+        where = "merging" if step == "fold_norms" else "job"
+        outside = {name: len(lines) for name, lines in found.items() if not name.startswith(f"{NAME}.reparam.")}
+        assert outside == {f"{NAME}.{where}": 1}
 
 
 def test_a_job_merges_in_one_place_and_backends_alone_fold_affine_layers() -> None:
-    assert len(list(calls_of("merge_branches", TREES[PACKAGE / "job.py"]))) == 1
+    assert len(list(calls_of("merge_for_inference", TREES[PACKAGE / "job.py"]))) == 1
+    assert len(list(calls_of("merge_branches", TREES[PACKAGE / "merging.py"]))) == 1
     for step in ("attach_affine", "fold_affine"):
         found = [dotted(path) for path, tree in TREES.items() for _ in calls_of(step, tree)]
         assert f"{NAME}.backend" in found and len(set(found)) == len(found)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from integration.torch_ao.test_torch_ao_backend import CONFIG, Fickle
+from integration.torch_ao.shared import CONFIG, Fickle
 from repapq_plugin import CalibrationResult
 from repapq_plugin.errors import ConfigError
 from repapq_plugin.hosts.pt2e.hosted import quantize_network

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
-from integration.torch_ao.test_torch_ao_policy import POLICIES, QUICK, policy
+from integration.torch_ao.shared import POLICIES, QUICK, policy
 from repapq_plugin import RepAPQConfig, quantize_model
 from repapq_plugin.errors import ConfigError
 from repapq_plugin.export.deploy import without_quantizers

@@ -9,25 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.ao.nn import quantized as nnq
 
-from repapq_plugin import CalibrationResult, RepAPQConfig, quantize_model
+from integration.torch_ao.shared import CONFIG, Fickle
+from repapq_plugin import CalibrationResult, quantize_model
 from repapq_plugin.errors import ConfigError, ExportError
 from repapq_plugin.hosts.torch_ao.backend import TorchAOBackend
 from repapq_plugin.hosts.torch_ao.hosted import quantize_network
 from repapq_plugin.job import Job, Progress
 from tests.support.networks import Chain, batches, settle
-
-CONFIG = RepAPQConfig(steps=0, activation_observer="min_max", weight_observer="min_max", equalize=False)
-
-
-class Fickle(nn.Module):
-    """Its Python depends on the data."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.chain = Chain()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.chain(x) if x.mean() > -9 else -self.chain(x)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from torch.ao.quantization import QConfigMapping
 from torch.ao.quantization.quantize_fx import prepare_fx, prepare_qat_fx
 from torch.fx import GraphModule
 
+from integration.torch_ao.shared import POLICIES, QUICK, policy
 from repapq_plugin import RepAPQConfig, quantize_model
 from repapq_plugin.errors import ConfigError
 from repapq_plugin.export.deploy import without_quantizers
@@ -21,24 +22,6 @@ from repapq_plugin.hosts.torch_ao.grid import weight_quantizer_of
 from repapq_plugin.observers import RangeObserver
 from repapq_plugin.quantizers.layers import QUANTIZABLE
 from tests.support.networks import Chain, batches, settle
-
-QUICK = {"steps": 0, "activation_observer": "min_max", "weight_observer": "min_max", "equalize": False}
-POLICIES = {
-    "plain": {},
-    "one width": {"first_last_bits": None},
-    "special": {"layer_bits": {"stages.2.*": (6, 5)}},
-    "the last pattern wins": {"layer_bits": {"stages.*": (6, 5), "stages.1.*": (3, 7), "stages.1.1*": (5, 6)}},
-    "special at an end": {"layer_bits": {"fc": (7, 6), "stem*": (5, 5)}},
-    "a module stays float": {"keep_float": ("stages.1",)},
-    "float before special": {"keep_float": ("stages.?.1", "fc"), "layer_bits": {"stages.*": (6, 5), "fc": (6, 6)}},
-    "float before special, alike": {"keep_float": ("stages.0.*",), "layer_bits": {"stages.0.*": (2, 2)}},
-    "reduced": {"weight_bits": 8, "reduce_range": True, "layer_bits": {"stages.0.*": (8, 8), "stages.1.*": (4, 4)}},
-}  # fmt: skip
-"""Keys of configurations of 4 bits."""
-
-
-def policy(name: str) -> RepAPQConfig:
-    return RepAPQConfig.from_preset("w4a4", **QUICK).replace(**POLICIES[name])
 
 
 @pytest.fixture(scope="module")

@@ -129,6 +129,11 @@ def own_registries(module: M) -> M:
     return module
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether forward hooks were put on a module."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
 def without_hooks(module: M) -> M:
     """Return a `shallow_copy` that runs the module's own forward without its own hooks; its children keep theirs."""
     copied = shallow_copy(module)

@@ -144,49 +144,6 @@ def test_it_trains_and_merges_away_whole(name):
         assert (merged(x) - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
-class Blocks(nn.Module):
-    """A stem, reparameterizable blocks, a classifier."""
-
-    def __init__(self, kind: type[nn.Module]) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.blocks = nn.Sequential(kind(8, 16, stride=2), kind(16, 16), kind(16, 16))
-        self.fc = nn.Linear(16, 5)
-
-    def forward(self, x):
-        return self.fc(self.blocks(torch.relu(self.stem(x))).mean(dim=(2, 3)))
-
-
-def branched_blocks() -> list[type[nn.Module]]:
-    from mmpretrain.models.backbones.mobileone import MobileOneBlock
-    from mmpretrain.models.backbones.repvgg import RepVGGBlock
-
-    class MobileOne(MobileOneBlock):
-        def __init__(self, inputs, outputs, stride=1):
-            super().__init__(inputs, outputs, 3, num_convs=2, stride=stride)
-
-    return [RepVGGBlock, MobileOne]
-
-
-@pytest.mark.parametrize("which", [0, 1])
-def test_branches_merge_by_addition_and_calibrate_as_ever(which):
-    torch.manual_seed(0)
-    model = Blocks(branched_blocks()[which])
-    converted = convert(model, images(size=16)).model.eval()
-    assert len(norms(converted)) == 1
-    with torch.no_grad():
-        for module in converted.modules():
-            if isinstance(module, MimicNorm2d) and module.bias is not None:
-                module.bias.normal_()
-    data = [images(size=16)]
-    result = quantize_model(converted, data, RepAPQConfig.from_preset("w8a8", steps=5))
-    assert len(result.merges) == 3
-    assert not [m for m in result.model.modules() if isinstance(m, MimicNorm2d | LastBatchNorm)]
-    with torch.no_grad():
-        wanted = converted(data[0])
-        assert (result.model(data[0]) - wanted).abs().mean() < 0.05 * wanted.abs().mean()
-
-
 def test_parametrized_weights_are_baked_before_quantizing():
     model = convert(NETWORKS["resnet18"](num_classes=4), images()).model.eval()
     parametrize_weight_mean(model)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repapq_plugin.core.modules import shallow_copy, without_hooks
+from repapq_plugin.core.modules import has_hooks, shallow_copy, without_hooks
 from repapq_plugin.core.tensors import first_tensor
 from repapq_plugin.hosts.hosted import HOOKS
 from repapq_plugin.hosts.torch_ao.engines import NO_OUTPUT_PADDING, has_kernel
@@ -37,7 +37,7 @@ def reason_to_simulate(layer: QuantizedLayer, calls: Sequence[Arguments], engine
         return f"{engine} has no kernel for it"
     if layer.is_baked or not is_plain(layer):
         return "it has a forward of its own"
-    if layer._forward_pre_hooks or layer._forward_hooks:
+    if has_hooks(layer):
         return "it has hooks of its own"
     if not calls:
         return "it is not called by itself"

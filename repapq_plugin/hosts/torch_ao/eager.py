@@ -16,6 +16,7 @@ from repapq_plugin.core.copies import own_batch
 from repapq_plugin.core.hooks import Hooks
 from repapq_plugin.core.running import Batch, ForwardFn, call_model
 from repapq_plugin.core.tensors import first_tensor
+from repapq_plugin.core.watch import MakersWatch
 from repapq_plugin.errors import CalibrationError, HostError
 from repapq_plugin.export.qdq_onnx import quantized_module
 from repapq_plugin.hosts.hosted import quantized_layers
@@ -184,39 +185,46 @@ class QuantizedClamp(nn.Module):
 
 
 def _fuse_rectifiers(model: nn.Module, layers: list[str], run: Callable[[], object]) -> None:
-    """Fuse each layer with the ReLU that reads its output, in place, where one module does so at every call."""
-    makers: dict[int, tuple[str, Tensor]] = {}
-    readers: dict[str, set[str]] = {}
+    """Fuse each layer with the ReLU behind it, in place, where nothing else reads the one or is read by the other."""
+    names = {model.get_submodule(name): name for name in layers}
+    watch = MakersWatch()
+    read: dict[str, set[nn.Module | None]] = {}
 
-    def made_by(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def hook(_: nn.Module, args: object, output: Tensor) -> None:
-            makers[id(output)] = (name, output)  # kept alive, so that the identity stays its own
+    def made(layer: nn.Module, args: object, output: object) -> None:
+        watch.made(layer, output)
 
-        return hook
-
-    def read_by(name: str) -> Callable[..., None]:
+    def before(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-            maker = makers.get(id(first_tensor(args, kwargs)))
-            if maker is not None:
-                readers.setdefault(maker[0], set()).add(name)
+            x = first_tensor(args, kwargs)
+            read.setdefault(name, set()).add(watch.maker_of(x))
+            watch.reading += [x] if x is not None else []
 
         return hook
 
-    with Hooks() as hooks, torch.no_grad():
-        for name in layers:
-            hooks.after(model.get_submodule(name), made_by(name))
+    def after(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
+        if first_tensor(args, kwargs) is not None:
+            watch.reading.pop()
+
+    with Hooks() as hooks, torch.no_grad(), watch:
+        for layer in names:
+            hooks.after(layer, made)
         for name, module in model.named_modules():
             if type(module) is nn.ReLU:
-                hooks.before(module, read_by(name), with_kwargs=True)
-        run()
-    fusable = (nn.Conv2d, nn.Linear)
+                hooks.before(module, before(name), with_kwargs=True)
+                hooks.after(module, after, with_kwargs=True)
+        watch.note_use(run())
+    readers: dict[nn.Module, list[str]] = {}
+    for name, makers in read.items():
+        for maker in makers - {None}:
+            readers.setdefault(cast(nn.Module, maker), []).append(name)
     pairs = [
-        [layer, *reading]
+        [names[layer], *reading]
         for layer, reading in readers.items()
-        if len(reading) == 1 and isinstance(model.get_submodule(layer), fusable)
+        if len(reading) == 1
+        and read[reading[0]] == {layer}
+        and layer not in watch.used_elsewhere
+        and isinstance(layer, nn.Conv2d | nn.Linear)
     ]
-    used = [name for _, name in pairs]
-    pairs = [pair for pair in pairs if used.count(pair[1]) == 1]
     if pairs:
         fuse_modules(model, pairs, inplace=True)  # type: ignore[no-untyped-call]
 

@@ -193,8 +193,12 @@ def trace_layers(model: nn.Module) -> tuple[GraphModule, dict[str, str]]:
         ) from error
     traced = GraphModule(model, graph)
     origin: dict[str, str] = {}
-    for node in traced.graph.nodes:
+    for node in list(traced.graph.nodes):
         if node.op != "call_module":
+            continue
+        if type(traced.get_submodule(str(node.target))) is nn.Identity:  # a folded norm would part a layer and its ReLU
+            node.replace_all_uses_with(next(iter((*node.args, *node.kwargs.values()))))
+            traced.graph.erase_node(node)
             continue
         source = str(node.target)
         calls = sum(name.split("__call")[0] == source for name in origin)

@@ -14,8 +14,8 @@ from mmyolo.models.layers.yolo_bricks import PPYOLOEBasicBlock, RepStageBlock
 from mmyolo.models.layers.yolo_bricks import RepVGGBlock as MMYoloRepVGGBlock
 from torch import nn
 
+from integration.reparam.reparam_blocks import FAMILIES, random_input, relative_error, set_norms, with_hard_norms
 from repapq_plugin.reparam import MergedBlock, branches_of, fuse_branches, merge_branches
-from tests.support.reparam_blocks import FAMILIES, random_input, relative_error, set_norms, with_hard_norms
 
 RANDOM_BLOCKS = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

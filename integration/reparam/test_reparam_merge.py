@@ -16,9 +16,9 @@ from timm.layers import BatchNormAct2d
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
+from integration.reparam.reparam_blocks import TwoBranches, random_input, relative_error, set_norms, two_branches
 from repapq_plugin.errors import MergeError
 from repapq_plugin.reparam import Branch, BranchSpec, MergedBlock, branches, fuse_branches, merge_branches
-from tests.support.reparam_blocks import TwoBranches, random_input, relative_error, set_norms, two_branches
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 

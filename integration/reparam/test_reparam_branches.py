@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from integration.reparam.reparam_blocks import TwoBranches, random_input, relative_error, set_norms, two_branches
 from repapq_plugin.errors import MergeError
 from repapq_plugin.reparam import (
     Branch,
@@ -18,7 +19,6 @@ from repapq_plugin.reparam import (
     merge_branches,
     register_branches,
 )
-from tests.support.reparam_blocks import TwoBranches, random_input, relative_error, set_norms, two_branches
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def test_decorator_registers_and_returns_the_function() -> None:
 
 
 def test_class_may_be_named_instead_of_imported() -> None:
-    register_branches("tests.support.reparam_blocks.TwoBranches", two_branches)
+    register_branches("integration.reparam.reparam_blocks.TwoBranches", two_branches)
     assert len(branches_of(TwoBranches()).branches) == 3
 
 

@@ -12,8 +12,8 @@ from timm.models.repvit import RepVggDw
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
+from integration.reparam.reparam_blocks import TwoBranches, two_branches
 from repapq_plugin.reparam import branches, find_unknown_multibranch, fold_conv_norm_pairs, merge_branches
-from tests.support.reparam_blocks import TwoBranches, two_branches
 
 
 def found_in(model: nn.Module) -> list[str]:

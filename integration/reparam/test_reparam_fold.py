@@ -15,10 +15,10 @@ from timm.layers import ConvNormAct
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation, FrozenBatchNorm2d
 
+from integration.reparam.reparam_blocks import random_input, relative_error, set_norms
 from repapq_plugin.errors import MergeError
 from repapq_plugin.reparam import fold_batchnorm, fold_conv_norm_pairs
 from repapq_plugin.reparam.fold import fold_named_pairs
-from tests.support.reparam_blocks import random_input, relative_error, set_norms
 
 NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)
 
