@@ -23,7 +23,7 @@ from repapq_plugin.core.copies import own_batch, smaller
 from repapq_plugin.core.progress import Progress as Progress
 from repapq_plugin.core.progress import Report as Report
 from repapq_plugin.core.progress import counted as counted
-from repapq_plugin.core.running import Batch, ForwardFn, call_model, seeded
+from repapq_plugin.core.running import Batch, ForwardFn, call_model, is_out_of_memory, seeded
 from repapq_plugin.core.tensors import floating_tensors, tensors_of
 from repapq_plugin.errors import CalibrationError
 from repapq_plugin.merging import Merged as Merged
@@ -176,11 +176,21 @@ class Job(Generic[R]):
     def _differing_when_off(self, state: State) -> str | None:
         """Return by which layer the placed network, its quantizers off, differs from the float one, if it does."""
         half = smaller(state.batches[0])
-        batches = [state.batches[0], state.batches[-1] if half is None else half]
+        batches = [state.batches[0], half if half is not None and self._runs_on(state, half) else state.batches[-1]]
         passes = [partial(self._run_on, batch) for batch in batches]
         sites = self.backend.sites
         with not_quantizing(sites.quantizers):
             return disagreement(state.teacher, self.backend.student, list(sites.weights), passes)
+
+    def _runs_on(self, state: State, batch: Batch) -> bool:
+        """Whether the float network takes a batch that nobody gave."""
+        try:
+            self.forward(state.teacher, batch)
+        except Exception as error:  # whatever the user's own code raises
+            if is_out_of_memory(error):
+                raise
+            return False
+        return True
 
     def _run_on(self, batch: Batch, model: nn.Module) -> object:
         return self.forward(model, batch)

@@ -8,14 +8,14 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.config import MAX_BITS, MIN_BITS, RepAPQConfig
 from repapq_plugin.core.copies import is_half, own_copy, takes_halves
 from repapq_plugin.core.files import atomically
 from repapq_plugin.errors import MergeError, ResultError
@@ -109,13 +109,10 @@ class CalibrationResult(Calibrated):
         Raises:
             ResultError: The file is missing or no such result, or belongs to another model.
         """
-        tensors, saved = _read(Path(path))
+        tensors, record = _read(Path(path))
         try:
-            config = RepAPQConfig.from_dict(saved["config"])
-            plan = _plan(saved["plan"])
-            merges = tuple(_record(record) for record in saved["merges"])
-            quantized = rebuild(model, plan, merges, config)
-        except (KeyError, TypeError, AttributeError, MergeError) as error:
+            quantized = rebuild(model, record.plan, record.merges, record.config)
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError, MergeError) as error:
             raise ResultError(_misfit(path, str(error))) from error
         expected = set(_own_state(quantized))
         missing, unexpected = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
@@ -126,15 +123,7 @@ class CalibrationResult(Calibrated):
             quantized.load_state_dict(tensors, strict=False)
         except RuntimeError as error:
             raise ResultError(_misfit(path, str(error))) from error
-        return cls(
-            model=quantized.eval(),
-            config=config,
-            plan=plan,
-            units=tuple(UnitResult(**_nan(unit)) for unit in saved["units"]),
-            merges=merges,
-            seconds=saved["seconds"],
-            notes=tuple(saved["notes"]),
-        )
+        return cls(quantized.eval(), *record)
 
 
 def rebuild(model: nn.Module, plan: QuantizationPlan, merges: Sequence[MergeRecord], config: RepAPQConfig) -> nn.Module:
@@ -143,6 +132,10 @@ def rebuild(model: nn.Module, plan: QuantizationPlan, merges: Sequence[MergeReco
     copied = own_copy(model)
     if is_half(model):
         takes_halves(copied)
+    for (
+        parameter
+    ) in copied.parameters():  # as calibration left them; torch multiplies in another order where they learn
+        parameter.requires_grad_(False)
     bake_parametrizations(copied)
     for name in plan.baked:
         layer = copied.get_submodule(name)
@@ -173,7 +166,19 @@ def _own_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+class _Record(NamedTuple):
+    """What the header of a saved result says; the fields of `Calibrated` but the model."""
+
+    config: RepAPQConfig
+    plan: QuantizationPlan
+    units: tuple[UnitResult, ...]
+    merges: tuple[MergeRecord, ...]
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], _Record]:
+    """Read a saved result; whatever stands in its header, nothing but a `ResultError` comes of it."""
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -182,10 +187,23 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ResultError(f"Cannot read {path}: {error}.") from error
     if header.get("format") not in (FORMAT, OLDER_FORMAT):
         raise ResultError(f"{path} is not a result of this plugin: format {header.get('format')!r}, not {FORMAT!r}.")
-    saved = json.loads(header["result"])
+    try:
+        saved = json.loads(header["result"])
+        record = _Record(
+            RepAPQConfig.from_dict(saved["config"]),
+            _plan(saved["plan"]),
+            tuple(UnitResult(**_nan(unit)) for unit in saved["units"]),
+            tuple(_record(merge) for merge in saved["merges"]),
+            float(saved["seconds"]),
+            tuple(str(note) for note in saved["notes"]),
+        )
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ResultError(
+            f"{path} is damaged: its record cannot be read ({type(error).__name__}: {error}). Quantize again."
+        ) from error
     if header["format"] == OLDER_FORMAT:
-        tensors = {_own_key(key, saved["plan"]["layers"]): value for key, value in tensors.items()}
-    return tensors, saved
+        tensors = {_own_key(key, record.plan.layers): value for key, value in tensors.items()}
+    return tensors, record
 
 
 def _own_key(key: str, layers: Collection[str]) -> str:
@@ -197,10 +215,18 @@ def _own_key(key: str, layers: Collection[str]) -> str:
 def _plan(saved: dict[str, Any]) -> QuantizationPlan:
     return QuantizationPlan(
         folded=tuple((layer, norm) for layer, norm in saved["folded"]),
-        layers={name: LayerPlan(**values) for name, values in saved["layers"].items()},
+        layers={name: _layer_plan(values) for name, values in saved["layers"].items()},
         float_layers=dict(saved["float_layers"]),
         baked=tuple(saved.get("baked", ())),
     )
+
+
+def _layer_plan(saved: dict[str, Any]) -> LayerPlan:
+    plan = LayerPlan(**saved)
+    for bits in (plan.weight_bits, plan.activation_bits):
+        if not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+            raise ValueError(f"{bits!r} is no number of bits from {MIN_BITS} to {MAX_BITS}")
+    return plan
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

@@ -202,3 +202,42 @@ def test_a_result_of_the_version_before_is_still_refused_by_other_models(size):
     other = Pyramid(width=6) if size == "width" else Chain()
     with pytest.raises(ResultError, match="does not fit this model"):
         CalibrationResult.load(EARLIER, other)
+
+
+HEADERS = {
+    "no JSON": "{",
+    "deep": "[" * 100_000,
+    "a list": "[]",
+    "null": "null",
+    "nothing": "{}",
+    "a plan of text": {"plan": "x"},
+    "folded as text": {"plan": {"folded": "ab", "layers": {}, "float_layers": {}}},
+    "bits beyond all bounds": {
+        "plan": {
+            "folded": [],
+            "layers": {"0": {"weight_bits": 10**9, "activation_bits": 8, "input_group": 0}},
+            "float_layers": {},
+        }
+    },
+    "an unknown key": {"config": {"bits": 3}},
+    "a bad value": {"config": {"weight_bits": 99}},
+    "units of text": {"units": ["x"]},
+    "notes of numbers": {"notes": 3},
+    "seconds of text": {"seconds": "soon"},
+    "merges of null": {"merges": [None]},
+}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("name", HEADERS)
+def test_whatever_a_header_says_only_a_result_error_comes_of_it(name: str, version: int, tmp_path: Path) -> None:
+    model = settle(Chain())
+    path = quantize_model(model, batches(1), RepAPQConfig(steps=0)).save(tmp_path / "a.safetensors")
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        honest = json.loads(file.metadata()["result"])
+    odd = HEADERS[name]
+    text = odd if isinstance(odd, str) else json.dumps({**honest, **odd})
+    save_file(tensors, path, metadata={"format": f"repapq-result-{version}", "result": text})
+    with pytest.raises(ResultError):
+        CalibrationResult.load(path, model)

@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from repapq_plugin.core.tensors import tensors_of
+from repapq_plugin.core.tensors import members_of, tensors_of
 from repapq_plugin.errors import HostError
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -101,11 +101,38 @@ def own_batch(batch: T) -> T:
 
 
 def smaller(batch: T) -> T | None:
-    """Return the first half of a batch, if all of its tensors have one number of samples in their first axis."""
-    sizes = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors_of(batch)}
+    """Return the first half of a batch, if it says how many samples it holds.
+
+    Tensors hold samples along their first axis, lists one in each member; all must agree in the number.
+    """
+    sizes = _sample_counts(batch)
     if len(sizes) != 1 or (size := sizes.pop()) < 2:
         return None
-    return changed(batch, lambda tensor: tensor[: size // 2])
+    return _first(batch, size // 2)
+
+
+def _sample_counts(value: object) -> set[int]:
+    if isinstance(value, Tensor):
+        return {value.shape[0] if value.dim() else 0}
+    if isinstance(value, list):
+        return {len(value)}
+    members = members_of(value)
+    return {count for member in members or () for count in _sample_counts(member)}
+
+
+def _first(value: T, count: int) -> T:
+    if isinstance(value, Tensor | list):
+        return cast(T, value[:count])
+    if isinstance(value, MutableMapping):
+        mapping = copy.copy(value)
+        for key, member in value.items():
+            mapping[key] = _first(member, count)
+        return cast(T, mapping)
+    if isinstance(value, tuple):
+        members = [_first(member, count) for member in value]
+        make = cast(Callable[..., T], type(value))
+        return make(*members) if hasattr(value, "_fields") else make(members)
+    return value
 
 
 def changed(value: T, change: Callable[[Tensor], Tensor]) -> T:

@@ -159,3 +159,7 @@ def test_half_of_a_batch_is_taken_where_its_tensors_agree_in_their_number() -> N
     assert smaller((torch.ones(4, 3), torch.ones(3))) is None
     assert smaller(torch.ones(1, 3)) is None
     assert smaller("no tensor") is None
+    listed = smaller({"inputs": [torch.ones(3, 8, 8)] * 4, "data_samples": ["a", "b", "c", "d"]})
+    assert listed is not None and [len(value) for value in listed.values()] == [2, 2]
+    assert listed["inputs"][0].shape == (3, 8, 8)  # type: ignore[union-attr]
+    assert smaller({"inputs": [torch.ones(3, 8, 8)] * 4, "data_samples": ["a"]}) is None
