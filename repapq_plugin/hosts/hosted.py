@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor, nn
 
+from repapq_plugin.backend import Backend
+from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.errors import ExportError, HostError
 from repapq_plugin.export.openvino import OpenVINOSummary, export_openvino
 from repapq_plugin.export.qdq_onnx import OnnxSummary, export_onnx
+from repapq_plugin.job import Job, Report
 from repapq_plugin.quantizers.layers import QuantizedLayer
 from repapq_plugin.result import Calibrated, CalibrationResult
 
@@ -138,3 +141,48 @@ def converted_or_simulated(
         network, notes = result.model, [f"The network runs simulated: {error}"]
         logger.warning(notes[0])
     return HostedNetwork(network, dataclasses.replace(result, notes=(*result.notes, *notes)))
+
+
+class Quantize(Protocol):
+    """Calibrates a network and hands it to a host; the call that torch.ao and pt2e have in common."""
+
+    def __call__(
+        self,
+        network: nn.Module,
+        images: Sequence[Tensor],
+        config: RepAPQConfig,
+        progress: Report | None = None,
+        options: Mapping[str, object] | None = None,
+    ) -> HostedNetwork:
+        """Quantize a copy of ``network``.
+
+        Args:
+            network: Takes images, float ``(N, C, H, W)``; not changed.
+            images: Calibration batches.
+            config: Bits, ranges and calibration.
+            progress: Called as the work goes on.
+            options: What else the host is told.
+
+        Returns:
+            The host's form; the simulated network, with the reason in the result's notes, where the host cannot take
+            it.
+
+        Raises:
+            ConfigError: An option is not allowed.
+            CalibrationError: See `quantize_model`.
+        """
+
+
+def quantizing_on(backend: Callable[[Mapping[str, object] | None], Backend[HostedNetwork]]) -> Quantize:
+    """Return the call that quantizes on a backend, which is made of the options."""
+
+    def quantize_network(
+        network: nn.Module,
+        images: Sequence[Tensor],
+        config: RepAPQConfig,
+        progress: Report | None = None,
+        options: Mapping[str, object] | None = None,
+    ) -> HostedNetwork:
+        return Job(backend(options), config, report=progress).run(network, images)
+
+    return quantize_network
