@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
-from mmengine.logging import MMLogger
-from mmengine.registry import DefaultScope
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,6 +24,11 @@ def _one_thread() -> Iterator[None]:
 def _nothing_left_of_mmengine() -> Iterator[None]:
     """Loggers write to the output that a test had captured; a default scope hides other toolboxes' names."""
     yield
+    if "mmengine" not in sys.modules:
+        return
+    from mmengine.logging import MMLogger
+    from mmengine.registry import DefaultScope
+
     for logger in MMLogger._instance_dict.values():
         for handler in list(logger.handlers):
             logger.removeHandler(handler)

@@ -1,4 +1,4 @@
-"""Collected only where the extra ``libraries`` is installed; nothing here reaches for the network."""
+"""Collected only where the dependency group ``libraries`` is installed; nothing here reaches for the network."""
 
 from __future__ import annotations
 

@@ -46,6 +46,7 @@ class TestUltralytics(LibraryContract):
         "rtdetr-l": Network(
             rtdetr,
             queries,
+            size=(32, 32),
             blocks=(RepConv,),
             unordered=True,
             stays_float={

@@ -98,7 +98,7 @@ def test_numpy_s_plain_values_come_back(value: npt.NDArray[np.generic], tmp_path
         Call(getattr, OneCycleParamScheduler, "step"),
         functools.partial(print),
     ],
-    ids=str,
+    ids=range(10),
 )
 def test_nothing_near_them_does(value: object, tmp_path: Path) -> None:
     torch.save(value, tmp_path / "a.pth")
