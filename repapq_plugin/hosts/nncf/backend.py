@@ -7,9 +7,10 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import nncf
+from nncf.quantization.advanced_parameters import AdvancedSmoothQuantParameters
 from torch import Tensor, nn
 
 from repapq_plugin.backend import PHASES, Backend, Placing
@@ -29,9 +30,12 @@ from repapq_plugin.hosts.nncf.quantizers import CorrectedBias, NNCFQuantizer, in
 from repapq_plugin.hosts.nncf.running import Call, counting_skipped, run_alone, watch_calls
 from repapq_plugin.method.learners import Learner
 from repapq_plugin.method.sites import ActivationSite, Sites, WeightSite
-from repapq_plugin.quantizers.layers import ChannelAffine, bias_of
+from repapq_plugin.quantizers.layers import QUANTIZABLE, ChannelAffine, bias_of
 from repapq_plugin.quantizers.plan import LayerPlan
 from repapq_plugin.result import Calibrated
+
+NO_SMOOTHING = -1.0
+"""The strength with which NNCF does not smooth."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,14 @@ class PlacedBackend(Backend[Calibrated]):
 
     def deliver(self, calibrated: Calibrated, batches: Sequence[Batch]) -> Calibrated:
         """Return the model as `nncf.quantize` would, with the record of it."""
-        return calibrated
+        layers = {name for name, module in self.student.named_modules() if isinstance(module, QUANTIZABLE)}
+        others = [name for name in calibrated.float_layers if name not in layers]
+        if not others:
+            return calibrated
+        kept = {name: reason for name, reason in calibrated.float_layers.items() if name in layers}
+        named = ", ".join(repr(name) if name else "the network" for name in others)
+        note = f"What {named} computes with weights by itself, NNCF quantizes as it decides."
+        return replace(calibrated, plan=replace(calibrated.plan, float_layers=kept), notes=(*calibrated.notes, note))
 
 
 class NNCFBackend(PlacedBackend):
@@ -209,7 +220,7 @@ class NNCFBackend(PlacedBackend):
                     fast_bias_correction=options.fast_bias_correction,
                     model_type=options.model_type,
                     ignored_scope=scope,
-                    advanced_parameters=options.advanced_parameters,
+                    advanced_parameters=without_smoothing(options.advanced_parameters),
                 )
         except nncf.ValidationError as error:
             raise ConfigError(
@@ -222,6 +233,20 @@ class NNCFBackend(PlacedBackend):
                 "that it cannot trace, or quantize with repapq_plugin.quantize_model, which does not trace."
             ) from error
         return placed
+
+
+def without_smoothing(
+    parameters: nncf.AdvancedQuantizationParameters | None,
+) -> nncf.AdvancedQuantizationParameters:
+    """Return parameters with which NNCF leaves the float network as it is.
+
+    Smoothing, NNCF's default for transformers, scales weights and activations, so that what is learned from the float
+    network no longer fits. The plugin's own equalization has been done already. What somebody asks for is kept.
+    """
+    given = copy.deepcopy(parameters) or nncf.AdvancedQuantizationParameters()
+    if given.smooth_quant_alphas == AdvancedSmoothQuantParameters():
+        given.smooth_quant_alphas = AdvancedSmoothQuantParameters(convolution=NO_SMOOTHING, matmul=NO_SMOOTHING)
+    return given
 
 
 def corrected_biases(teacher: nn.Module, placement: Placement) -> dict[str, CorrectedBias]:

@@ -10,7 +10,15 @@ from torch import nn
 
 from repapq_plugin.core.copies import own_batch
 from repapq_plugin.core.running import Batch
-from repapq_plugin.hosts.nncf._compat import INPUT_NODE, NNCFGraph, NNCFNode, build_nncf_graph, wrap_model
+from repapq_plugin.hosts.nncf._compat import (
+    INPUT_NODE,
+    FunctionHookMode,
+    NNCFGraph,
+    NNCFNode,
+    build_nncf_graph,
+    get_hook_storage,
+    wrap_model,
+)
 from repapq_plugin.hosts.nncf.data import forward
 from repapq_plugin.hosts.nncf.running import watch_calls
 from repapq_plugin.quantizers.layers import QUANTIZABLE
@@ -63,7 +71,13 @@ def find_operations(model: nn.Module, item: Batch, planned: Collection[str]) -> 
 
 def _inside(model: nn.Module, names: Collection[str], item: Batch) -> Iterator[str]:
     """Yield the operations that modules carry out when they are called."""
-    calls = watch_calls(model, names, lambda: forward(model, own_batch(item))) if names else {}
+
+    def run() -> object:
+        # A model without hooks runs without NNCF's mode, which counts operations.
+        with FunctionHookMode(model=model, hook_storage=get_hook_storage(model)):
+            return forward(model, own_batch(item))
+
+    calls = watch_calls(model, names, run) if names else {}
     for call in (call for of_one in calls.values() for call in of_one):
         for operation, count in call.after.items():
             yield from (f"{operation}/{number}" for number in range(call.before.get(operation, 0), count))

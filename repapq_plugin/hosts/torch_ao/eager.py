@@ -35,7 +35,15 @@ from repapq_plugin.hosts.torch_ao.engines import (
     integer_engine,
 )
 from repapq_plugin.hosts.torch_ao.grid import absorb_norms, grid_range, lay_bias_on_grid, lay_on_grid
-from repapq_plugin.hosts.torch_ao.islands import Carrier, Island, attributes_of, give_back, put_carriers
+from repapq_plugin.hosts.torch_ao.islands import (
+    Carrier,
+    Island,
+    Regrid,
+    attributes_of,
+    give_back,
+    put_carriers,
+    put_regrids,
+)
 from repapq_plugin.hosts.torch_ao.outputs import find_ranges, output_quantizer
 from repapq_plugin.hosts.torch_ao.ready import Ready
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
@@ -80,6 +88,7 @@ def prepare_learned_eager(
     has_stubs = any(isinstance(module, QuantStub) for module in model.modules())
     attributes = attributes_of(model)
     layers = put_carriers(model, quantized, lambda: forward(model, own_batch(batches[0])), engine)
+    give_back(model, attributes)
     _fuse_rectifiers(model, list(layers), lambda: forward(model, own_batch(batches[0])))
     give_back(model, attributes)
     if not has_stubs:
@@ -243,17 +252,31 @@ def _set_qconfigs(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Non
 def _place_learned(
     prepared: nn.Module, learned: dict[nn.Module, QuantizedLayer], run: Callable[[], object], engine: str
 ) -> None:
-    """Give each output that quantized layers read the grid that the first of them learned for it."""
+    """Give each output that quantized layers read the grid that the first of them learned for it.
+
+    Layers that read something else, or on another grid, get theirs in front of them.
+    """
     sources = _sources(prepared, learned, run)
     held = {output_quantizer_of(module) for module in prepared.modules()}
     for module, layer in learned.items():
         source = sources.get(module)
         if source is not None and source in held and source.observing and layer.input_fake_quant.quantizing:
             _fill(source, layer.input_fake_quant)
-    for module in learned:
-        source = sources.get(module)
+    regrids: dict[nn.Module, nn.Module] = {}
+    for module, layer in learned.items():
+        source, wanted = sources.get(module), layer.input_fake_quant
+        if not isinstance(module, Island) and wanted.quantizing and not (source is not None and _equal(source, wanted)):
+            regrids[module], source = Regrid(wanted), wanted
         if engine in INTEGER_BIAS and source is not None and not source.observing:
             lay_bias_on_grid(module, source)
+    put_regrids(prepared, regrids)
+
+
+def _equal(quantizer: LearnableFakeQuantize, other: LearnableFakeQuantize) -> bool:
+    """Whether two quantizers, of which one may still observe, have one grid."""
+    bounds = [(each.quant_min, each.quant_max) for each in (quantizer, other)]
+    qparams = [torch.cat(each.calculate_qparams()) for each in (quantizer, other) if not each.observing]
+    return bounds[0] == bounds[1] and len(qparams) == 2 and torch.equal(*qparams)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch.ao.quantization import QConfigMapping
 from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from torch.fx import Graph, GraphModule, Node, Tracer
+from torch.nn import functional
 
 from repapq_plugin.core.copies import own_batch
 from repapq_plugin.core.running import Batch, ForwardFn, call_model
@@ -108,7 +109,13 @@ def prepare_learned(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its age, and that the output quantizer is no partial of its own kind
-        prepared = prepare_fx(traced, mapping, example_inputs, whole)
+        try:
+            prepared = prepare_fx(traced, mapping, example_inputs, whole)
+        except Exception as error:  # whatever torch.ao did not foresee in a graph
+            raise HostError(
+                f"torch.ao cannot prepare the graph of {type(model).__name__} ({type(error).__name__}: {error}). "
+                "Quantize the part that it can, or run the simulated network."
+            ) from error
     place_learned(prepared, learned)
     if engine in INTEGER_BIAS:
         lay_biases_on_grid(prepared)
@@ -194,10 +201,14 @@ def trace_layers(model: nn.Module) -> tuple[GraphModule, dict[str, str]]:
     traced = GraphModule(model, graph)
     origin: dict[str, str] = {}
     for node in list(traced.graph.nodes):
+        if node.op == "call_method" and node.target == "relu" or node.target is torch.relu:
+            node.op, node.target = "call_function", functional.relu  # of three spellings the one that is fused
         if node.op != "call_module":
             continue
+        if not node.args and list(node.kwargs) == ["input"]:  # torch.ao reads arguments by position
+            node.args, node.kwargs = (node.kwargs["input"],), {}
         if type(traced.get_submodule(str(node.target))) is nn.Identity:  # a folded norm would part a layer and its ReLU
-            node.replace_all_uses_with(next(iter((*node.args, *node.kwargs.values()))))
+            node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
             continue
         source = str(node.target)

@@ -10,28 +10,55 @@ from torch import Tensor, nn
 from torch.ao.quantization import QuantStub
 
 from repapq_plugin.core.modules import replace_modules
+from repapq_plugin.core.quant_primitives import grid_bounds
 from repapq_plugin.core.tensors import change_first_tensor, first_tensor
 from repapq_plugin.hosts.torch_ao.carried import plain_layer_of, reason_to_simulate
+from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
 from repapq_plugin.quantizers.layers import QuantizedLayer
 from repapq_plugin.quantizers.own_forward import calls_of
 
 
 class Carrier(nn.Module):
-    """Calls a layer that takes one tensor, behind the padding that it cannot do itself.
+    """Calls a layer that takes one tensor, behind padding that it cannot do itself and a grid that it learned.
 
     Args:
         layer: Torch's own layer; a conversion puts its integer module in its place.
-        padding: What pads in front of it, if anything.
+        before: What is done to the tensor first.
     """
 
-    def __init__(self, layer: nn.Module, padding: nn.Module | None) -> None:
+    def __init__(self, layer: nn.Module, *before: nn.Module) -> None:
         super().__init__()
-        self.layer, self.padding = layer, padding
+        self.layer, self.before = layer, nn.Sequential(*before)
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:
         """Run the layer on the tensor that it is called with, by position or by keyword."""
-        x = first_tensor(args, kwargs)
-        return cast(Tensor, self.layer(x if self.padding is None else self.padding(x)))
+        return cast(Tensor, self.layer(self.before(first_tensor(args, kwargs))))
+
+
+class Regrid(nn.Module):
+    """Brings a tensor, float or quantized, onto the grid that a layer reads.
+
+    Args:
+        quantizer: Learned, of 8 bits or fewer; unsigned.
+    """
+
+    def __init__(self, quantizer: LearnableFakeQuantize) -> None:
+        super().__init__()
+        scale, zero_point = quantizer.calculate_qparams()
+        self.scale, self.zero_point = float(scale), int(zero_point)
+        self.codes = (quantizer.quant_min, quantizer.quant_max)
+        self.bounds = grid_bounds(scale, zero_point, *self.codes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round ``x``, any shape."""
+        if not x.is_quantized:
+            return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, *self.codes)
+        inside = x.dequantize().clamp(*self.bounds)
+        return torch.quantize_per_tensor(inside, self.scale, self.zero_point, torch.quint8)
+
+    def extra_repr(self) -> str:
+        """Say the grid."""
+        return f"scale={self.scale:g}, zero_point={self.zero_point}, {list(self.codes)}"
 
 
 class Island(nn.Module):
@@ -75,11 +102,30 @@ def put_carriers(
             continue
         plain, padding = plain_layer_of(layer)
         keywords = any(kwargs for _, kwargs in calls[layer])
-        new[layer] = Carrier(plain, padding) if keywords or padding is not None else plain
+        before = [] if padding is None else [padding]
+        new[layer] = Carrier(plain, *before) if keywords or before else plain
     replace_modules(model, new)
     return {
         f"{name}.layer" if isinstance(new[copies[name]], Carrier) else name: layer for name, layer in layers.items()
     }
+
+
+def put_regrids(model: nn.Module, regrids: Mapping[nn.Module, nn.Module]) -> None:
+    """Put grids in front of layers, in place; in front of their padding too.
+
+    Args:
+        model: A prepared network.
+        regrids: What stands in front of each layer.
+    """
+    attributes = attributes_of(model)
+    carriers = {module.layer: module for module in model.modules() if isinstance(module, Carrier)}
+    for layer, regrid in regrids.items():
+        if layer in carriers:
+            carriers[layer].before.insert(0, regrid)
+    replace_modules(
+        model, {layer: Carrier(layer, regrid) for layer, regrid in regrids.items() if layer not in carriers}
+    )
+    give_back(model, attributes)
 
 
 def attributes_of(model: nn.Module) -> dict[str, dict[str, object]]:

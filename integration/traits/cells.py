@@ -1,0 +1,201 @@
+"""One cell of the matrix: a network with a trait, quantized in a host; equal to what was calibrated, or refused."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import nncf
+import onnxruntime
+import torch
+from torch import Tensor, nn
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+from integration.traits.networks import IMAGE, settled
+from repapq_plugin import CalibrationResult, RepAPQConfig, export_onnx, quantize_model
+from repapq_plugin.core.copies import own_batch
+from repapq_plugin.core.tensors import floating_tensors
+from repapq_plugin.errors import RepAPQError
+from repapq_plugin.hosts import pt2e, torch_ao
+from repapq_plugin.hosts.nncf import quantize_with_record
+from repapq_plugin.hosts.nncf.hosted import NNCFNetwork, load_network
+from repapq_plugin.result import Calibrated
+
+HOSTS = ("own", "NNCF", "torch.ao FX", "torch.ao eager", "pt2e")
+BATCH = 4
+
+LOADED = 0.0
+"""What a saved and loaded network may differ by."""
+
+ONNX = 1e-4
+"""What onnxruntime, node by node, may differ by, of the largest output."""
+
+OPENVINO = 2e-2
+"""What OpenVINO may differ by from NNCF's network, of the largest output."""
+
+FLOAT = 0.1
+"""What a network of 8 bits may differ by from the float one in the mean, of the mean output (our choice)."""
+
+CONVERTED = {"torch.ao FX": 0.03, "torch.ao eager": 0.06, "pt2e": 1e-5}
+"""What a host's form may differ by from the calibrated network in the mean, of the mean output: integer modules of
+torch.ao round outputs to 8 bits besides, and in eager mode once more behind every layer (our choice)."""
+
+
+@dataclass
+class Cell:
+    """What came of one network in one host.
+
+    Args:
+        host: One of `HOSTS`.
+        figures: What was compared, how far it was apart, and what it may be apart.
+        refused: What a `RepAPQError` said; empty if there was none.
+        part: What was refused, if the network itself was not.
+    """
+
+    host: str
+    figures: list[tuple[str, float, float]] = field(default_factory=list)
+    refused: str = ""
+    part: str = ""
+
+    @property
+    def fails(self) -> list[str]:
+        """What is too far apart."""
+        return [f"{name} {found:.1e} > {bound:.0e}" for name, found, bound in self.figures if not found <= bound]
+
+    def __str__(self) -> str:
+        """The cell of a table."""
+        found = [f"{name} {found:.0e}" if found else f"{name} 0" for name, found, _ in self.figures]
+        if self.refused:
+            found.append(f"{self.part} refused".strip())
+        return ", ".join(["FAIL", *found] if self.fails else found)
+
+
+def quantize_cell(trait: str, host: str, preset: str, steps: int) -> Cell:
+    """Quantize a network in a host, and compare what the host makes of it with what was calibrated.
+
+    Args:
+        trait: Name of a network.
+        host: One of `HOSTS`.
+        preset: Bits.
+        steps: Of learning.
+    """
+    cell = Cell(host)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            MAKERS[host](cell, trait, preset, steps, Path(folder))
+    except RepAPQError as error:
+        cell.refused = str(error)
+    return cell
+
+
+def images(trait: str, count: int = 3) -> list[Tensor]:
+    """Return calibration batches in the dtype of the network."""
+    generator = torch.Generator().manual_seed(1)
+    dtype = next(settled(trait).parameters()).dtype
+    return [torch.randn(BATCH, *IMAGE, generator=generator).to(dtype) for _ in range(count)]
+
+
+def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Return what a network gives for images that it may change."""
+    with torch.no_grad():
+        return [tensor.float() for tensor in floating_tensors(model(own_batch(x)))]
+
+
+def apart(some: Sequence[Tensor], others: Sequence[Tensor], *, mean: bool = True) -> float:
+    """Return the largest mean (or largest single) difference of two lists of outputs, of the others' size."""
+    assert len(some) == len(others)
+    found = 0.0
+    for one, other in zip(some, others, strict=True):
+        difference, size = (one - other).abs(), other.abs()
+        pair = (difference.mean(), size.mean()) if mean else (difference.max(), size.max())
+        found = max(found, float(pair[0] / pair[1]))
+    return found
+
+
+@cache
+def calibrated(trait: str, preset: str, steps: int) -> CalibrationResult:
+    """Return what `quantize_model` makes of a network."""
+    return quantize_model(settled(trait), images(trait), configuration(preset, steps))
+
+
+def configuration(preset: str, steps: int) -> RepAPQConfig:
+    return RepAPQConfig.from_preset(preset, steps=steps, activation_observer="mse")
+
+
+def against_float(cell: Cell, trait: str, preset: str, record: Calibrated) -> None:
+    """Compare a quantized network of 8 bits with the float one; both are run with a batch of another size too."""
+    if preset == "w8a8":
+        model = settled(trait).float()
+        found = max(
+            apart(outputs(record.model, x), outputs(model, x)) for x in (images(trait)[0], images(trait)[1][:1])
+        )
+        cell.figures.append(("float", found, FLOAT))
+
+
+def own(cell: Cell, trait: str, preset: str, steps: int, folder: Path) -> None:
+    result, x = calibrated(trait, preset, steps), images(trait)[0]
+    against_float(cell, trait, preset, result)
+    wanted = outputs(result.model, x)
+    loaded = CalibrationResult.load(result.save(folder / "result.safetensors"), settled(trait))
+    cell.figures.append(("loaded", apart(outputs(loaded.model, x), wanted), LOADED))
+    cell.part = "ONNX"
+    export_onnx(result, own_batch(x), folder / "model.onnx")
+    cell.figures.append(("ONNX", apart(in_onnxruntime(folder / "model.onnx", x), wanted, mean=False), ONNX))
+
+
+def in_onnxruntime(path: Path, x: Tensor) -> list[Tensor]:
+    """Return what onnxruntime gives, node by node."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return [torch.as_tensor(each) for each in session.run(None, {"input": own_batch(x).numpy()})]
+
+
+def with_nncf(cell: Cell, trait: str, preset: str, steps: int, folder: Path) -> None:
+    items = [image[None] for batch in images(trait) for image in batch]
+    record = quantize_with_record(settled(trait), nncf.Dataset(items), repapq=configuration(preset, steps))
+    against_float(cell, trait, preset, record)
+    x = own_batch(images(trait)[0])
+    wanted, network = outputs(record.model, x), NNCFNetwork(record)
+    cell.part = "loading"
+    (path,) = network.save(folder)
+    loaded = load_network(path, settled(trait).float(), own_batch(x)).network
+    cell.figures.append(("loaded", apart(outputs(loaded, x), wanted), LOADED))
+    cell.part = "OpenVINO"
+    written = network.export("openvino", own_batch(x), folder / "model")
+    cell.figures.append(("OpenVINO", written.max_rel_difference, OPENVINO))
+
+
+def compared(cell: Cell, trait: str, result: CalibrationResult, converted: nn.Module) -> None:
+    """Compare a host's form of a calibrated network with the network."""
+    found = (apart(outputs(converted, x), outputs(result.model, x)) for x in images(trait))
+    cell.figures.append(("simulated", max(found), CONVERTED[cell.host]))
+
+
+def with_fx(cell: Cell, trait: str, preset: str, steps: int, folder: Path) -> None:
+    result, data = calibrated(trait, preset, steps), images(trait)
+    prepared = torch_ao.prepare_learned(result, (data[0],), data)
+    converted = torch_ao.convert_to_int8(prepared)
+    with torch_ao.integer_engine(prepared.meta["repapq_engine"]):
+        compared(cell, trait, result, converted)
+
+
+def with_eager(cell: Cell, trait: str, preset: str, steps: int, folder: Path) -> None:
+    result = calibrated(trait, preset, steps)
+    converted = torch_ao.convert_eager(torch_ao.prepare_learned_eager(result, images(trait)))
+    with torch_ao.integer_engine(torch_ao.exact_engine()):
+        compared(cell, trait, result, converted)
+
+
+def with_pt2e(cell: Cell, trait: str, preset: str, steps: int, folder: Path) -> None:
+    result = calibrated(trait, preset, steps)
+    prepared = pt2e.prepare_learned(result, (own_batch(images(trait)[0]),))
+    compared(cell, trait, result, convert_pt2e(prepared))
+
+
+MAKERS: dict[str, Callable[[Cell, str, str, int, Path], None]] = dict(
+    zip(HOSTS, (own, with_nncf, with_fx, with_eager, with_pt2e), strict=True)
+)

@@ -1,0 +1,256 @@
+"""Small networks, each with one trait that real ones have and quantization tools stumble over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tests.support.own_layers import Padded, Scaled, Standardized, Twice
+
+IMAGE = (3, 16, 16)
+"""What a network takes, without the batch."""
+
+Layer = Callable[..., nn.Module]
+
+
+class Row(nn.Module):
+    """Layers in a row, inside a module."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def around(*middle: nn.Module) -> Row:
+    """Two layers between a stem and a head, with norms to fold."""
+    stem = (nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+    return Row(*stem, *middle, nn.ReLU(), nn.Conv2d(8, 4, 1))
+
+
+def with_layers(layer: Layer) -> Row:
+    """The same with layers that a function makes."""
+    return Row(layer(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), layer(8, 8, 3, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+
+
+class ByKeyword(nn.Module):
+    """Calls its layers by the names of their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.act, self.fc = nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Linear(8 * 64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(input=self.act(self.stem(input=x)).flatten(1))
+
+
+class Shared(nn.Module):
+    """Two layers of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.other = nn.Conv2d(3, 8, 3, 2, 1), *(nn.Conv2d(8, 8, 3, 1, 1) for _ in range(2))
+        self.other.weight = self.one.weight
+        self.head, self.act = nn.Conv2d(8, 4, 1), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(self.other(self.act(self.one(self.act(self.stem(x)))))))
+
+
+@dataclass
+class Output:
+    """What a network may return."""
+
+    logits: Tensor
+    features: Tensor
+
+
+class ToDataclass(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Output:
+        features = self.stem(x).relu()
+        return Output(self.head(features), features)
+
+
+class InPlace(nn.Module):
+    """Normalizes what it is given in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = around(nn.Conv2d(8, 8, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x.sub_(0.5).div_(0.5))
+
+
+class Sequence(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.one, self.other = nn.Conv1d(8, 8, 3, padding=1), nn.Conv1d(8, 4, 4, padding="same")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.one(self.stem(x).relu().flatten(2)).relu())
+
+
+class Volume(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv3d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv3d(8, 4, (1, 4, 4), padding="same"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x[:, None])
+
+
+class UpTo(nn.Module):
+    """A transposed convolution that is told the size of its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.ConvTranspose2d(8, 8, 3, 2, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.up(self.down(x).relu(), output_size=x.shape[-2:]).relu())
+
+
+class LinearNorm(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.fc, self.norm = nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        return self.norm(x.flatten(0, 1)).reshape_as(x)
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mix, self.fc = nn.Conv2d(3, 8, 4, 4), LinearNorm(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.mix(self.stem(x).flatten(2).transpose(1, 2)).relu().mean(1))
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+        self.encoder, self.fc = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.encoder(self.stem(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+class ByFunction(nn.Module):
+    """Uses the weight of one layer, and one of its own, through functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.used, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 4, 1)
+        self.own = nn.Parameter(torch.randn(8, 8, 1, 1) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.conv2d(self.stem(x).relu(), self.used.weight * 0.5, self.used.bias, padding=1).relu()
+        return self.head(functional.conv2d(x, self.own).relu())
+
+
+class Parsed(nn.Module):
+    """Walks a list of layers, and reads of each where it takes its input from, as parsed networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [(-1, nn.Conv2d(3, 8, 3, 2, 1)), (1, nn.ReLU()), (2, nn.Conv2d(8, 8, 3, 1, 1)), (-1, nn.ReLU())]
+        layers += [(4, nn.Conv2d(8, 4, 1))]
+        for index, (source, layer) in enumerate(layers):
+            layer.f, layer.i = source, index
+        self.model = nn.ModuleList(layer for _, layer in layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = [x]
+        for layer in self.model:
+            made.append(layer(made[layer.f]))
+            assert layer.i == len(made) - 2
+        return made[-1]
+
+
+class Kind(nn.Conv2d):
+    """A class of its own with torch's forward."""
+
+
+def hooked() -> nn.Module:
+    """A layer whose output a hook changes."""
+    model = around(nn.Conv2d(8, 8, 3, 1, 1))
+    model.body[3].register_forward_hook(lambda _, args, output: output * 0.5)
+    return model
+
+
+def hooked_norm() -> nn.Module:
+    """Weight norm by hooks, which has run once."""
+    model = Row(nn.utils.weight_norm(nn.Conv2d(3, 8, 3, 2, 1)), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    model(torch.randn(1, *IMAGE))
+    return model
+
+
+def parametrized_norm() -> nn.Module:
+    layer = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3, 2, 1))
+    return Row(layer, nn.ReLU(), nn.Conv2d(8, 4, 1))
+
+
+def padded_by(**keys: object) -> nn.Module:
+    make: Layer = nn.Conv2d
+    return around(make(8, 8, **keys))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "plain": lambda: around(nn.Conv2d(8, 8, 3, 1, 1)),
+    "keyword call": ByKeyword,
+    "padding 'same'": lambda: padded_by(kernel_size=3, padding="same", dilation=2),
+    "padding 'same', even": lambda: padded_by(kernel_size=4, padding="same"),
+    "padding 'valid'": lambda: padded_by(kernel_size=3, padding="valid"),
+    "reflect padding": lambda: padded_by(kernel_size=3, padding=1, padding_mode="reflect"),
+    "circular padding": lambda: padded_by(kernel_size=3, padding=(0, 1), padding_mode="circular"),
+    "replicate padding": lambda: padded_by(kernel_size=3, padding=1, padding_mode="replicate", groups=8),
+    "SAME subclass": lambda: with_layers(Padded),
+    "standardized weight": lambda: with_layers(Standardized),
+    "weight of one scale": lambda: with_layers(Scaled),
+    "weight norm, hook": hooked_norm,
+    "weight norm, parametrized": parametrized_norm,
+    "tied weights": Shared,
+    "dataclass output": ToDataclass,
+    "in-place input": InPlace,
+    "bfloat16": lambda: around(nn.Conv2d(8, 8, 3, 1, 1)).bfloat16(),
+    "float16": lambda: around(nn.Conv2d(8, 8, 3, 1, 1)).half(),
+    "Conv1d": Sequence,
+    "Conv3d": Volume,
+    "transposed to a size": UpTo,
+    "tokens with a norm": Tokens,
+    "encoder": Encoder,
+    "function": ByFunction,
+    "parsed list": Parsed,
+    "plain subclass": lambda: with_layers(Kind),
+    "hook of its own": hooked,
+    "two products": lambda: around(Twice(8, 8, 3, 1, 1)),
+}
+"""Makers of networks by the name of their trait; each takes images of `IMAGE`."""
+
+
+def settled(name: str) -> nn.Module:
+    """Return a network of `NETWORKS`, its norms with statistics of their own, in evaluation mode."""
+    torch.manual_seed(sum(map(ord, name)))
+    model = NETWORKS[name]()
+    dtype = next(model.parameters()).dtype
+    with torch.no_grad():
+        for _ in range(4):
+            model.float().train()(torch.randn(8, *IMAGE))
+    return model.to(dtype).eval()
