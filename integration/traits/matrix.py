@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import nncf
 
@@ -18,7 +22,24 @@ def rows(traits: list[str], preset: str, steps: int) -> Iterator[str]:
     yield f"| {preset}, {steps} steps | " + " | ".join(HOSTS) + " |"
     yield "| --- " * (len(HOSTS) + 1) + "|"
     for trait in traits:
-        yield f"| {trait} | " + " | ".join(str(quantize_cell(trait, host, preset, steps)) for host in HOSTS) + " |"
+        with silence():
+            cells = [str(quantize_cell(trait, host, preset, steps)) for host in HOSTS]
+        yield " | ".join([f"| {trait}", *cells]) + " |"
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Keep off the output what torch prints there from C++: graphs that it cannot export."""
+    sys.stdout.flush()
+    before = os.dup(1)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            os.dup2(before, 1)
+            os.close(before)
 
 
 def main() -> None:
