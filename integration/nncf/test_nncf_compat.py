@@ -76,7 +76,8 @@ def test_the_graph_names_quantizers_and_weights(eight: Case) -> None:
     graph = _compat.build_nncf_graph(eight.result.model, eight.unseen)
     assert {node.node_type for node in graph.get_all_nodes()} & set(_compat.QUANTIZE_NODES)
     assert any(node.node_name.endswith(".weight") for node in graph.get_all_nodes())
-    assert [isinstance(n, _compat.NNCFNode) for n in graph.get_all_nodes() if n.node_type == _compat.INPUT_NODE] == [True]
+    inputs = [node for node in graph.get_all_nodes() if node.node_type == _compat.INPUT_NODE]
+    assert len(inputs) == 1 and isinstance(inputs[0], _compat.NNCFNode)
 
 
 def test_statistics_are_looked_up_in_plain_dictionaries() -> None:
