@@ -54,7 +54,8 @@ def merge_for_inference(model: nn.Module, run: Callable[[nn.Module], object]) ->
     baked = bake_weights(merged, lambda: run(merged))
     merged, records = merge_branches(merged, inplace=True)
     folding = fold_norms(merged, run, inplace=True)
-    notes += [f"{name} stays a norm: {reason}" for name, reason in folding.kept.items()]
+    for name, reason in folding.kept.items():
+        logger.info("%s stays a norm: %s", name, reason)
     for name in find_unknown_multibranch(merged, run):
         kind = type(merged.get_submodule(name)).__name__
         notes.append(

