@@ -50,6 +50,11 @@ logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
+CLEARLY_WORSE = 1.25
+"""Learning is undone if the whole network's held-out error grew by more than this factor (our choice: few batches are
+held out, and raw outputs are not a score. The shipped YOLOv6-n after two steps: error 1.13 times that of ranges alone,
+yet the better mAP)."""
+
 NAMED = 5
 """How many layers a note names."""
 
@@ -227,7 +232,7 @@ class Job(Generic[R]):
             calibrator = AcrossBlockCalibrator(networks, state.stages, config, cache, advance)
             state.units = calibrator.run()
             after = self._whole_error(state)
-            if not after <= before and any(unit.kept for unit in state.units):
+            if not after <= CLEARLY_WORSE * before and any(unit.kept for unit in state.units):
                 restore(networks.learners, start)
                 note = f"the whole network's held-out error went from {before:.4g} to {after:.4g}: ranges only"
                 state.units = [replace(u, loss_after=u.loss_before, kept=False, note=note) for u in state.units]

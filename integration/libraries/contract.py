@@ -76,7 +76,9 @@ class LibraryContract:
 
     def test_onnx_computes_what_the_simulation_computes(self, run: Run, tmp_path: Path) -> None:
         network, path = run.network, tmp_path / "network.onnx"
-        simulation = network.exported(run.result.model)
+        bits = network.exported_bits
+        result = run.result if bits == 8 else quantized(network, activation_bits=bits).result
+        simulation = network.exported(result.model)
         torch.manual_seed(0)
         export_onnx(simulation, network.images(1), path, dynamic_batch=False)
         in_runtime = session(path)

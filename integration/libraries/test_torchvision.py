@@ -42,6 +42,6 @@ class TestTorchvision(LibraryContract):
             partial(detection.fasterrcnn_mobilenet_v3_large_320_fpn, **UNTRAINED), both_stages, size=(96, 96)
         ),
         "retinanet": Network(partial(detection.retinanet_resnet50_fpn, **UNTRAINED), dense_head, size=(32, 32)),
-        "deeplab_v3": Network(partial(segmentation.deeplabv3_mobilenet_v3_large, **UNTRAINED), maps, size=(32, 32)),
+        "deeplab_v3": Network(partial(segmentation.deeplabv3_mobilenet_v3_large, **UNTRAINED), maps, size=(48, 48)),
         "lraspp": Network(partial(segmentation.lraspp_mobilenet_v3_large, **UNTRAINED), maps),
     }

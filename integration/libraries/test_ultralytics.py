@@ -46,7 +46,7 @@ class TestUltralytics(LibraryContract):
         "rtdetr-l": Network(
             rtdetr,
             queries,
-            size=(32, 32),
+            exported_bits=3,
             blocks=(RepConv,),
             unordered=True,
             stays_float={
