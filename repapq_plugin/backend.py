@@ -17,6 +17,7 @@ from typing import Generic, TypeVar
 from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core.copies import plain_copy
 from repapq_plugin.core.running import Batch, ForwardFn
 from repapq_plugin.method.learners import LayerLearner, Learner
 from repapq_plugin.method.qpr import attach_affine, fold_affine
@@ -198,7 +199,7 @@ class PlainBackend(Backend[R]):
 
     def place(self, task: Placing) -> None:
         """See `Backend`."""
-        self.student = copy.deepcopy(task.teacher)
+        self.student = plain_copy(task.teacher)
         for parameter in self.student.parameters():
             parameter.requires_grad_(False)
         self._plans = dict(task.plans)
@@ -244,6 +245,7 @@ class PlainBackend(Backend[R]):
             fold_affine(layer)
             for quantizer in (layer.weight_fake_quant, layer.input_fake_quant):
                 quantizer.enable_observer(False)
+                quantizer.enable_fake_quant(True)  # a stage that stays float may share one with these
                 quantizer.activation_post_process.reset_min_max_vals()
 
 

@@ -181,8 +181,9 @@ class Job(Generic[R]):
     def _differing_when_off(self, state: State) -> str | None:
         """Return by which layer the placed network, its quantizers off, differs from the float one, if it does."""
         half = smaller(state.batches[0])
-        batches = [state.batches[0], half if half is not None and self._runs_on(state, half) else state.batches[-1]]
-        passes = [partial(self._run_on, batch) for batch in batches]
+        first, last = state.batches[0], state.batches[-1]
+        other = half if half is not None and self._runs_on(state, half) else last
+        passes = [partial(self._run_on, batch) for batch in ([first] if other is first else [first, other])]
         sites = self.backend.sites
         with not_quantizing(sites.quantizers):
             return disagreement(state.teacher, self.backend.student, list(sites.weights), passes)
@@ -235,7 +236,9 @@ class Job(Generic[R]):
             if not after <= CLEARLY_WORSE * before and any(unit.kept for unit in state.units):
                 restore(networks.learners, start)
                 note = f"the whole network's held-out error went from {before:.4g} to {after:.4g}: ranges only"
-                state.units = [replace(u, loss_after=u.loss_before, kept=False, note=note) for u in state.units]
+                state.units = [
+                    replace(u, loss_after=u.loss_before, kept=False, note=note) if u.kept else u for u in state.units
+                ]
                 state.notes.append(f"Learning was undone: {note}.")
         state.float_layers |= calibrator.left_float
         if calibrator.left_float.keys() >= backend.plans.keys():

@@ -94,7 +94,9 @@ class CalibrationResult(Calibrated):
         """
         target = Path(path)
         header = {"format": FORMAT, "result": json.dumps(self.summary())}
-        tensors = {key: value.detach().cpu().contiguous() for key, value in _own_state(self.model).items()}
+        state = _own_state(self.model)
+        # Copies: the format refuses tensors that share their memory, as a buffer and a slice of it do.
+        tensors = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
         try:
             with atomically(target) as partial:
                 save_file(tensors, partial, metadata=header)
@@ -132,10 +134,7 @@ def rebuild(model: nn.Module, plan: QuantizationPlan, merges: Sequence[MergeReco
     copied = own_copy(model)
     if is_half(model):
         takes_halves(copied)
-    for (
-        parameter
-    ) in copied.parameters():  # as calibration left them; torch multiplies in another order where they learn
-        parameter.requires_grad_(False)
+    copied.requires_grad_(False)  # as calibration left it; torch multiplies in another order where weights learn
     bake_parametrizations(copied)
     for name in plan.baked:
         layer = copied.get_submodule(name)
@@ -152,16 +151,15 @@ def _misfit(path: str | Path, why: str) -> str:
 
 def _own_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict without what observers remember, and shared tensors once."""
-    skipped = ("activation_post_process.",)
     state: dict[str, Tensor] = {}
-    seen: dict[tuple[int, torch.Size], str] = {}
+    seen: set[tuple[int, torch.Size]] = set()
     for key, value in model.state_dict().items():
-        if any(part in key for part in skipped):
+        if "activation_post_process." in key:
             continue
         place = (value.data_ptr(), value.shape)
         if value.numel() and place in seen:
             continue
-        seen[place] = key
+        seen.add(place)
         state[key] = value
     return state
 

@@ -235,6 +235,33 @@ def test_a_stage_that_cannot_be_run_alone_stays_float_and_the_rest_goes_on(caplo
     assert torch.isfinite(result.model(x)).all()
 
 
+class OneInputForTwo(nn.Module):
+    """Two layers read one tensor; one of them can run only inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.other = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), Fragile()
+        self.other.blocks = nn.Conv2d(8, 8, 3)
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        self.other.allowed = True
+        try:
+            return self.head(self.one(x).relu() + self.other(x).relu())
+        finally:
+            self.other.allowed = False
+
+
+def test_a_stage_that_stays_float_leaves_the_input_that_it_shares_quantized():
+    torch.manual_seed(0)
+    result = quantize_model(OneInputForTwo(), batches(), config(stages=("stem", "one", "other", "head")))
+    assert set(result.float_layers) == {"other.blocks"}
+    for name in result.layers:
+        layer = result.model.get_submodule(name)
+        assert layer.input_fake_quant.quantizing and layer.weight_fake_quant.quantizing, name
+
+
 class Stranger(nn.Module):
     """Two branches of a class that nobody taught."""
 

@@ -38,6 +38,26 @@ def test_a_saved_result_comes_back_equal(pair, tmp_path):
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["result.safetensors"]
 
 
+def test_the_networks_own_parameters_require_no_gradients_in_a_loaded_result(pair, tmp_path):
+    model, result = pair
+    loaded = CalibrationResult.load(result.save(tmp_path / "result.safetensors"), model)
+    assert any(parameter.requires_grad for parameter in model.parameters())
+    for network in (result.model, loaded.model):
+        own = {name: value for name, value in network.named_parameters() if "fake_quant." not in name}
+        assert own and not any(parameter.requires_grad for parameter in own.values())
+
+
+def test_buffers_that_share_memory_are_saved(tmp_path):
+    torch.manual_seed(0)
+    model = settle(Chain())
+    model.register_buffer("table", torch.arange(4.0))
+    model.register_buffer("head", model.table[:2])
+    result = quantize_model(model, batches(), RepAPQConfig(steps=0))
+    result.model.head = result.model.table[:2]  # a copy of a network may share or not
+    loaded = CalibrationResult.load(result.save(tmp_path / "result.safetensors"), model)
+    assert loaded.model.head.tolist() == [0.0, 1.0] and loaded.model.table.tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
 def test_the_summary_is_plain_json(pair):
     _, result = pair
     assert json.loads(json.dumps(result.summary(), allow_nan=False))["scheme"] == result.config.scheme

@@ -123,6 +123,23 @@ def test_what_a_host_cannot_do_is_said_before_the_calibration(
     assert not list((tmp_path / "work").glob("*.safetensors"))
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (({"options": 5},), "quantizer.options=5 is not allowed; give a dict"),
+        (({"type": "TorchAO", "options": "CPU"},), "quantizer.options='CPU' is not allowed; give a dict"),
+        (("w6a6",), "quantizer='w6a6' is not allowed; give a dict"),
+        ((None, [8]), "calibration=.8. is not allowed; give a dict"),
+    ],
+)
+def test_what_is_no_dict_is_refused_by_name(values: tuple[object, ...], message: str) -> None:
+    from repapq_plugin.errors import ConfigError
+    from repapq_plugin.hosts.openmmlab.settings import Settings
+
+    with pytest.raises(ConfigError, match=message):
+        Settings.from_values(*values)  # type: ignore[arg-type]
+
+
 def test_a_runtime_that_a_host_has_no_export_for_is_refused(tmp_path: Path) -> None:
     from repapq_plugin.errors import ConfigError
     from repapq_plugin.hosts.openmmlab.settings import Settings

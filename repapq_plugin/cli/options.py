@@ -85,6 +85,8 @@ def pairs(values: Sequence[str], option: str) -> dict[str, object]:
             if not isinstance(inner, dict):
                 raise ConfigError(f"{option} {value!r} is not allowed after {parent}={inner!r}; leave one of them out.")
             place = inner
+        if isinstance(place.get(last), dict):
+            raise ConfigError(f"{option} {value!r} is not allowed after {last}={place[last]!r}; leave one of them out.")
         try:
             place[last] = ast.literal_eval(text)
         except (ValueError, SyntaxError):

@@ -147,7 +147,7 @@ def _least_disturbing(
         def compare(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Tensor) -> None:
             x = first_tensor(args, kwargs)
             quantizer = passed.get(x)
-            if x is None or quantizer is None:
+            if x is None or quantizer is None or not output.numel():
                 return
             read.add(quantizer)
             for name, hat in hats(quantizer, x):
@@ -159,6 +159,8 @@ def _least_disturbing(
 
     def judges(quantizer: Quantizer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def judge(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if not output.numel():
+                return
             for name, hat in hats(quantizer, output):
                 with unseen():
                     errors[quantizer][name] += float((hat - output).square().mean())

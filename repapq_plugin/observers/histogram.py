@@ -59,7 +59,7 @@ class HistogramRangeObserver(RangeObserver):
         self._widen(low.float(), high.float())
         reach = float(torch.maximum(-low, high))
         if float(self.radius) == 0:
-            self.radius.fill_(2.0 ** max(math.frexp(reach)[1], MIN_EXPONENT))
+            self.radius.fill_(2.0 ** max(math.frexp(reach)[1] if reach else MIN_EXPONENT, MIN_EXPONENT))
         while reach >= float(self.radius):
             self._double()
         flat = x.reshape(-1).double()

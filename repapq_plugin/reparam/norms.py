@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import cast
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from repapq_plugin.core.compare import EXACT
+from repapq_plugin.core.copies import plain_copy
 from repapq_plugin.core.modules import own_class, without_hooks
 from repapq_plugin.core.running import inference, is_out_of_memory
 from repapq_plugin.errors import MergeError
@@ -109,7 +109,7 @@ def _from_a_run(norm: nn.Module, mean: Tensor, name: str) -> Affine | None:
     Raises:
         MergeError: What it computes is something else.
     """
-    lone = copy.deepcopy(without_hooks(norm)).double()
+    lone = plain_copy(without_hooks(norm)).double()
     generator = torch.Generator().manual_seed(0)
     for positions in (2, 0, 1, 3):
         noise = torch.randn(3, mean.numel(), *[2] * positions, generator=generator, dtype=torch.float64).to(mean.device)

@@ -30,6 +30,10 @@ def test_words_that_are_not_understood_end_in_code_2(words: list[str], capsys: p
     [
         (["quantize", "nowhere.py"], "The config nowhere.py does not exist."),
         (["quantize", "nowhere.py", "-q", "steps"], "--quantizer 'steps' is not allowed; write KEY=VALUE."),
+        (
+            ["quantize", "nowhere.py", "-q", "a.b=1", "-q", "a=2"],
+            "--quantizer 'a=2' is not allowed after a={'b': 1}; leave one of them out.",
+        ),
         (["eval", "nowhere.py", "a.pt"], "a.pt is not a result; give a file ending in .safetensors"),
         (["eval", "nowhere.py", "a.onnx", "--backend", "simulated"], "needs a .safetensors or .pth result"),
     ],

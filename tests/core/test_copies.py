@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from repapq_plugin.core.copies import changed, is_half, own_batch, own_copy, smaller, takes_halves, unwrapped
+from repapq_plugin.core.tensors import tensors_of
 from repapq_plugin.errors import HostError
 
 
@@ -163,3 +164,11 @@ def test_half_of_a_batch_is_taken_where_its_tensors_agree_in_their_number() -> N
     assert listed is not None and [len(value) for value in listed.values()] == [2, 2]
     assert listed["inputs"][0].shape == (3, 8, 8)  # type: ignore[union-attr]
     assert smaller({"inputs": [torch.ones(3, 8, 8)] * 4, "data_samples": ["a"]}) is None
+
+
+@pytest.mark.parametrize("whole", [UserDict(images=torch.ones(4, 3)), Sample(torch.ones(4, 3))])
+def test_half_of_a_batch_has_its_form(whole: object) -> None:
+    half = smaller(whole)
+    assert type(half) is type(whole)
+    assert [tensor.shape for tensor in tensors_of(half)] == [(2, 3)]
+    assert [tensor.shape for tensor in tensors_of(whole)] == [(4, 3)]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from repapq_plugin.core.tensors import floating_tensors, members_of, tensors_of, with_tensors
+from repapq_plugin.core.tensors import floating_tensors, members_of, rebuilt, tensors_of, with_tensors
 
 Pair = namedtuple("Pair", "left right")
 
@@ -59,6 +60,34 @@ def test_new_tensors_take_the_places_in_order(value: object) -> None:
     new = [torch.full((2,), float(index)) for index, _ in enumerate(tensors_of(value))]
     found = tensors_of(with_tensors(value, iter(new)))
     assert len(found) == len(new) and all(a is b for a, b in zip(found, new, strict=True))
+
+
+class Answer(OrderedDict):
+    """Like transformers' outputs: items may be set, ``update`` is refused."""
+
+    def update(self, *_: object) -> None:
+        raise TypeError("not here")
+
+
+@dataclass(frozen=True)
+class Named:
+    name: str
+    value: Tensor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.value, Tensor):
+            raise TypeError(self.name)
+
+
+def test_a_container_is_made_anew_without_its_constructor() -> None:
+    answer = Answer()
+    answer["a"] = torch.zeros(2)
+    again = with_tensors(answer, iter([torch.ones(2)]))
+    assert type(again) is Answer and torch.equal(again["a"], torch.ones(2)) and not answer["a"].any()
+    named = rebuilt(Named("x", torch.zeros(2)), lambda member: None if isinstance(member, Tensor) else member)
+    assert (named.name, named.value) == ("x", None)
+    locked = rebuilt(MappingProxyType({"a": 1}), lambda member: -member)
+    assert locked == {"a": -1}
 
 
 def test_tensors_are_found_in_every_container() -> None:

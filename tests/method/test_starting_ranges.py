@@ -12,6 +12,7 @@ from repapq_plugin.core.hooks import Hooks
 from repapq_plugin.core.quant_primitives import fake_quantize
 from repapq_plugin.core.running import call_model
 from repapq_plugin.errors import CalibrationError
+from repapq_plugin.job import quantize_model
 from repapq_plugin.method.sites import ActivationSite, Quantizer, Sites
 from repapq_plugin.method.starting_ranges import (
     COMPARED_BATCHES,
@@ -171,6 +172,46 @@ def test_what_no_layer_reads_is_judged_by_its_own_squared_error() -> None:
     mine = sum((fake_quantize(x, *quantizer.qparams(), 0, 7) - x).square().mean().item() for x in data[:2])
     assert mine == pytest.approx(min(errors.values()), rel=1e-5)
     assert max(errors.values()) > 1.1 * mine
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(0), torch.zeros(0, 4)])
+def test_an_empty_call_does_not_change_the_choice_without_a_layer(batch: Tensor) -> None:
+    torch.manual_seed(0)
+    data = [torch.randn(400) ** 3 for _ in range(3)]
+    found = []
+    for first in ([], [batch]):
+        network = Alone(LearnableFakeQuantize(quant_min=0, quant_max=7))
+        quantizer = OwnQuantizer(network.fake_quantize)
+        sites = Sites({}, (ActivationSite("The sum", quantizer),))
+        # The empty one stands inside a run, as a head without proposals is called.
+        set_starting_ranges(sites, lambda x: [network(y) for y in (*first, x)], data, config(), ignore)  # noqa: B023
+        found.append(quantizer.qparams())
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+class NoProposals(nn.Module):
+    """Its head is called on nothing first."""
+
+    def __init__(self, empty: bool) -> None:
+        super().__init__()
+        self.body, self.head, self.last, self.empty = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2), empty
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x) ** 3
+        if self.empty:
+            self.last(self.head(y[:0]))
+        return self.last(self.head(y))
+
+
+def test_an_empty_call_does_not_change_the_choice() -> None:
+    found = []
+    for empty in (False, True):
+        torch.manual_seed(0)
+        network, data = NoProposals(empty), [torch.randn(64, 6) for _ in range(3)]
+        result = quantize_model(network, data, config(steps=0, activation_observer="auto"))
+        fake_quant = result.model.head.input_fake_quant
+        found.append((fake_quant.scale, fake_quant.zero_point))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_a_range_per_channel_stays() -> None:

@@ -154,6 +154,20 @@ def test_zeros_first_do_not_spoil_what_follows(cls: Factory) -> None:
     assert late.calculate_qparams()[0].item() > EPS
 
 
+@histograms
+@given(seed=seeds, exponent=st.integers(-30, 30))
+def test_the_histogram_is_the_same_whether_zeros_come_first_or_last(
+    cls: type[HistogramRangeObserver], seed: int, exponent: int
+) -> None:
+    x = torch.randn(300, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
+    late, early = made(cls), made(cls)
+    for part in (torch.zeros(100), x):
+        late(part)
+    for part in (x, torch.zeros(100)):
+        early(part)
+    assert torch.equal(late.radius, early.radius) and torch.equal(late.counts, early.counts)
+
+
 @pytest.mark.parametrize("cls", [MinMaxObserver, PerChannelMinMaxObserver])
 @given(seed=seeds)
 def test_min_max_of_a_stream_is_that_of_all_at_once(cls: Factory, seed: int) -> None:

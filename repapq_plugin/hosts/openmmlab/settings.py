@@ -46,6 +46,8 @@ class Settings:
     trust_checkpoint: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.options, Mapping):
+            raise ConfigError(f"quantizer.options={self.options!r} is not allowed; give a dict.")
         if self.host != OWN:
             find_host(self.host)
         elif self.options:
@@ -96,6 +98,9 @@ class Settings:
         Raises:
             ConfigError: A key or value is not allowed.
         """
+        for key, said in (("quantizer", quantizer), ("calibration", calibration)):
+            if said is not None and not isinstance(said, Mapping):
+                raise ConfigError(f"{key}={said!r} is not allowed; give a dict of keys.")
         sampling = dict(calibration or {})
         unknown = sorted(set(sampling) - {"dataloader", "num_samples"})
         if unknown:

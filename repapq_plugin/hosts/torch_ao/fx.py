@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node, Tracer
 from torch.nn import functional
 
 from repapq_plugin.core.copies import own_batch
+from repapq_plugin.core.modules import own_registries
 from repapq_plugin.core.running import Batch, ForwardFn, call_model
 from repapq_plugin.errors import HostError
 from repapq_plugin.export.qdq_onnx import quantized_module
@@ -26,7 +27,6 @@ from repapq_plugin.hosts.torch_ao.carried import (
     plain_layer_of,
     put_back,
     reason_to_simulate,
-    separate,
     simulated_layers,
 )
 from repapq_plugin.hosts.torch_ao.engines import (
@@ -212,10 +212,10 @@ def trace_layers(model: nn.Module) -> tuple[GraphModule, dict[str, str]]:
             traced.graph.erase_node(node)
             continue
         source = str(node.target)
-        calls = sum(name.split("__call")[0] == source for name in origin)
+        calls = list(origin.values()).count(source)
         if calls:
             node.target = f"{source}__call{calls}"
-            traced.add_submodule(node.target, separate(traced.get_submodule(source)))
+            traced.add_submodule(node.target, own_registries(copy.copy(traced.get_submodule(source))))
         origin[str(node.target)] = source
     traced.recompile()
     return traced, origin
