@@ -1,6 +1,6 @@
 """RepAPQ: post-training quantization of reparameterized networks, as a plugin.
 
-Importing this package loads no host toolbox and registers nothing; `repapq_plugin.hosts` does.
+Importing this package loads no host toolbox and registers nothing in one; the packages in `repapq_plugin.hosts` do.
 """
 
 from repapq_plugin import _moved as _moved

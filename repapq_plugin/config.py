@@ -113,9 +113,9 @@ class RepAPQConfig:
         weight_observer: How starting ranges of weights are found: ``min_max`` or ``mse``.
         percentile: For ``percentile``: the share of values kept inside, in percent.
         fold_constants: Before anything is quantized, let biases take over what channels contribute that never change
-            and are read with outlying weights (`calibration.constant_channels`).
+            and are read with outlying weights (`conditioning.constant_channels`).
         equalize: Rescale channels before anything is quantized, so that those of one tensor are of
-            like size (`calibration.equalize`); the float network stays the same function.
+            like size (`conditioning.equalize`); the float network stays the same function.
         affine: Put QPR's channel-wise affine layer behind each convolution during calibration.
         loss: Reconstruction loss: ``mae`` (paper) or ``mse`` (the default is our choice: level with
             MAE at 4 and 3 bits, ahead of it where weights have 2; ``integration/bench/ablation.py``).

@@ -22,6 +22,15 @@ AUTO_ALONE = "mse"
 torch.ao, a specification of pt2e (our choice: of the three it needs learning least)."""
 
 
+def repapq_config(config: RepAPQConfig | str) -> RepAPQConfig:
+    """Return the configuration itself, or the one that a preset (``"w4a4"``) names.
+
+    Raises:
+        ConfigError: The preset is unknown.
+    """
+    return RepAPQConfig.from_preset(config) if isinstance(config, str) else config
+
+
 def bits_of(name: str, at_an_end: bool, config: RepAPQConfig) -> tuple[int, int]:
     """Return ``(weight_bits, activation_bits)`` of a layer.
 

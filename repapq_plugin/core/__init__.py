@@ -1,1 +1,1 @@
-"""Numerics that everything else is made of; no module, no host."""
+"""What everything else is made of: numerics, tensors, modules, hooks, files; no host."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from repapq_plugin.core.tensors import members_of, tensors_of
+from repapq_plugin.core.running import is_out_of_memory
+from repapq_plugin.core.tensors import members_of, rebuilt, tensors_of
 from repapq_plugin.errors import HostError
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -68,6 +68,8 @@ def own_copy(model: nn.Module) -> nn.Module:
         try:
             copied = plain_copy(model)
         except Exception as error:  # whatever the user's own classes raise
+            if is_out_of_memory(error):
+                raise
             raise HostError(
                 f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); give a network that "
                 "copy.deepcopy takes."
@@ -123,37 +125,14 @@ def _sample_counts(value: object) -> set[int]:
 def _first(value: T, count: int) -> T:
     if isinstance(value, Tensor | list):
         return cast(T, value[:count])
-    if isinstance(value, MutableMapping):
-        mapping = copy.copy(value)
-        for key, member in value.items():
-            mapping[key] = _first(member, count)
-        return cast(T, mapping)
-    if isinstance(value, tuple):
-        members = [_first(member, count) for member in value]
-        make = cast(Callable[..., T], type(value))
-        return make(*members) if hasattr(value, "_fields") else make(members)
-    return value
+    return rebuilt(value, lambda member: _first(member, count))
 
 
 def changed(value: T, change: Callable[[Tensor], Tensor]) -> T:
-    """Return nested containers like ``value`` with every tensor changed; other objects are handed on as they are."""
+    """Return nested containers like ``value`` with every tensor changed (see `rebuilt`)."""
     if isinstance(value, Tensor):
         return cast(T, change(value))
-    if isinstance(value, MutableMapping):
-        mapping = copy.copy(value)
-        for key, member in value.items():
-            mapping[key] = changed(member, change)
-        return cast(T, mapping)
-    if isinstance(value, Mapping):
-        return cast(T, {key: changed(member, change) for key, member in value.items()})
-    if isinstance(value, list | tuple):
-        members = [changed(member, change) for member in value]
-        make = cast(Callable[..., T], type(value))
-        return make(*members) if hasattr(value, "_fields") else make(members)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        given = {f.name: changed(getattr(value, f.name), change) for f in dataclasses.fields(value) if f.init}
-        return cast(T, dataclasses.replace(value, **given))
-    return value
+    return rebuilt(value, lambda member: changed(member, change))
 
 
 def _in_float32(tensor: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Let no parameter of a model require gradients; what each required comes back afterwards."""
+    """Let no parameter of a model require gradients; inside, some may be told to. Afterwards each has what it had."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in before:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import fields, is_dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def members_of(value: object) -> list[object] | None:
@@ -44,31 +46,37 @@ def floating_tensors(value: object) -> list[Tensor]:
 
 
 def with_tensors(template: object, tensors: Iterator[Tensor]) -> object:
-    """Return containers like ``template`` with other tensors, in the order of `tensors_of`.
-
-    Sequences, mappings and dataclasses are made anew; any other object is returned as it is.
-    """
+    """Return containers like ``template`` with other tensors, in the order of `tensors_of` (see `rebuilt`)."""
     if isinstance(template, Tensor):
         return next(tensors)
-    if isinstance(template, Mapping):
-        members = {key: with_tensors(member, tensors) for key, member in template.items()}
-        if type(template) is dict or not isinstance(template, MutableMapping):
-            return members
-        mapping = copy.copy(template)
-        mapping.update(members)
-        return mapping
-    if is_dataclass(template) and not isinstance(template, type):
-        changed = {field.name: with_tensors(getattr(template, field.name), tensors) for field in fields(template)}
-        made = copy.copy(template)
-        for name, value in changed.items():
-            object.__setattr__(made, name, value)  # a frozen one too
-        return made
-    if isinstance(template, list | tuple):
-        values = [with_tensors(member, tensors) for member in template]
-        named = hasattr(template, "_fields")  # a NamedTuple takes its members one by one
-        make = cast("Callable[..., object]", type(template))
+    return rebuilt(template, lambda member: with_tensors(member, tensors))
+
+
+def rebuilt(container: T, change: Callable[[object], object]) -> T:
+    """Return a container like ``container`` that holds ``change(member)`` for each member, in order.
+
+    Sequences, mappings and dataclasses are made anew, a mapping that cannot be changed as a dict; any other object is
+    returned as it is.
+    """
+    if isinstance(container, Mapping):
+        members = {key: change(member) for key, member in container.items()}
+        if type(container) is dict or not isinstance(container, MutableMapping):
+            return cast(T, members)
+        mapping = copy.copy(container)
+        for key, member in members.items():
+            mapping[key] = member  # some classes refuse ``update``
+        return cast(T, mapping)
+    if is_dataclass(container) and not isinstance(container, type):
+        made = copy.copy(container)
+        for field in fields(container):
+            object.__setattr__(made, field.name, change(getattr(container, field.name)))  # a frozen one too
+        return cast(T, made)
+    if isinstance(container, list | tuple):
+        values = [change(member) for member in container]
+        named = hasattr(container, "_fields")  # a NamedTuple takes its members one by one
+        make = cast("Callable[..., T]", type(container))
         return make(*values) if named else make(values)
-    return template
+    return container
 
 
 def first_tensor(args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor | None:

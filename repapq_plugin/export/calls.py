@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from repapq_plugin.core.hooks import Hooks
+from repapq_plugin.core.hooks import Hooks, other_forwards
 from repapq_plugin.core.tensors import tensors_of, with_tensors
 from repapq_plugin.errors import ExportError
 
@@ -121,18 +121,13 @@ class Call:
 @contextmanager
 def _signature_hidden(model: nn.Module) -> Iterator[None]:
     """Keep torch's exporter from adding the defaults of ``forward`` to the arguments, keyword-only ones too."""
-    own, before = model.forward, vars(model).get("forward")
+    own = model.forward
 
     def forward(*args: object, **kwargs: object) -> object:
         return own(*args, **kwargs)
 
-    vars(model)["forward"] = forward
-    try:
+    with other_forwards({model: forward}):
         yield
-    finally:
-        del vars(model)["forward"]
-        if before is not None:
-            vars(model)["forward"] = before
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -76,7 +77,8 @@ def export_openvino(
 ) -> OpenVINOSummary:
     """Write a quantized model as OpenVINO IR, ``path`` (``.xml``) and its ``.bin`` beside it.
 
-    The IR is made from the same graph as `export_onnx` writes, and is run once on the example.
+    The IR is made from the same graph as `export_onnx` writes, and is run once on the example; an ONNX file is
+    converted without running it.
 
     Args:
         model_or_result_or_onnx_path: The quantized module, anything that holds it as ``.model``, or
@@ -94,24 +96,38 @@ def export_openvino(
     path = Path(path).with_suffix(".xml")
     source = model_or_result_or_onnx_path
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            work = Path(folder)
+        with written_whole(path) as partial:
             if isinstance(source, str | os.PathLike):
                 onnx_path = Path(source)
                 if not onnx_path.is_file():
                     raise ExportError(f"There is no ONNX file {onnx_path}; write it with export_onnx first.")
-                summary = _summary(_convert(ov, onnx_path, work / path.name), path)
+                summary = _summary(_convert(ov, onnx_path, partial), path)
             else:
-                summary = _from_model(ov, quantized_module(source), example, work / path.name, dynamic_batch)
-            for suffix in (".bin", ".xml"):
-                (work / path.name).with_suffix(suffix).replace(path.with_suffix(suffix))
+                summary = _from_model(ov, quantized_module(source), example, partial, dynamic_batch)
     except OSError as error:
         raise unwritable(path, error) from error
     for note in summary.notes:
         logger.info(note)
     size = path.stat().st_size + path.with_suffix(".bin").stat().st_size
     return replace(summary, path=path, weights_path=path.with_suffix(".bin"), size_bytes=size)
+
+
+@contextmanager
+def written_whole(xml: Path) -> Iterator[Path]:
+    """Let the block write an IR elsewhere, and put its two files in their places at the end; not where it fails.
+
+    Yields:
+        Path of the ``.xml`` file to write, in a folder of its own beside ``xml``.
+
+    Raises:
+        OSError: The folder cannot be made or written.
+    """
+    xml.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{xml.name}.", dir=xml.parent) as folder:
+        partial = Path(folder) / xml.name
+        yield partial
+        for suffix in (".bin", ".xml"):
+            partial.with_suffix(suffix).replace(xml.with_suffix(suffix))
 
 
 def _summary(compiled: openvino.CompiledModel, path: Path) -> OpenVINOSummary:

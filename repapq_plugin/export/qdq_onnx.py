@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from repapq_plugin.core.files import write_atomically
-from repapq_plugin.core.tensors import tensors_of as tensors_in
 from repapq_plugin.errors import ExportError
 from repapq_plugin.export.blame import explained, layer_in
 from repapq_plugin.export.calls import Call, Example
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["OnnxSummary", "export_onnx", "quantized_module", "relative_difference", "require_onnx", "tensors_in"]
+__all__ = ["OnnxSummary", "export_onnx", "quantized_module", "require_onnx"]
 
 MIN_OPSET = 13
 """First operator set whose DequantizeLinear takes a scale per channel."""

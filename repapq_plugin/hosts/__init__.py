@@ -1,1 +1,1 @@
-"""One package or file per host toolbox; nothing else of the plugin imports a host, and no host another."""
+"""One package per host toolbox, and what they share; only the command line imports a host, and no host another."""

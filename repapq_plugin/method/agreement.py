@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from repapq_plugin.core.hooks import Hooks, unseen
+from repapq_plugin.core.running import frozen
 from repapq_plugin.core.tensors import floating_tensors
 
 Passes = Sequence[Callable[[nn.Module], object]]
@@ -71,13 +72,10 @@ def _watched(
 
 @contextmanager
 def _weights_requiring_gradients(enabled: bool, *models: nn.Module) -> Iterator[None]:
-    parameters = [p for model in models for p in model.parameters() if p.is_floating_point()]
-    before = [parameter.requires_grad for parameter in parameters]
-    try:
-        for parameter in parameters:
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(frozen(model))
+        for parameter in (p for model in models for p in model.parameters() if p.is_floating_point()):
             parameter.requires_grad_(enabled)
-        with torch.set_grad_enabled(enabled):
-            yield
-    finally:
-        for parameter, required in zip(parameters, before, strict=True):
-            parameter.requires_grad_(required)
+        stack.enter_context(torch.set_grad_enabled(enabled))
+        yield

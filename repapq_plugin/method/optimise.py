@@ -154,10 +154,10 @@ def _loss(subject: Subject, loss: Loss, batch: int) -> tuple[Tensor, dict[str, T
 @torch.no_grad()
 def evaluate(subject: Subject, loss: Loss, batches: Sequence[int]) -> tuple[float, dict[str, float]]:
     """Return the mean loss over ``batches`` and each unit's mean part of it."""
-    total, parts = 0.0, dict.fromkeys(subject.teacher(batches[0]).units, 0.0)
+    total, parts = 0.0, dict[str, float]()
     for batch in batches:
         value, by_unit = _loss(subject, loss, batch)
         total += float(value) / len(batches)
         for name, part in by_unit.items():
-            parts[name] += float(part) / len(batches)
+            parts[name] = parts.get(name, 0.0) + float(part) / len(batches)
     return total, parts

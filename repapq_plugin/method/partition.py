@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from repapq_plugin.errors import ConfigError
+from repapq_plugin.policy import check_patterns
 from repapq_plugin.quantizers.trace import Trace
 from repapq_plugin.reparam.merge import MergedBlock
 
@@ -128,11 +128,6 @@ def _climb(name: str, chain: list[str], layers: list[str], trace: Trace) -> str:
 
 
 def _matching(model: nn.Module, patterns: Sequence[str], key: str) -> set[str]:
-    found: set[str] = set()
     names = [name for name, _ in model.named_modules() if name]
-    for pattern in patterns:
-        matches = {name for name in names if fnmatchcase(name, pattern)}
-        if not matches:
-            raise ConfigError(f"{key}: the pattern {pattern!r} matches no module of the merged model.")
-        found |= matches
-    return found
+    check_patterns(patterns, names, key)
+    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}

@@ -184,5 +184,5 @@ def branch_scales(run: Run) -> dict[MimicNorm2d, float]:
 def layers_with_norms(model: nn.Module, forward: Callable[[], object]) -> list[Layer]:
     """Return the convolutions and linear layers right in front of a norm, in the order in which ``forward()`` runs."""
     run = observe(model, forward)
-    with_norms = {run.layer_before[norm] for norm in run.layer_before}
+    with_norms = set(run.layer_before.values())
     return [layer for layer in dict.fromkeys(run.order) if layer in with_norms]

@@ -36,14 +36,14 @@ class PercentileObserver(HistogramRangeObserver):
 
     def find_range(self) -> tuple[Tensor, Tensor]:
         """Return the bounds, float32 scalars; never wider than what was seen."""
+        if self.percentile == 100:
+            return self.min_val, self.max_val
         values, counts = self.points()
         share = counts.cumsum(0) / counts.sum()
         outside = 1 - self.percentile / 100
         last = values.numel() - 1
         low = values[int(torch.searchsorted(share, outside).clamp(max=last))]
         high = values[int(torch.searchsorted(share, 1 - outside).clamp(max=last))]
-        if self.percentile == 100:
-            return self.min_val, self.max_val
         return (
             torch.maximum(low.float(), self.min_val),
             torch.minimum(high.float(), self.max_val),

@@ -202,28 +202,19 @@ def float_layer(layer: QuantizedLayer) -> nn.Module:
     return become(layer, BakedLayer) if vars(layer).pop("is_baked") else resign(layer)
 
 
-def apply_layer(layer: nn.Module, x: Tensor, weight: Tensor, output_size: list[int] | None = None) -> Tensor:
+def apply_layer(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     """Run a plain ``layer`` on ``x`` with another weight of the same shape; subclasses' own forwards are not run."""
     bias = cast("Tensor | None", layer.bias)
     if isinstance(layer, nn.Linear):
         return functional.linear(x, weight, bias)
     if isinstance(layer, nn.ConvTranspose2d):
-        extra = layer._output_padding(
-            x,
-            output_size,
-            list(layer.stride),
-            list(layer.padding),  # type: ignore[arg-type]
-            list(layer.kernel_size),
-            2,
-            list(layer.dilation),
-        )
         return functional.conv_transpose2d(
             x,
             weight,
             bias,
             layer.stride,
             layer.padding,  # type: ignore[arg-type]
-            extra,
+            layer.output_padding,
             layer.groups,
             layer.dilation,
         )

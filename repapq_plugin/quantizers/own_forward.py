@@ -7,7 +7,6 @@ float, with the reason.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -15,8 +14,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from repapq_plugin.core.modules import become, own_class
-from repapq_plugin.core.running import inference
+from repapq_plugin.core.hooks import Hooks
+from repapq_plugin.core.modules import become, own_class, resign, without_hooks
+from repapq_plugin.core.running import inference, is_out_of_memory
 from repapq_plugin.core.tensors import change_first_tensor, first_tensor
 from repapq_plugin.core.watch import FunctionWatch
 from repapq_plugin.quantizers.layers import PRODUCTS, QUANTIZABLE, BakedLayer, output_channels, weight_of
@@ -102,9 +102,7 @@ def reason_against(layer: nn.Module, arguments: Arguments) -> str:
     """
     if is_plain(layer):
         return ""
-    probe = copy.copy(layer)
-    probe._parameters = dict(layer._parameters)
-    probe._forward_hooks, probe._forward_pre_hooks = type(layer._forward_hooks)(), type(layer._forward_pre_hooks)()
+    probe = without_hooks(layer)
     if probe._parameters.get("bias") is None:
         weight = weight_of(layer)
         probe._parameters["bias"] = nn.Parameter(weight.new_zeros(output_channels(layer)), requires_grad=False)
@@ -112,6 +110,8 @@ def reason_against(layer: nn.Module, arguments: Arguments) -> str:
     try:
         seen = products_of(probe, arguments)
     except Exception as error:  # whatever the user's forward raises
+        if is_out_of_memory(error):
+            raise
         return f"the forward of {kind} cannot be run alone with a bias ({type(error).__name__}: {error})"
     if not seen.products and seen.others:
         return f"the forward of {kind} multiplies with {seen.others[0]} instead of a layer's own function"
@@ -153,12 +153,10 @@ def calls_of(layers: Sequence[nn.Module], run: Callable[[], object]) -> dict[nn.
     def note(layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         calls.setdefault(layer, []).append((args, dict(kwargs)))
 
-    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-    try:
+    with Hooks() as hooks:
+        for layer in layers:
+            hooks.before(layer, note, with_kwargs=True)
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls
 
 
@@ -186,7 +184,9 @@ def _bake(layer: nn.Module, calls: Sequence[Arguments]) -> bool:
         seen = [products_of(layer, call).products for call in calls]
         # Another input shows whether the tensor depends on it.
         seen.append(products_of(layer, change_first_tensor(args, kwargs, lambda x: x * 0.5 + 0.25)).products)
-    except Exception:  # the user's forward; `reason_against` will say it
+    except Exception as error:  # the user's forward; `reason_against` will say it
+        if is_out_of_memory(error):
+            raise
         return False
     if any(len(products) != 1 for products in seen):
         return False
@@ -200,5 +200,5 @@ def _bake(layer: nn.Module, calls: Sequence[Arguments]) -> bool:
     if torch.equal(layer(*args, **kwargs), wanted):
         return True
     layer._parameters["weight"] = before
-    layer.__class__ = own_class(layer)
+    resign(layer)
     return False

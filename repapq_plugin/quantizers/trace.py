@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from repapq_plugin.core.hooks import Hooks, other_forwards
+from repapq_plugin.core.running import frozen
 from repapq_plugin.core.tensors import change_first_tensor, floating_tensors
 from repapq_plugin.quantizers.layers import QUANTIZABLE
 from repapq_plugin.quantizers.own_forward import Arguments, reason_against
@@ -74,16 +75,10 @@ class Trace:
 @contextmanager
 def only_weights_require_grad(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
     """Let gradients reach the given weights and no other parameter, then restore."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in before:
-            parameter.requires_grad_(False)
+    with frozen(model):
         for weight in weights:
             weight.requires_grad_(True)
         yield
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
 
 
 def trace_network(model: nn.Module, run: Callable[[], object]) -> Trace:

@@ -34,7 +34,7 @@ def calibration_items(dataset: nncf.Dataset, subset_size: int) -> list[Batch]:
     """Return the first ``subset_size`` items of a dataset.
 
     Raises:
-        ConfigError: It is no ``nncf.Dataset``.
+        ConfigError: It is no ``nncf.Dataset``, or ``subset_size`` is no whole number of at least 1.
         CalibrationError: It holds no item.
     """
     if not isinstance(dataset, nncf.Dataset):

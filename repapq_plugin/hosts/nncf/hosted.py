@@ -19,12 +19,13 @@ from repapq_plugin.core.tensors import tensors_of
 from repapq_plugin.core.unpickling import StandIns, load_plain
 from repapq_plugin.errors import ConfigError, ExportError, HostError
 from repapq_plugin.export.onnx_verify import relative_difference
-from repapq_plugin.export.openvino import OpenVINOSummary, layer_kernels, require_openvino
+from repapq_plugin.export.openvino import OpenVINOSummary, layer_kernels, require_openvino, written_whole
 from repapq_plugin.hosts.nncf._compat import QuantizationScheme
 from repapq_plugin.hosts.nncf.backend import NNCFBackend, NNCFOptions
 from repapq_plugin.hosts.nncf.data import forward
 from repapq_plugin.hosts.nncf.quantization import check
-from repapq_plugin.job import Job, Report, merge_for_inference
+from repapq_plugin.job import Job, Report
+from repapq_plugin.merging import merge_for_inference
 from repapq_plugin.result import Calibrated
 
 STATE_FILE = "nncf.pth"
@@ -54,7 +55,11 @@ class NNCFNetwork:
         return self.result.model
 
     def save(self, folder: Path) -> list[Path]:
-        """Write `STATE_FILE`, whole or not at all."""
+        """Write `STATE_FILE`, whole or not at all.
+
+        Raises:
+            ExportError: It cannot be written.
+        """
         path = folder / STATE_FILE
         state = {"config": nncf.torch.get_config(self.network), "state_dict": self.network.state_dict()}
         try:
@@ -90,7 +95,7 @@ def load(path: str | Path, merged_model: nn.Module) -> nn.Module:
     Args:
         path: The file.
         merged_model: The float network that was quantized, branches merged and norms folded (see
-            `repapq_plugin.job.merge_for_inference`); its weights do not matter. It is changed.
+            `repapq_plugin.merging.merge_for_inference`); its weights do not matter. It is changed.
 
     Returns:
         The quantized network, in evaluation mode.
@@ -153,12 +158,12 @@ def export_network(network: nn.Module, kind: str, example: Tensor, path: Path) -
     with torch.no_grad():
         expected = tensors_of(network(example))
     try:
-        converted = ov.convert_model(network, example_input=example)
-        ov.save_model(converted, target, compress_to_fp16=False)
-        compiled = ov.Core().compile_model(target, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        with written_whole(target) as partial:
+            ov.save_model(ov.convert_model(network, example_input=example), partial, compress_to_fp16=False)
+            compiled = ov.Core().compile_model(partial, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+            results = compiled(example.cpu().numpy())
     except (RuntimeError, OSError) as error:
         raise ExportError(f"OpenVINO cannot convert NNCF's network: {error}") from error
-    results = compiled(example.cpu().numpy())
     kernels = layer_kernels(compiled)
     binary = target.with_suffix(".bin")
     return OpenVINOSummary(

@@ -70,7 +70,7 @@ class CheckpointFitHook(Hook):  # type: ignore[misc]
     """Stops a test whose checkpoint does not fit the model, where mmengine would only log it."""
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: Mapping[str, object]) -> None:
-        """Compare keys and shapes.
+        """Load it, which compares keys and shapes.
 
         Raises:
             HostError: See `load_state`.

@@ -13,7 +13,7 @@ from torch import nn
 
 from repapq_plugin.errors import HostError
 from repapq_plugin.hosts.openmmlab.hooks import model_of
-from repapq_plugin.mimicnorm import WeightMean, prepare
+from repapq_plugin.mimicnorm import WeightMean, finish
 from repapq_plugin.mimicnorm.convert import replace_batch_norms
 from repapq_plugin.mimicnorm.initialise import initialise_weights
 from repapq_plugin.mimicnorm.structure import layers_with_norms
@@ -61,19 +61,19 @@ class MimicNormHook(Hook):  # type: ignore[misc]
 
         Raises:
             HostError: No last layer is where `LAST_LAYERS` says, and none is named.
-            ConfigError: See `prepare`.
+            ConfigError: See `finish`.
         """
         if self._weight_mean is not None:
             return
         model = model_of(runner)
         model.train(model.training)  # toolboxes freeze stages then
-        known = {parameter for parameter in model.parameters()}
+        known = set(model.parameters())
         device = next(model.parameters()).device
         example = torch.randn(2, *self.example_shape, device=device, generator=torch.Generator(device).manual_seed(0))
         last = self._last_of(model)
         if self.convert:
             replace_batch_norms(model, example, forward_fn=run_images)
-        done = prepare(model, example, forward_fn=run_images, last=last, initialise=False)
+        done = finish(model, example, forward_fn=run_images, last=last, initialise=False)
         now = set(model.parameters())
         optimizer = getattr(getattr(runner, "optim_wrapper", None), "optimizer", None)
         if isinstance(optimizer, torch.optim.Optimizer):

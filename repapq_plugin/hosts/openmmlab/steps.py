@@ -87,7 +87,7 @@ class QuantizedModel(LoadedModel):
         """Write what brings the network back into ``folder``; return the files.
 
         Raises:
-            ResultError: A file cannot be written.
+            ResultError, ExportError: A file cannot be written.
         """
         if isinstance(self.result, CalibrationResult):
             return [self.result.save(folder / RESULT_FILE)]

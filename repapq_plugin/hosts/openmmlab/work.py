@@ -18,13 +18,13 @@ from repapq_plugin.evaluation.latency import measure_latency
 from repapq_plugin.evaluation.runtimes import OnnxRuntimeNetwork, OpenVINONetwork
 from repapq_plugin.export.openvino import OpenVINOSummary, export_openvino, layer_kernels
 from repapq_plugin.export.qdq_onnx import OnnxSummary, export_onnx
-from repapq_plugin.hosts.hosted import QuantizedNetwork
+from repapq_plugin.hosts.hosted import SAVED_AS, QuantizedNetwork
 from repapq_plugin.hosts.openmmlab.network import TensorPath, preprocess, run_batch, serving_points
 from repapq_plugin.hosts.openmmlab.other_hosts import QuantizeNetwork
 from repapq_plugin.job import Progress, quantize_model
 from repapq_plugin.result import CalibrationResult
 
-RESULT_FILE = "repapq.safetensors"
+RESULT_FILE = SAVED_AS
 """Name of the saved result in a work folder."""
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}

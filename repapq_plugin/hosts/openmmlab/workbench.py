@@ -24,7 +24,8 @@ from repapq_plugin.hosts.openmmlab.mimicnorm import MimicNormHook
 from repapq_plugin.hosts.openmmlab.network import run_batch, serve_with
 from repapq_plugin.hosts.openmmlab.settings import Settings, settings_of
 from repapq_plugin.hosts.openmmlab.work import calibrate, example_images, writable_folder
-from repapq_plugin.job import Progress, merge_for_inference
+from repapq_plugin.job import Progress
+from repapq_plugin.merging import merge_for_inference
 from repapq_plugin.result import CalibrationResult
 
 Report = Callable[[int, int], None]

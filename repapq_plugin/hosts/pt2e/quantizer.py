@@ -16,7 +16,14 @@ from repapq_plugin.hosts.pt2e._compat import annotate, is_annotated, module_path
 from repapq_plugin.hosts.pt2e.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
 from repapq_plugin.hosts.pt2e.graph import ends, groups, layer_nodes, output_axis
 from repapq_plugin.hosts.pt2e.observers import OBSERVERS, TorchaoObserver
-from repapq_plugin.policy import bits_of, check_patterns, is_kept_float, lone_activation_observer, observer_arguments
+from repapq_plugin.policy import (
+    bits_of,
+    check_patterns,
+    is_kept_float,
+    lone_activation_observer,
+    observer_arguments,
+    repapq_config,
+)
 
 
 class RepAPQQuantizer(Quantizer):  # type: ignore[misc]
@@ -36,7 +43,7 @@ class RepAPQQuantizer(Quantizer):  # type: ignore[misc]
 
     def __init__(self, config: RepAPQConfig | str = "w8a8", *, is_qat: bool = False) -> None:
         super().__init__()
-        self.config = RepAPQConfig.from_preset(config) if isinstance(config, str) else config
+        self.config = repapq_config(config)
         self.is_qat = is_qat
 
     def annotate(self, model: GraphModule) -> GraphModule:
@@ -105,6 +112,6 @@ def x86_inductor_quantizer(config: RepAPQConfig | str = "w8a8", *, is_qat: bool 
     It knows one width for the whole network, and also quantizes poolings and concatenations between
     integer layers.
     """
-    config = RepAPQConfig.from_preset(config) if isinstance(config, str) else config
+    config = repapq_config(config)
     activation, weight = quantization_specs(config, config.weight_bits, config.activation_bits, is_qat=is_qat)
     return quantizer_of_inductor(activation, weight, is_qat=is_qat)

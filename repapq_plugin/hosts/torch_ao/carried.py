@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repapq_plugin.core.modules import has_hooks, shallow_copy, without_hooks
+from repapq_plugin.core.modules import has_hooks, without_hooks
 from repapq_plugin.core.tensors import first_tensor
-from repapq_plugin.hosts.hosted import HOOKS
 from repapq_plugin.hosts.torch_ao.engines import NO_OUTPUT_PADDING, has_kernel
 from repapq_plugin.quantizers.layers import QUANTIZABLE, QuantizedLayer, bias_of, float_layer, weight_of
 from repapq_plugin.quantizers.own_forward import Arguments, is_plain
@@ -83,14 +82,6 @@ def _amounts(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[tuple[int, int]]:
         return [(0, 0) for _ in layer.kernel_size]
     totals = [step * (size - 1) for step, size in zip(layer.dilation, layer.kernel_size, strict=True)]
     return [(total // 2, total - total // 2) for total in totals]
-
-
-def separate(module: nn.Module) -> nn.Module:
-    """Return a copy that shares parameters and buffers, but no registry, not of hooks either."""
-    copied = shallow_copy(module)
-    for name in HOOKS:
-        vars(copied)[name] = copy.copy(getattr(module, name))
-    return copied
 
 
 class Padding(nn.Module):

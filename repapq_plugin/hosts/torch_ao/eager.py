@@ -18,6 +18,7 @@ from repapq_plugin.core.running import Batch, ForwardFn, call_model
 from repapq_plugin.core.tensors import first_tensor
 from repapq_plugin.core.watch import MakersWatch
 from repapq_plugin.errors import CalibrationError, HostError
+from repapq_plugin.export.blame import Running
 from repapq_plugin.export.qdq_onnx import quantized_module
 from repapq_plugin.hosts.hosted import quantized_layers
 from repapq_plugin.hosts.torch_ao._compat import (
@@ -112,22 +113,12 @@ def _try_converted(prepared: nn.Module, engine: str, run: Callable[[nn.Module], 
         HostError: It cannot be run: the network computes what torch has no integer kernel for.
     """
     converted = convert_eager(prepared, engine)
-    running: list[str] = []
-
-    def enter(name: str) -> Callable[..., None]:
-        return lambda *_: running.append(name)
-
-    def leave(*_: object) -> None:
-        running.pop()
-
+    running = Running(converted)
     try:
-        with Hooks() as hooks, torch.no_grad(), integer_engine(engine):
-            for name, module in converted.named_modules():
-                hooks.before(module, enter(name))
-                hooks.after(module, leave)
+        with running, torch.no_grad(), integer_engine(engine):
             run(converted)
     except Exception as error:  # whatever torch says of an operator without a kernel
-        where = repr(running[-1]) if running and running[-1] else "the network itself"
+        where = repr(running.path) if running.path else "the network itself"
         raise HostError(
             f"{where} cannot run on integers in torch.ao's eager mode ({type(error).__name__}: {error}). Use "
             "prepare_learned, whose graph runs in float what has no integer kernel, or put QuantStub and DeQuantStub "

@@ -28,6 +28,7 @@ from repapq_plugin.policy import (
     is_kept_float,
     lone_activation_observer,
     observer_arguments,
+    repapq_config,
 )
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
 from repapq_plugin.quantizers.layers import QUANTIZABLE
@@ -54,11 +55,6 @@ otherwise than the simulation does."""
 
 BELOW_THE_NETWORK = "(?=.)"
 """In front of a pattern: ``*`` means every module, but no function that the network itself calls."""
-
-
-def repapq_config(config: RepAPQConfig | str) -> RepAPQConfig:
-    """Return the configuration itself, or the one that a preset (``"w4a4"``) names."""
-    return RepAPQConfig.from_preset(config) if isinstance(config, str) else config
 
 
 def repapq_qconfig(
