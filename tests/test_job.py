@@ -245,6 +245,15 @@ def test_without_steps_only_ranges_are_reported() -> None:
     assert seen == [Progress("ranges", done, 3) for done in range(4)]
 
 
+def test_progress_tells_what_learns_and_its_loss() -> None:
+    seen: list[Progress] = []
+    Job(OwnBackend(), config(), report=seen.append).run(settle(Chain()), batches())
+    learning = [progress for progress in seen if progress.phase == "calibration" and progress.done]
+    assert {progress.part for progress in learning} <= {name for name, _ in Chain().named_modules()}
+    assert all(progress.loss is not None and progress.loss >= 0 for progress in learning)
+    assert learning[-1].detail == f"{learning[-1].part}, loss {learning[-1].loss:.3g}"
+
+
 def test_a_counter_reports_its_start_and_needs_nobody_to_listen() -> None:
     seen: list[Progress] = []
     advance = counted("ranges", 2, seen.append)

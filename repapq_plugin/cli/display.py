@@ -7,14 +7,17 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
+
+from repapq_plugin.core.progress import Progress, ProgressLines, Report
 
 if TYPE_CHECKING:
     from repapq_plugin.cli.doctor import Diagnosis
@@ -43,7 +46,7 @@ def results_console() -> Console:
 
 
 class Display:
-    """Bars on stderr while there is work, results on stdout.
+    """Bars on stderr while there is work, results on stdout; where stderr is no terminal, a line every ten seconds.
 
     Attributes:
         seconds: Wall clock of each step, by its name.
@@ -51,28 +54,37 @@ class Display:
 
     def __init__(self) -> None:
         self._out = results_console()
-        self._bars = Progress(
+        self._err = Console(file=sys.stderr)
+        self._bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=Console(file=sys.stderr),
+            TextColumn("{task.fields[detail]}"),
+            console=self._err,
         )
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
-    def step(self, name: str, text: str) -> Iterator[Callable[[int, int], None]]:
-        """Show one bar, and note how long it took under ``name``; yields ``report(done, total)``."""
+    def step(self, name: str, text: str) -> Iterator[Report]:
+        """Show one bar, and note how long it took under ``name``; yields what is told of the progress."""
         # On stdout, which is the log file for the time of the work.
         click.echo(f"{text} ...")
-        task = self._bars.add_task(text, total=None)
+        task = self._bars.add_task(text, total=None, detail="")
+        lines = ProgressLines(lambda line: self._err.print(f"{text}: {line}", markup=False, soft_wrap=True))
+
+        def report(progress: Progress) -> None:
+            self._bars.update(task, completed=progress.done, total=progress.total, detail=progress.detail)
+            if not self._err.is_terminal:
+                lines(progress)
+
         started = time.perf_counter()
-        yield lambda done, total: self._bars.update(task, completed=done, total=total)
+        yield report
         self.seconds[name] = time.perf_counter() - started
         total = self._bars.tasks[task].total or 1
-        self._bars.update(task, completed=total, total=total)
+        self._bars.update(task, completed=total, total=total, detail="")
 
     @contextlib.contextmanager
     def working(self, folder: Path) -> Iterator[None]:

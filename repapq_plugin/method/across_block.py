@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.losses import LOSSES, magnitude
+from repapq_plugin.core.progress import Advance
 from repapq_plugin.core.running import Batch, ForwardFn, is_out_of_memory
 from repapq_plugin.errors import RepAPQError
 from repapq_plugin.method.learners import Learner
@@ -131,7 +132,7 @@ class AcrossBlockCalibrator:
         stages: Sequence[Stage],
         config: RepAPQConfig,
         cache: Cache,
-        advance: Callable[[], None],
+        advance: Advance,
     ) -> None:
         self.networks, self.stages, self.config, self.cache, self.advance = networks, stages, config, cache, advance
         self.student_modules = dict(networks.student.named_modules())

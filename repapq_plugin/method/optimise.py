@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core.progress import Advance
 from repapq_plugin.method.learners import (
     Learner,
     leave_ties,
@@ -79,9 +80,7 @@ def split_batches(count: int, guard_fraction: float) -> tuple[list[int], list[in
     return training, list(range(count - held_out, count)) or training
 
 
-def reconstruct(
-    subject: Subject, loss: Loss, batches: int, config: RepAPQConfig, advance: Callable[[], None]
-) -> Outcome:
+def reconstruct(subject: Subject, loss: Loss, batches: int, config: RepAPQConfig, advance: Advance) -> Outcome:
     """Minimise the loss of ``subject`` and keep the result if held-out batches agree.
 
     Args:
@@ -109,9 +108,7 @@ def reconstruct(
     return Outcome(parts_before, parts_after, kept, time.perf_counter() - started, note)
 
 
-def _optimise(
-    subject: Subject, loss_of: Loss, training: list[int], config: RepAPQConfig, advance: Callable[[], None]
-) -> str:
+def _optimise(subject: Subject, loss_of: Loss, training: list[int], config: RepAPQConfig, advance: Advance) -> str:
     magnitudes = output_magnitudes(subject.learners, lambda: subject.student(training[0]))
     groups = parameter_groups(subject.learners, magnitudes, config.learning_rates)
     learned = [parameter for group in groups for parameter in cast("list[nn.Parameter]", group["params"])]
@@ -132,11 +129,12 @@ def _optimise(
                 loss, _ = _loss(subject, loss_of, batch)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
-            if not math.isfinite(float(loss.detach())):
-                return f"the loss became {float(loss.detach())} at step {step}"
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                return f"the loss became {value} at step {step}"
             optimizer.step()
             schedule.step()
-            advance()
+            advance(subject.name, value)
     finally:
         for learner in subject.learners.values():
             learner.set_dropping(False)

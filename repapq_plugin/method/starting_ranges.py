@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.hooks import Hooks, unseen
 from repapq_plugin.core.losses import mae_loss
+from repapq_plugin.core.progress import Advance
 from repapq_plugin.core.quant_primitives import fake_quantize
 from repapq_plugin.core.running import Batch
 from repapq_plugin.core.tensor_notes import TensorNotes
@@ -31,7 +32,7 @@ Ranges = Mapping[str, tuple[Tensor, Tensor]]
 
 @torch.no_grad()
 def set_starting_ranges(
-    sites: Sites, run: Run, batches: Sequence[Batch], config: RepAPQConfig, advance: Callable[[], None]
+    sites: Sites, run: Run, batches: Sequence[Batch], config: RepAPQConfig, advance: Advance
 ) -> None:
     """Observe the float network on every batch and give each quantizer its scale and zero point.
 
@@ -86,7 +87,7 @@ def _observe(
     run: Run,
     batches: Sequence[Batch],
     config: RepAPQConfig,
-    advance: Callable[[], None],
+    advance: Advance,
 ) -> dict[Quantizer, Ranges]:
     """Return the ranges that each observer found for each quantizer that saw a value."""
     names = activation_observers(config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from repapq_plugin.config import LearningRates, RepAPQConfig
+from repapq_plugin.core.progress import Advance
 from repapq_plugin.method import optimise
 from repapq_plugin.method.learners import Learnable
 from repapq_plugin.method.optimise import Outputs, evaluate, reconstruct, split_batches
@@ -84,7 +84,7 @@ def settings(**keys: object) -> RepAPQConfig:
     return RepAPQConfig(**{"steps": 12, "guard_fraction": 0.25, "learning_rates": rates, **keys})
 
 
-def ignore() -> None:
+def ignore(part: str = "", loss: float | None = None) -> None:
     return None
 
 
@@ -132,7 +132,7 @@ def test_a_loss_that_is_not_finite_ends_the_optimisation_and_is_undone(value: fl
         return (total * value if torch.is_grad_enabled() and len(steps) == at else total), parts
 
     start = subject.state()
-    outcome = reconstruct(subject, breaks, 8, settings(), lambda: steps.append(1))
+    outcome = reconstruct(subject, breaks, 8, settings(), lambda *_: steps.append(1))
     assert len(steps) == at
     if at:  # the steps before were good ones, and are judged like any others
         assert f"the loss became {value} at step {at}" in outcome.note
@@ -180,7 +180,7 @@ def test_rates_start_where_a_learner_says_and_end_at_zero(monkeypatch: pytest.Mo
             super().__init__(*args, **keys)  # type: ignore[arg-type]
             made.append(self)
 
-    def note() -> None:
+    def note(*_: object) -> None:
         rates.append([group["lr"] for group in made[0].param_groups])
 
     monkeypatch.setattr(optimise.torch.optim, "Adam", Watched)
@@ -198,12 +198,12 @@ def test_activations_are_dropped_only_while_training() -> None:
     assert subject.learner.dropping == [True, False]
 
 
-def stop() -> None:
+def stop(part: str = "", loss: float | None = None) -> None:
     raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("advance", [ignore, stop], ids=["done", "interrupted"])
-def test_parameters_end_without_gradients_also_after_an_error(advance: Callable[[], None]) -> None:
+def test_parameters_end_without_gradients_also_after_an_error(advance: Advance) -> None:
     subject = ToySubject(4)
     if advance is ignore:
         reconstruct(subject, square_loss, 4, settings(), advance)

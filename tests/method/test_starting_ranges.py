@@ -29,7 +29,7 @@ from tests.support.networks import Chain, Pyramid, batches, settle
 from tests.support.placed import after
 
 
-def ignore() -> None:
+def ignore(part: str = "", loss: float | None = None) -> None:
     return None
 
 

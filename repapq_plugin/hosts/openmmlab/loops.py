@@ -12,6 +12,7 @@ from mmengine.runner import Runner, TestLoop
 from torch import nn
 from torch.utils.data import DataLoader
 
+from repapq_plugin.core.progress import ProgressLines
 from repapq_plugin.errors import HostError
 from repapq_plugin.hosts.openmmlab._compat import drop_hooks_on_weights
 from repapq_plugin.hosts.openmmlab.checkpoint import guard
@@ -21,7 +22,6 @@ from repapq_plugin.hosts.openmmlab.network import serve_with
 from repapq_plugin.hosts.openmmlab.settings import Settings
 from repapq_plugin.hosts.openmmlab.steps import Quantization
 from repapq_plugin.hosts.openmmlab.work import writable_folder
-from repapq_plugin.job import Progress
 from repapq_plugin.result import Calibrated
 
 
@@ -100,8 +100,9 @@ class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
         folder = writable_folder(runner.work_dir)
         batches = calibration_batches(runner.cfg, settings.dataloader, settings.num_samples, settings.quantizer.seed)
         runner.logger.info(f"RepAPQ quantizes: {settings.quantizer.scheme}")
+        progress = ProgressLines(lambda line: runner.logger.info(f"RepAPQ {line}"))
         done = Quantization.start(
-            runner.cfg, runner.cfg.get("load_from"), runner.model, batches, settings, folder, self._log
+            runner.cfg, runner.cfg.get("load_from"), runner.model, batches, settings, folder, progress
         )
         runner.model = done.quantized.model
         for kind in settings.formats:
@@ -109,8 +110,3 @@ class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
         self.network = done.network_on(settings.backend)
         self.quantization = done
         return done
-
-    def _log(self, progress: Progress) -> None:
-        every = max(1, progress.total // 10)
-        if progress.done and (progress.done % every == 0 or progress.done == progress.total):
-            self.runner.logger.info(f"RepAPQ {progress.phase}: {progress.done} of {progress.total}")

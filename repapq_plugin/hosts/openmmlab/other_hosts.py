@@ -6,7 +6,7 @@ A host is found by an import path, as a string: no host imports another, and non
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.errors import ConfigError, HostError
 from repapq_plugin.hosts.hosted import QuantizedNetwork, RunnableNetwork
-from repapq_plugin.job import Progress
+from repapq_plugin.job import Report
 
 OWN = "RepAPQ"
 """The plugin's own quantizers, which need no other host."""
@@ -79,7 +79,7 @@ class QuantizeNetwork(Protocol):
         network: nn.Module,
         images: Sequence[Tensor],
         config: RepAPQConfig,
-        progress: Callable[[Progress], None] | None,
+        progress: Report | None,
         options: Mapping[str, object],
     ) -> QuantizedNetwork:
         """Quantize a copy of ``network``.

@@ -30,8 +30,8 @@ from repapq_plugin.hosts.openmmlab.work import (
     export_tensor_path,
     open_network,
 )
-from repapq_plugin.hosts.openmmlab.workbench import Report, Workbench
-from repapq_plugin.job import Progress
+from repapq_plugin.hosts.openmmlab.workbench import Workbench
+from repapq_plugin.job import Progress, Report
 from repapq_plugin.result import Calibrated, CalibrationResult
 
 Step = Callable[[str, str], AbstractContextManager[Report]]
@@ -98,7 +98,7 @@ def quantize(
     model: nn.Module,
     batches: Sequence[object],
     settings: Settings,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Report | None = None,
 ) -> QuantizedModel:
     """Quantize a toolbox model as settings say: with the plugin's own quantizers, or by another host.
 
@@ -174,7 +174,7 @@ class Quantization:
         batches: Sequence[object],
         settings: Settings,
         folder: Path,
-        progress: Callable[[Progress], None] | None = None,
+        progress: Report | None = None,
     ) -> Quantization:
         """Quantize a model, save the result and begin its record.
 
@@ -247,14 +247,14 @@ def quantize_and_compare(bench: Workbench, step: Step, *, compare: bool, threads
     settings, scores = bench.settings, dict[str, dict[str, float]]()
     with step("load_data", "Loading calibration images") as report:
         images = len(bench.batches)
-        report(images, images)
+        report(Progress("calibration images", images, images))
     if compare:
         with step("score_float", "Scoring the float network") as report:
             scores["float"] = bench.score(bench.model, report=report)
         scores["plain_ptq"] = _score_plain(bench, step)
     with step("calibrate", "Calibrating RepAPQ") as report:
         done = Quantization.start(
-            bench.cfg, bench.checkpoint, bench.model, bench.batches, settings, bench.folder, _counting(report)
+            bench.cfg, bench.checkpoint, bench.model, bench.batches, settings, bench.folder, report
         )
     for name, metrics in scores.items():
         done.record.add_scores(name, metrics)
@@ -317,10 +317,6 @@ def _score_plain(bench: Workbench, step: Step) -> dict[str, float]:
     """Score plain PTQ by the same host; its network is gone when this returns."""
     settings = dataclasses.replace(bench.settings, quantizer=bench.settings.quantizer.plain())
     with step("calibrate_plain_ptq", "Plain PTQ") as report:
-        plain = quantize(bench.model, bench.batches, settings, _counting(report))
+        plain = quantize(bench.model, bench.batches, settings, report)
     with step("score_plain_ptq", "Scoring plain PTQ") as report:
         return bench.score(plain.model, plain.network, report)
-
-
-def _counting(report: Report) -> Callable[[Progress], None]:
-    return lambda progress: report(progress.done, progress.total)

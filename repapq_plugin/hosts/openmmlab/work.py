@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from repapq_plugin.export.qdq_onnx import OnnxSummary, export_onnx
 from repapq_plugin.hosts.hosted import SAVED_AS, QuantizedNetwork
 from repapq_plugin.hosts.openmmlab.network import TensorPath, preprocess, run_batch, serving_points
 from repapq_plugin.hosts.openmmlab.other_hosts import QuantizeNetwork
-from repapq_plugin.job import Progress, quantize_model
+from repapq_plugin.job import Report, quantize_model
 from repapq_plugin.result import CalibrationResult
 
 RESULT_FILE = SAVED_AS
@@ -99,7 +99,7 @@ def calibrate(
     model: nn.Module,
     batches: Sequence[object],
     config: RepAPQConfig,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Report | None = None,
 ) -> CalibrationResult:
     """Quantize a toolbox model on collated batches; the model is not changed."""
     # A test loop runs without gradients; calibration learns.
@@ -112,7 +112,7 @@ def calibrate_on_host(
     model: nn.Module,
     batches: Sequence[object],
     config: RepAPQConfig,
-    progress: Callable[[Progress], None] | None,
+    progress: Report | None,
     options: Mapping[str, object],
 ) -> QuantizedNetwork:
     """Let another host quantize a toolbox model's network part; the model is not changed.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,12 +24,9 @@ from repapq_plugin.hosts.openmmlab.mimicnorm import MimicNormHook
 from repapq_plugin.hosts.openmmlab.network import run_batch, serve_with
 from repapq_plugin.hosts.openmmlab.settings import Settings, settings_of
 from repapq_plugin.hosts.openmmlab.work import calibrate, example_images, writable_folder
-from repapq_plugin.job import Progress
+from repapq_plugin.job import Progress, Report
 from repapq_plugin.merging import merge_for_inference
 from repapq_plugin.result import CalibrationResult
-
-Report = Callable[[int, int], None]
-"""``report(done, total)``, in batches."""
 
 TOOLBOX_LOG = "toolbox"
 """Folder inside the work folder that the toolbox's own logs go to."""
@@ -153,9 +150,7 @@ class Workbench:
             self._example = example_images(self.model, batches)
         return self._example
 
-    def calibrate(
-        self, config: RepAPQConfig | None = None, progress: Callable[[Progress], None] | None = None
-    ) -> CalibrationResult:
+    def calibrate(self, config: RepAPQConfig | None = None, progress: Report | None = None) -> CalibrationResult:
         """Quantize a copy of the float model with the plugin's own quantizers."""
         return calibrate(self.model, self.batches, config or self.settings.quantizer, progress)
 
@@ -215,7 +210,7 @@ class _ReportHook(Hook):  # type: ignore[misc]
         self.report = report
 
     def after_test_iter(self, runner: Runner, batch_idx: int, **_: object) -> None:
-        self.report(batch_idx + 1, len(runner.test_dataloader))
+        self.report(Progress("test", batch_idx + 1, len(runner.test_dataloader)))
 
 
 @contextmanager
