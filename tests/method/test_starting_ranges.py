@@ -96,7 +96,7 @@ def disturbance(quantizer: Quantizer, qparams: tuple[Tensor, Tensor], placed: Pl
 
 
 @pytest.mark.parametrize("network", [Chain, Pyramid])
-@pytest.mark.parametrize("bits", [4, 6])
+@pytest.mark.parametrize("bits", [4, 8])
 def test_the_chosen_range_disturbs_the_layers_behind_it_no_more_than_any_candidate(
     network: type[nn.Module], bits: int
 ) -> None:
