@@ -14,11 +14,11 @@ LINE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a calibration is.
+    """How far a long work is.
 
     Args:
-        phase: ``"ranges"`` or ``"calibration"``.
-        done: Batches observed, or optimisation steps taken.
+        phase: What goes on: ``"ranges"`` and ``"calibration"`` in a job; hosts also load and test.
+        done: Batches observed or tested, images loaded, or optimisation steps taken.
         total: How many there will be.
         part: What is worked on, for example the module path of a stage.
         loss: Its loss now, if it has one.
@@ -66,8 +66,8 @@ class ProgressLines:
 
     Args:
         write: Takes a line of text.
-        seconds: Time between two lines.
-        clock: Returns seconds.
+        seconds: Time between two lines, in seconds.
+        clock: Returns the time in seconds, from any beginning.
     """
 
     def __init__(
@@ -82,16 +82,17 @@ class ProgressLines:
     def __call__(self, progress: Progress) -> None:
         """Write a line if it is time for one."""
         now = self._clock()
-        if progress.phase != self._phase:
+        begins = progress.phase != self._phase
+        if begins:
             self._phase, self._started, self._last = progress.phase, now, now
         finished = progress.done == progress.total
         if not finished and now - self._last < self._seconds:
             return
         self._last, elapsed = now, now - self._started
         words = [f"{progress.phase}: {progress.done} of {progress.total}", progress.detail]
-        if finished:
+        if finished and not begins:  # of what is told only once it is over, nobody knows when it began
             words.append(f"took {_clock_time(elapsed)}")
-        elif progress.done:
+        elif progress.done and not finished:
             words.append(f"{_clock_time(elapsed / progress.done * (progress.total - progress.done))} left")
         self._write(", ".join(filter(None, words)))
 

@@ -40,3 +40,7 @@ def test_each_phase_has_a_time_of_its_own() -> None:
 
 def test_a_start_that_takes_long_is_told_without_a_guess() -> None:
     assert lines_of([(0.0, Progress("ranges", 0, 4)), (11.0, Progress("ranges", 0, 4))]) == ["ranges: 0 of 4"]
+
+
+def test_what_is_told_only_at_its_end_claims_no_time() -> None:
+    assert lines_of([(5.0, Progress("calibration images", 8, 8))]) == ["calibration images: 8 of 8"]
