@@ -20,6 +20,9 @@ from repapq_plugin.quantizers.layers import BakedLayer, QuantizedLayer
 from tests.support.networks import Tied, TwoBranchBlock
 from tests.support.own_layers import BiasApart, ByMatmul, FromInput, Padded, Scaled, Standardized, Twice
 
+# Each is a whole job, saved, loaded and exported. `quantizers/` and `export/` test the same layers one step at a time.
+pytestmark = pytest.mark.slow
+
 
 @dataclass
 class Case:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from repapq_plugin import CalibrationResult, RepAPQConfig, quantize_model
+from repapq_plugin.core.running import seeded
 from repapq_plugin.errors import CalibrationError
 from repapq_plugin.quantizers.layers import QuantizedLayer
 from tests.support.networks import TwoBranchBlock, settle
+
+slow = pytest.mark.slow
+
+# Of the schedules, the quick tests run one.
+schedules = pytest.mark.parametrize(
+    "schedule", [pytest.param("unit", marks=slow), "stage", pytest.param("network", marks=slow)]
+)
 
 
 @dataclass
@@ -114,7 +123,7 @@ def settled(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("schedule", ["unit", "stage", "network"])
+@schedules
 def test_a_head_shared_by_levels_is_quantized_once_and_serves_all(schedule: str) -> None:
     model, data = settled(Detector()), images(*[(4, 3, 16, 16)] * 4)
     result = quantized(model, data, schedule=schedule)
@@ -124,7 +133,7 @@ def test_a_head_shared_by_levels_is_quantized_once_and_serves_all(schedule: str)
     assert relative(result, model, data[0]) < 0.05
 
 
-@pytest.mark.parametrize("schedule", ["unit", "stage", "network"])
+@schedules
 def test_modules_called_twice_stay_one_module(schedule: str, tmp_path: Path) -> None:
     model, data = settled(Twice()), images(*[(4, 3, 16, 16)] * 4)
     result = quantized(model, data, schedule=schedule)
@@ -135,14 +144,22 @@ def test_modules_called_twice_stay_one_module(schedule: str, tmp_path: Path) -> 
     assert torch.equal(loaded.model(data[0]), result.model(data[0]))
 
 
+@functools.cache
+def quantized_tuples() -> tuple[nn.Module, list[Tensor], CalibrationResult]:
+    """A detector that returns tuples, its data, and what became of it; made once."""
+    with seeded(0):
+        data = images(*[(4, 3, 16, 16)] * 2)
+    with seeded(1):
+        model = settled(Detector())
+    return model, data, quantized(model, data, "w4a4")
+
+
 @pytest.mark.parametrize(("inner", "outer"), list(zip(FORMS, [*list(FORMS)[2:], *list(FORMS)[:2]], strict=True)))
 def test_whatever_form_outputs_have_the_numbers_are_the_same(inner: str, outer: str) -> None:
-    data = images(*[(4, 3, 16, 16)] * 2)
-    torch.manual_seed(1)
-    plain = settled(Detector())
+    plain, data, wanted = quantized_tuples()
     model = Detector(inner, outer)
     model.load_state_dict(plain.state_dict())
-    result, wanted = quantized(model.eval(), data, "w4a4"), quantized(plain, data, "w4a4")
+    result = quantized(model.eval(), data, "w4a4")
     assert type(result.model(data[0])) is type(model(data[0]))
     assert {name: bits for name, bits in result.plan.layers.items()} == dict(wanted.plan.layers)
     for a, b in zip(parts(result.model(data[0])), parts(wanted.model(data[0])), strict=True):
@@ -156,7 +173,7 @@ def test_images_of_differing_size_calibrate_together(steps: int) -> None:
     assert max(relative(result, model, x) for x in data) < 0.05
 
 
-@pytest.mark.parametrize("steps", [0, 6])
+@pytest.mark.parametrize("steps", [pytest.param(0, marks=slow), 6])
 @pytest.mark.parametrize("place", [0, 2])
 def test_a_batch_without_images_changes_nothing(steps: int, place: int) -> None:
     model, data = settled(Detector()), images(*[(4, 3, 16, 16)] * 3)

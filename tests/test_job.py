@@ -226,7 +226,10 @@ def test_seeded_draws_by_its_seed_alone_and_leaves_no_trace() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(("schedule", "network_steps"), [("stage", 0), ("unit", 2), ("network", 0)])
+@pytest.mark.parametrize(
+    ("schedule", "network_steps"),
+    [pytest.param("stage", 0, marks=pytest.mark.slow), ("unit", 2), pytest.param("network", 0, marks=pytest.mark.slow)],
+)
 def test_progress_goes_from_nothing_to_all_by_ones(schedule: str, network_steps: int) -> None:
     seen: list[Progress] = []
     settings = config(schedule=schedule, network_steps=network_steps)

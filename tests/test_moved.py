@@ -112,6 +112,7 @@ def test_names_of_a_module_come_from_the_old_path() -> None:
     assert Old is QuantizedLayer
 
 
+@pytest.mark.slow
 def test_the_warning_points_at_who_imports(tmp_path: Path) -> None:
     script = tmp_path / "old_program.py"
     script.write_text("import repapq_plugin._moved\n\nimport repapq_plugin.fake_quantize\n")
@@ -131,6 +132,7 @@ def test_a_pickle_that_names_an_old_path_loads() -> None:
     assert isinstance(loaded.activation_post_process, MinMaxObserver)
 
 
+@pytest.mark.slow
 def test_asking_where_a_module_is_neither_warns_nor_loads_it() -> None:
     code = (
         "import importlib.util, sys, warnings; warnings.simplefilter('error')\n"

@@ -12,7 +12,12 @@ from repapq_plugin.errors import CalibrationError, ConfigError
 from repapq_plugin.quantizers.layers import QuantizedLayer
 from tests.support.networks import Chain, Pyramid, TwoBranchBlock, batches, settle
 
-SCHEDULES = ("unit", "stage", "network")
+slow = pytest.mark.slow
+
+# Of the schedules, the quick tests run one.
+schedules = pytest.mark.parametrize(
+    "schedule", [pytest.param("unit", marks=slow), "stage", pytest.param("network", marks=slow)]
+)
 
 
 def config(preset: str = "w4a4", **overrides) -> RepAPQConfig:
@@ -25,8 +30,9 @@ def error(result: CalibrationResult, model: nn.Module, x: torch.Tensor) -> float
         return sum(float(mae_loss(a, b)) for a, b in pairs)
 
 
+@slow
 @pytest.mark.parametrize("network", [Chain, Pyramid])
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ["unit", "stage", "network"])
 def test_learning_comes_nearer_to_the_float_network_than_plain_ranges(network, schedule):
     model, data, unseen = settle(network()), batches(8), torch.randn(64, 3, 16, 16)
     ranges = quantize_model(model, data, config().plain())
@@ -36,7 +42,7 @@ def test_learning_comes_nearer_to_the_float_network_than_plain_ranges(network, s
     assert error(learned, model, unseen) < 0.8 * error(ranges, model, unseen)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@schedules
 def test_what_is_returned_is_folded_and_lies_on_its_grid(schedule):
     result = quantize_model(settle(Pyramid()), batches(), config(schedule=schedule))
     layers = [module for module in result.model.modules() if isinstance(module, QuantizedLayer)]
@@ -55,6 +61,7 @@ def test_eight_bits_are_close_to_float():
     assert error(result, model, unseen) < 0.03 * float(model(unseen).abs().mean())
 
 
+@slow
 def test_the_user_s_model_is_not_touched():
     model = settle(Chain()).train()
     model.fc.weight.requires_grad_(False)
@@ -69,6 +76,7 @@ def test_the_user_s_model_is_not_touched():
     assert any(isinstance(module, TwoBranchBlock) for module in model.modules())
 
 
+@slow
 def test_the_same_seed_gives_the_same_result_and_leaves_torch_s_own_alone():
     model, data = settle(Chain()), batches()
     state = torch.random.get_rng_state()
@@ -91,8 +99,8 @@ def test_a_result_that_is_not_better_on_held_out_batches_is_undone():
     torch.testing.assert_close(spoiled.model(x), ranges.model(x), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("schedule", "forwards_per_unit"), [("stage", None), ("unit", None), ("network", None)])
-def test_work_is_linear_in_the_number_of_units(monkeypatch, schedule, forwards_per_unit):
+@schedules
+def test_work_is_linear_in_the_number_of_units(monkeypatch, schedule):
     def forwards(stages: int) -> float:
         counted = [0]
         convolve = nn.Conv2d._conv_forward
@@ -142,6 +150,7 @@ def test_what_is_kept_float_is_listed_with_its_reason():
     assert isinstance(result.model.fc, nn.Linear)
 
 
+@slow
 def test_progress_counts_to_the_end():
     seen = []
     quantize_model(settle(Chain()), batches(), config(steps=3), progress=seen.append)
@@ -223,6 +232,7 @@ class FragileNetwork(Chain):
             self.stages[1].allowed = False
 
 
+@slow
 def test_a_stage_that_cannot_be_run_alone_stays_float_and_the_rest_goes_on(caplog):
     model, x = settle(FragileNetwork()), torch.randn(4, 3, 16, 16)
     with caplog.at_level(logging.WARNING):

@@ -90,6 +90,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(pair, tmp_path):
         result.save(tmp_path / "file" / "result.safetensors")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_older_file_and_nothing_else(tmp_path):
     script = """
         import resource, signal, sys, torch
@@ -248,14 +249,29 @@ HEADERS = {
 }
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, Path]:
+    torch.manual_seed(0)
+    model = settle(Chain())
+    path = tmp_path_factory.mktemp("saved") / "honest.safetensors"
+    return model, quantize_model(model, batches(1), RepAPQConfig(steps=0)).save(path)
+
+
+def test_an_honest_header_loads(saved: tuple[torch.nn.Module, Path]) -> None:
+    model, honest = saved
+    assert CalibrationResult.load(honest, model).layers
+
+
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("name", HEADERS)
-def test_whatever_a_header_says_only_a_result_error_comes_of_it(name: str, version: int, tmp_path: Path) -> None:
-    model = settle(Chain())
-    path = quantize_model(model, batches(1), RepAPQConfig(steps=0)).save(tmp_path / "a.safetensors")
-    with safe_open(path, framework="pt") as file:
+def test_whatever_a_header_says_only_a_result_error_comes_of_it(
+    name: str, version: int, saved: tuple[torch.nn.Module, Path], tmp_path: Path
+) -> None:
+    model, honest_path = saved
+    with safe_open(honest_path, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
         honest = json.loads(file.metadata()["result"])
+    path = tmp_path / "a.safetensors"
     odd = HEADERS[name]
     text = odd if isinstance(odd, str) else json.dumps({**honest, **odd})
     save_file(tensors, path, metadata={"format": f"repapq-result-{version}", "result": text})

@@ -142,6 +142,7 @@ def test_every_public_name_exists() -> None:
 
 
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
+OWN_NAMES = own_names(list(TREES.values()))
 ROOT = PACKAGE.parent
 TESTS = sorted(path for folder in ("tests", "integration") for path in (ROOT / folder).rglob("*.py"))
 
@@ -281,7 +282,7 @@ def private_uses(path: Path, tree: ast.AST, own: set[str]) -> list[str]:
 @pytest.mark.parametrize("path", sorted((PACKAGE / "hosts").rglob("*.py")), ids=dotted)
 def test_what_a_host_keeps_private_is_used_in_one_file_of_it(path: Path) -> None:
     if path.name != "_compat.py":
-        assert private_uses(path, TREES[path], own_names(list(TREES.values()))) == []
+        assert private_uses(path, TREES[path], OWN_NAMES) == []
 
 
 def test_outside_hosts_nothing_of_a_host_is_private() -> None:

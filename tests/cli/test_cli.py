@@ -49,6 +49,7 @@ def test_wrong_input_ends_in_code_1_and_a_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_package_and_its_command_load_no_host() -> None:
     code = (
         "import sys, repapq_plugin, repapq_plugin.cli\n"

@@ -241,6 +241,7 @@ print("code", main(["quantize", sys.argv[1] + ".py"]))
 """
 
 
+@pytest.mark.slow
 def test_plain_pytorch_works_where_no_host_can_be_imported(tmp_path: Path) -> None:
     command = [sys.executable, "-c", BLOCKED, str(tmp_path / "result.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)

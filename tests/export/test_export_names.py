@@ -52,9 +52,9 @@ class Alike(nn.Module):
 SHAPES = {"images": (2, 6, 5, 5), "features": (3, 6), "tokens": (2, 5, 6)}
 
 
-@pytest.mark.parametrize("bits", [8, 7, 4])
+@pytest.mark.parametrize("bits", [8, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (7, 4))])
 @pytest.mark.parametrize("kind", ["equal", "tied", "scaled", "called"])
-@pytest.mark.parametrize("data", SHAPES)
+@pytest.mark.parametrize("data", ["images", pytest.param("features", marks=pytest.mark.slow), "tokens"])
 def test_layers_of_equal_codes_are_valid_everywhere(data: str, kind: str, bits: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(SHAPES[data])

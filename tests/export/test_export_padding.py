@@ -100,7 +100,7 @@ def operators_run(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize(("bits", "input_bits"), [(7, 8), (4, 4)])
+@pytest.mark.parametrize(("bits", "input_bits"), [(7, 8), pytest.param(4, 4, marks=pytest.mark.slow)])
 def test_onnx_computes_the_simulation_in_integers(name: str, bits: int, input_bits: int, tmp_path: Path) -> None:
     model, x = around(name, bits, input_bits)
     assert all(torch.equal(a, b) for a, b in zip(outputs_of(deployable(model), x), outputs_of(model, x), strict=True))
@@ -116,6 +116,7 @@ def test_onnx_computes_the_simulation_in_integers(name: str, bits: int, input_bi
         assert operators_run(summary.path).count("QLinearConv") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_openvino_computes_the_simulation_in_integers(name: str, tmp_path: Path) -> None:
     model, x = around(name)

@@ -27,7 +27,7 @@ from tests.support.export_networks import (
 )
 
 # 7 bits of weights where activations have 8: exact on every processor (see saturation below).
-BITS = [(7, 8), (6, 6), (4, 4), (3, 5)]
+BITS = [(7, 8), *(pytest.param(w, a, marks=pytest.mark.slow) for w, a in [(6, 6), (4, 4), (3, 5)])]
 
 
 @pytest.mark.parametrize("kind", NETWORKS)

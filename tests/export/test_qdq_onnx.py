@@ -34,7 +34,7 @@ from tests.support.export_networks import (
     set_ranges,
 )
 
-BITS = [(8, 8), (6, 6), (4, 4), (3, 5)]
+BITS = [(8, 8), (4, 4), *(pytest.param(w, a, marks=pytest.mark.slow) for w, a in [(6, 6), (3, 5)])]
 
 
 @pytest.mark.parametrize("kind", NETWORKS)

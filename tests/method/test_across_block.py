@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import cast
@@ -13,10 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core.running import seeded
 from repapq_plugin.errors import CalibrationError
 from repapq_plugin.method.across_block import (
     AcrossBlockCalibrator,
     Networks,
+    UnitResult,
     across_block_loss,
     relative_loss,
     total_steps,
@@ -30,6 +33,8 @@ from repapq_plugin.quantizers.layers import QuantizedLayer
 from tests.support.comparing import equal
 from tests.support.networks import Chain, Pyramid, batches, settle
 from tests.support.placed import after, networks_of
+
+slow = pytest.mark.slow
 
 LOSSES = ("mae", "mse")
 losses = st.sampled_from(LOSSES)
@@ -165,10 +170,17 @@ def returned_by(networks: Networks, model: nn.Module, name: str, batch: int) -> 
     return outputs[name]
 
 
+@functools.cache
+def finished(network: type[nn.Module], schedule: str) -> tuple[AcrossBlockCalibrator, Remembering, list[UnitResult]]:
+    """A network that has learned by a schedule, with its cache and results: made once, for tests that only look."""
+    with seeded(0):
+        calibration, cache, _ = calibrator(network(), config(schedule=schedule))
+        return calibration, cache, calibration.run()
+
+
 @pytest.mark.parametrize("schedule", ["unit", "stage"])
 def test_a_stage_learns_behind_the_quantized_prefix_and_against_the_float_network(schedule: str) -> None:
-    calibration, cache, _ = calibrator(Chain(), config(schedule=schedule))
-    results = calibration.run()
+    calibration, cache, results = finished(Chain, schedule)
     networks, stages = calibration.networks, calibration.stages
     assert any(result.kept for result in results)
     for stage in stages:
@@ -185,8 +197,7 @@ def test_a_stage_learns_behind_the_quantized_prefix_and_against_the_float_networ
 
 
 def test_units_of_a_stage_learn_behind_the_finished_ones() -> None:
-    calibration, cache, _ = calibrator(Chain(), config(schedule="unit"))
-    calibration.run()
+    calibration, cache, _ = finished(Chain, "unit")
     networks = calibration.networks
     units = [unit.name for stage in calibration.stages for unit in stage.units if unit.name != stage.name]
     assert units
@@ -197,8 +208,7 @@ def test_units_of_a_stage_learn_behind_the_finished_ones() -> None:
 @pytest.mark.parametrize("network", [Chain, Pyramid])
 @pytest.mark.parametrize("schedule", ["unit", "stage"])
 def test_stages_come_in_order_and_results_one_per_unit(network: type[nn.Module], schedule: str) -> None:
-    calibration, cache, _ = calibrator(network(), config(schedule=schedule))
-    results = calibration.run()
+    calibration, cache, results = finished(network, schedule)
     order = list(dict.fromkeys(key.module for key, _ in cache.last if key.role is Role.TEACHER_READS))
     assert order == [stage.name for stage in calibration.stages]
     units = [(unit.name, stage.name) for stage in calibration.stages for unit in stage.units]
@@ -208,15 +218,14 @@ def test_stages_come_in_order_and_results_one_per_unit(network: type[nn.Module],
 
 @pytest.mark.parametrize("schedule", ["unit", "stage"])
 def test_what_only_a_stage_needed_is_forgotten(schedule: str) -> None:
-    calibration, cache, _ = calibrator(Chain(), config(schedule=schedule))
-    calibration.run()
+    calibration, cache, _ = finished(Chain, schedule)
     stages = {stage.name for stage in calibration.stages}
     kept = {key for key, batch in cache.last if (key, batch) in cache}
     assert kept == {Activation(role, name) for role in (Role.TEACHER, Role.STUDENT) for name in stages}
 
 
 @pytest.mark.parametrize("schedule", ["unit", "stage", "network"])
-@pytest.mark.parametrize("network_steps", [0, 3])
+@pytest.mark.parametrize("network_steps", [pytest.param(0, marks=slow), 3])
 def test_the_steps_taken_are_those_foretold_and_all_quantizers_round_again(schedule: str, network_steps: int) -> None:
     settings = config(schedule=schedule, network_steps=network_steps, steps=2)
     calibration, _, steps = calibrator(Chain(), settings)
@@ -243,8 +252,8 @@ def failing_at(name: str, error: BaseException, networks: Networks) -> Networks:
     "error",
     [
         MemoryError(),
-        torch.OutOfMemoryError("out of memory"),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        pytest.param(torch.OutOfMemoryError("out of memory"), marks=slow),
+        pytest.param(RuntimeError("DefaultCPUAllocator: can't allocate memory"), marks=slow),
         CalibrationError("something of the user's"),
     ],
     ids=["host", "device", "allocator", "own"],
@@ -259,7 +268,7 @@ def test_full_memory_and_errors_of_our_own_end_the_calibration(error: BaseExcept
 
 
 @pytest.mark.parametrize("schedule", ["unit", "stage"])
-@pytest.mark.parametrize("network_steps", [0, 2])
+@pytest.mark.parametrize("network_steps", [pytest.param(0, marks=slow), 2])
 def test_a_stage_that_raises_stays_float_with_the_reason_and_the_rest_goes_on(
     schedule: str, network_steps: int
 ) -> None:
@@ -281,6 +290,7 @@ def test_a_stage_that_raises_stays_float_with_the_reason_and_the_rest_goes_on(
         assert layer.weight_fake_quant.quantizing == layer.input_fake_quant.quantizing == name.startswith("stages.2")
 
 
+@slow
 def test_the_network_as_a_whole_follows_what_its_stages_found() -> None:
     results = []
     for network_steps in (0, 30):

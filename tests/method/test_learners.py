@@ -29,14 +29,20 @@ from tests.support.placed import after
 RATES = LearningRates(weight=0.01, scale=0.02, affine=0.04)
 
 
-@pytest.fixture
-def layers() -> dict[str, QuantizedLayer]:
-    """Layers of a pyramid, ranges found, affine layers attached; two of them share an input quantizer."""
+@pytest.fixture(scope="module")
+def placed_layers() -> dict[str, QuantizedLayer]:
+    torch.manual_seed(0)
     job, _ = after("find_ranges", settle(Pyramid()), batches(2), RepAPQConfig.from_preset("w4a4"))
     found = {name: module for name, module in job.backend.student.named_modules() if isinstance(module, QuantizedLayer)}
     for layer in found.values():
         attach_affine(layer)
     return found
+
+
+@pytest.fixture
+def layers(placed_layers: dict[str, QuantizedLayer]) -> dict[str, QuantizedLayer]:
+    """Layers of a pyramid, ranges found, affine layers attached; two of them share an input quantizer."""
+    return copy.deepcopy(placed_layers)
 
 
 def learners_of(layers: dict[str, QuantizedLayer]) -> dict[str, Learner]:

@@ -28,6 +28,8 @@ from tests.support.comparing import hooks_of
 from tests.support.networks import Chain, Pyramid, batches, settle
 from tests.support.placed import after
 
+slow = pytest.mark.slow
+
 
 def ignore(part: str = "", loss: float | None = None) -> None:
     return None
@@ -95,7 +97,7 @@ def disturbance(quantizer: Quantizer, qparams: tuple[Tensor, Tensor], placed: Pl
 
 
 @pytest.mark.parametrize("network", [Chain, Pyramid])
-@pytest.mark.parametrize("bits", [3, 6])
+@pytest.mark.parametrize("bits", [3, pytest.param(6, marks=slow)])
 def test_the_chosen_range_disturbs_the_layers_behind_it_no_more_than_any_candidate(
     network: type[nn.Module], bits: int
 ) -> None:
@@ -115,7 +117,9 @@ def test_the_chosen_range_disturbs_the_layers_behind_it_no_more_than_any_candida
     assert len(winners) > 1
 
 
-@pytest.mark.parametrize("name", ["min_max", "mse", "mae", "percentile"])
+@pytest.mark.parametrize(
+    "name", ["min_max", *(pytest.param(name, marks=slow) for name in ("mse", "mae")), "percentile"]
+)
 def test_a_single_observer_says_the_range(name: str) -> None:
     placed = Placed(Chain(), config(activation_observer=name, percentile=99.0))
     placed.find()

@@ -27,9 +27,12 @@ NETWORKS = {
     "shufflenet": torchvision.models.shufflenet_v2_x0_5,
     "vgg": torchvision.models.vgg11_bn,
 }
+slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", ["resnet18", pytest.param("resnet50", marks=slow), "shufflenet", pytest.param("vgg", marks=slow)]
+)
 def test_one_norm_is_left_and_activations_neither_vanish_nor_explode(name):
     model = NETWORKS[name](num_classes=10)
     before = copy.deepcopy(model.state_dict())
@@ -120,7 +123,7 @@ def test_norms_that_do_not_run_are_kept_and_named():
     assert converted.model.norm.bias is not None
 
 
-@pytest.mark.parametrize("name", ["resnet18", "shufflenet"])
+@pytest.mark.parametrize("name", [pytest.param("resnet18", marks=slow), "shufflenet"])
 def test_it_trains_and_merges_away_whole(name):
     torch.manual_seed(0)
     model = convert(NETWORKS[name](num_classes=4), images()).model.train()
@@ -144,6 +147,7 @@ def test_it_trains_and_merges_away_whole(name):
         assert (merged(x) - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
+@slow
 def test_parametrized_weights_are_baked_before_quantizing():
     model = convert(NETWORKS["resnet18"](num_classes=4), images()).model.eval()
     parametrize_weight_mean(model)

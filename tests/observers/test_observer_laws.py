@@ -154,6 +154,7 @@ def test_zeros_first_do_not_spoil_what_follows(cls: Factory) -> None:
     assert late.calculate_qparams()[0].item() > EPS
 
 
+@pytest.mark.slow
 @histograms
 @given(seed=seeds, exponent=st.integers(-30, 30))
 def test_the_histogram_is_the_same_whether_zeros_come_first_or_last(

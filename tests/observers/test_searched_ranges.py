@@ -59,7 +59,7 @@ def test_on_its_histogram_never_worse_than_min_max(cls: type[SearchedRangeObserv
 
 
 @searched
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("symmetric", [pytest.param(False, marks=pytest.mark.slow), True])
 @given(seed=seeds, bits=bit_widths)
 def test_on_the_data_never_worse_than_min_max_by_more_than_bins(
     cls: type[SearchedRangeObserver], symmetric: bool, seed: int, bits: int
@@ -78,6 +78,7 @@ def test_on_the_data_never_worse_than_min_max_by_more_than_bins(
     assert found <= error(x, POWERS[cls], reference.calculate_qparams(), bounds) + 2 * bin_width
 
 
+@pytest.mark.slow
 @searched
 @given(seed=seeds, bits=st.integers(2, 5))
 def test_behind_a_relu_it_is_the_best_of_all_candidates(cls: type[SearchedRangeObserver], seed: int, bits: int) -> None:

@@ -49,8 +49,8 @@ class Asymmetric(nn.Module):
         return self.second(self.first(x)) + self.norm(self.other(x))
 
 
-def timm_model(name: str) -> Callable[[], nn.Module]:
-    return lambda: timm.create_model(name, num_classes=2)
+def timm_model(name: str, **keys: tuple[int, ...]) -> Callable[[], nn.Module]:
+    return lambda: timm.create_model(name, num_classes=2, **keys)
 
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
@@ -59,12 +59,13 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "without parameters": Block,
     "untraceable": Untraceable,
     "in series": Asymmetric,
-    "FastViT": timm_model("fastvit_t8"),
-    "RepViT": timm_model("repvit_m0_9"),
+    "FastViT": timm_model("fastvit_t8", layers=(1, 1, 1, 1)),
+    "RepViT": timm_model("repvit_m0_9", depth=(2, 2, 2, 2)),
 }
+SLOW = {"FastViT"}
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in BLOCKS])
 def test_a_block_is_merged_where_it_is(name: str) -> None:
     torch.manual_seed(0)
     model = BLOCKS[name]().eval()

@@ -97,7 +97,9 @@ def blocks_in(model: nn.Module) -> int:
     return sum(isinstance(module, MergedBlock) for module in model.modules())
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [pytest.param(torch.float32, 1e-5, marks=pytest.mark.slow), (torch.float64, 1e-12)]
+)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_block_is_merged_exactly(name: str, dtype: torch.dtype, bound: float) -> None:
     block, count = BLOCKS[name]
@@ -113,6 +115,7 @@ def test_block_is_merged_exactly(name: str, dtype: torch.dtype, bound: float) ->
     assert find_unknown_multibranch(merged, lambda net: net(x)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_network_is_merged_exactly_and_no_branches_are_left(name: str) -> None:
     model = prepared(NETWORKS[name](num_classes=5)).double()

@@ -379,6 +379,7 @@ def test_skipped_and_shared_blocks() -> None:
     assert type(merged["third"]) is Hidden
 
 
+@pytest.mark.slow
 def test_merging_unchecked_gives_the_same_module() -> None:
     for block, _ in HIDDEN.values():
         checked, _ = merge_branches(nn.Sequential(prepared(block)))
