@@ -9,7 +9,7 @@ from repapq_plugin.errors import RepAPQError
 from repapq_plugin.export.openvino import export_openvino
 from repapq_plugin.export.qdq_onnx import export_onnx
 from repapq_plugin.job import Progress, quantize_model
-from repapq_plugin.method.across_block import UnitResult
+from repapq_plugin.method.unit_result import UnitResult
 from repapq_plugin.observers import MAEObserver, MinMaxObserver, MSEObserver, PercentileObserver
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
 from repapq_plugin.reparam.branches import Branch, BranchSpec, register_branches

@@ -116,13 +116,15 @@ class RepAPQConfig:
             and are read with outlying weights (`conditioning.constant_channels`).
         equalize: Rescale channels before anything is quantized, so that those of one tensor are of
             like size (`conditioning.equalize`); the float network stays the same function.
+        solve: Before anything learns, give each layer the integers that best reproduce what it computed in the float
+            network, in closed form (`method.solve`).
         affine: Put QPR's channel-wise affine layer behind each convolution during calibration.
         loss: Reconstruction loss: ``mae`` (paper) or ``mse`` (the default is our choice: level with
             MAE at 4 and 3 bits, ahead of it where weights have 2; ``integration/bench/ablation.py``).
         stage_weight: Weight of the stage term against the mean unit term; 0 leaves it out.
         schedule: What is optimised together: one ``unit`` after the other, a ``stage`` at once, or
             the whole ``network``.
-        steps: Optimisation steps per unit, stage, or network. 0 only sets ranges (plain PTQ).
+        steps: Optimisation steps per unit, stage, or network. 0 learns nothing: ranges, and `solve`.
         network_steps: Further steps with the whole network as one stage, once ``schedule`` is done:
             parts that found their place one after the other then settle together (our choice).
         learning_rates: See `LearningRates`.
@@ -151,6 +153,7 @@ class RepAPQConfig:
     percentile: float = 99.99
     fold_constants: bool = True
     equalize: bool = True
+    solve: bool = False
     affine: bool = True
     loss: LossName = "mse"
     stage_weight: float = 1.0
@@ -254,7 +257,12 @@ class RepAPQConfig:
     def plain(self) -> RepAPQConfig:
         """Return plain PTQ on the same grids, to compare with: min-max ranges, nothing prepared, nothing learned."""
         return self.replace(
-            steps=0, fold_constants=False, equalize=False, activation_observer="min_max", weight_observer="min_max"
+            steps=0,
+            solve=False,
+            fold_constants=False,
+            equalize=False,
+            activation_observer="min_max",
+            weight_observer="min_max",
         )
 
     def replace(self, **changes: object) -> RepAPQConfig:

@@ -31,8 +31,7 @@ from repapq_plugin.merging import merge_for_inference as merge_for_inference
 from repapq_plugin.method.across_block import (
     AcrossBlockCalibrator,
     Networks,
-    UnitResult,
-    relative_loss,
+    mean_relative_loss,
     total_steps,
 )
 from repapq_plugin.method.agreement import disagreement
@@ -42,6 +41,7 @@ from repapq_plugin.method.optimise import split_batches
 from repapq_plugin.method.partition import Stage, find_stages, find_units
 from repapq_plugin.method.schedules import Activation
 from repapq_plugin.method.starting_ranges import not_quantizing, set_starting_ranges
+from repapq_plugin.method.unit_result import UnitResult
 from repapq_plugin.quantizers.plan import LayerPlan, QuantizationPlan, plan_layers
 from repapq_plugin.quantizers.trace import Trace, trace_network
 from repapq_plugin.result import Calibrated, CalibrationResult
@@ -212,7 +212,7 @@ class Job(Generic[R]):
     def learn(self, state: State) -> None:
         """Calibrate across blocks, with QPR's affine layers attached."""
         backend, config = self.backend, self.config
-        if not config.steps:
+        if not config.steps and not config.solve:
             return
         if config.affine:
             backend.attach_affine()
@@ -220,6 +220,7 @@ class Job(Generic[R]):
             backend.student,
             state.teacher,
             backend.learners(),
+            backend.sites.weights,
             state.trace,
             state.batches,
             self.forward,
@@ -257,7 +258,7 @@ class Job(Generic[R]):
         for index in held_out:
             wanted = floating_tensors(self.forward(state.teacher, state.batches[index]))
             got = floating_tensors(self.forward(self.backend.student, state.batches[index]))
-            total += float(relative_loss(got, wanted, self.config.loss))
+            total += float(mean_relative_loss(got, wanted, self.config.loss))
         return total / len(held_out)
 
     def fold(self, state: State) -> None:

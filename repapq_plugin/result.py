@@ -19,7 +19,7 @@ from repapq_plugin.config import MAX_BITS, MIN_BITS, RepAPQConfig
 from repapq_plugin.core.copies import is_half, own_copy, takes_halves
 from repapq_plugin.core.files import atomically
 from repapq_plugin.errors import MergeError, ResultError
-from repapq_plugin.method.across_block import UnitResult
+from repapq_plugin.method.unit_result import UnitResult
 from repapq_plugin.quantizers.layers import weight_of
 from repapq_plugin.quantizers.own_forward import baked_layer
 from repapq_plugin.quantizers.plan import LayerPlan, QuantizationPlan, insert_quantizers

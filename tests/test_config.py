@@ -29,6 +29,7 @@ allowed: dict[str, st.SearchStrategy[object]] = {
     "fold_constants": st.booleans(),
     "reduce_range": st.booleans(),
     "equalize": st.booleans(),
+    "solve": st.booleans(),
     "affine": st.booleans(),
     "loss": st.sampled_from(["mae", "mse"]),
     "stage_weight": st.floats(0, 1e6),

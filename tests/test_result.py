@@ -158,8 +158,8 @@ def test_a_result_of_the_version_before_loads_bit_for_bit():
 
 
 def as_saved_today(saved: dict[str, object]) -> dict[str, object]:
-    """The record of format 1 with the one entry that format 2 adds."""
-    return {**saved, "plan": {**saved["plan"], "baked": []}}
+    """The record of format 1 with what format 2 adds to it."""
+    return {**saved, "plan": {**saved["plan"], "baked": []}, "config": {**saved["config"], "solve": False}}
 
 
 def test_a_result_of_the_version_before_computes_what_it_did_and_is_saved_as_version_2(tmp_path):

@@ -134,6 +134,23 @@ def ablation_table(model: str) -> str:
     return markdown([title, *(preset.upper() for preset in presets)], body)
 
 
+def photographs_table() -> str:
+    """Return what full-size classifiers score on photographs, by settings."""
+    rows = rows_of("photographs")
+    body = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        of_model = [row for row in rows if row["model"] == model]
+        title = f"{model}, top-1 %, float {of_model[0]['float']:.2f}"
+        for method, settings in dict.fromkeys((row["method"], row["settings"]) for row in of_model):
+            if method == "plain PTQ" and any("plain PTQ" in line[1] for line in body if line[0] == title):
+                continue  # the same for all settings
+            chosen = [row for row in of_model if (row["method"], row["settings"]) == (method, settings)]
+            cells = [mean_of(row["accuracy"] for row in chosen if row["preset"] == preset) for preset in PRESETS]
+            named = method if method == "plain PTQ" or not settings else f"{method}, {settings}"
+            body.append([title, named, *cells])
+    return markdown(["", "", *(preset.upper() for preset in PRESETS)], body)
+
+
 def nncf_table() -> str:
     """Return `nncf.quantize` beside ours: score, kernels and operators of the converted networks."""
     body = []
@@ -192,6 +209,7 @@ def outlier_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary_table,
+    "photographs": photographs_table,
     "runtimes": runtime_table,
     "nncf": nncf_table,
     "mimicnorm": training_table,

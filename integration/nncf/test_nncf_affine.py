@@ -50,8 +50,12 @@ def test_an_affine_layer_changes_nothing_until_it_learns_and_leaves_no_trace(
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(run(model, x), before, strict=True))
 
 
-def test_the_fold_keeps_every_code_and_the_sign_goes_into_them(model_and_x: tuple[nn.Module, Tensor]) -> None:
+@pytest.mark.parametrize("seed", range(5))
+def test_the_fold_keeps_every_code_and_the_sign_goes_into_them(
+    model_and_x: tuple[nn.Module, Tensor], seed: int
+) -> None:
     model, x = model_and_x
+    torch.manual_seed(seed)
     placement = place(model, x)
     for placed in placement.activations:
         placed.quantizer.enabled.fill_(0)  # rounding would turn float noise into steps

@@ -11,7 +11,7 @@ import torch
 from mmengine.runner import Runner
 from nncf.torch.function_hook import get_hook_storage
 
-from integration.openmmlab.scenes import CLASSIFIER, DETECTOR, FEW_ITEMS, FEW_SCENES, random_checkpoint
+from integration.openmmlab.scenes import ASSETS, CLASSIFIER, DETECTOR, FEW_ITEMS, FEW_SCENES, random_checkpoint
 from repapq_plugin.errors import ConfigError, ExportError, HostError
 from repapq_plugin.hosts.nncf import load
 from repapq_plugin.hosts.nncf.hosted import NNCFNetwork
@@ -26,9 +26,10 @@ from repapq_plugin.job import merge_for_inference
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("checkpoints")
+    # A deep network of random weights lets nothing through 8 bits, and two that give nothing but biases are alike.
     return {
-        name: random_checkpoint(config, folder / f"{name}.pth")
-        for name, config in (("detector", DETECTOR), ("classifier", CLASSIFIER))
+        "detector": ASSETS / "yolov6-n_fashion.pth",
+        "classifier": random_checkpoint(CLASSIFIER, folder / "classifier.pth"),
     }
 
 
@@ -55,13 +56,14 @@ def test_a_detector_is_quantized_by_nncf_and_scored_on_openvino(
     assert (tmp_path / "work" / "repapq.xml").is_file()
     loop = runner.test_loop
     assert isinstance(loop, RepAPQTestLoop) and loop.result is not None
+    assert all(unit.loss_after < 0.05 for unit in loop.result.units)
     network = loop.result.model
     assert isinstance(network, TensorPath) and not get_hook_storage(network).is_empty()
     with torch.no_grad():
         wanted = network(loop.quantization.example)
         got = loop.network(loop.quantization.example)  # type: ignore[misc]
     for ours, theirs in zip(got, wanted, strict=True):
-        assert float((ours - theirs).abs().mean()) < 0.05 * float(theirs.abs().mean())
+        assert float((ours - theirs).abs().mean()) < 0.02 * float(theirs.abs().mean())
 
 
 def test_a_classifier_is_scored_simulated_and_its_state_comes_back(

@@ -60,6 +60,8 @@ def read_channels(
     run: Callable[[B], object],
     batches: Sequence[B],
     see: Callable[[L, Tensor], None],
+    *,
+    alike: bool = False,
 ) -> None:
     """Run batches and show, call after call, what layers read; calls without images are left out.
 
@@ -68,6 +70,7 @@ def read_channels(
         run: Makes a forward pass of the network that they are in.
         batches: What to run.
         see: ``see(layer, values)`` is given ``[in_channels, values of a channel]``.
+        alike: Divide each sample by its largest absolute value first, so that all count alike.
     """
 
     def hook(layer: L, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
@@ -75,7 +78,10 @@ def read_channels(
         if x is not None and x.numel():
             # A linear layer's channels lie in the last axis, a convolution's in front of the positions.
             axis = -1 if isinstance(layer, nn.Linear) else 1 - cast(Tensor, layer.weight).dim()
-            see(layer, x.detach().movedim(axis, 0).flatten(1))
+            x = x.detach()
+            if alike and x.dim() > 1:
+                x = x / x.abs().flatten(1).amax(1).clamp_min(1e-30).reshape(-1, *[1] * (x.dim() - 1))
+            see(layer, x.movedim(axis, 0).flatten(1))
 
     if not layers:
         return

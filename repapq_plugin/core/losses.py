@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 
@@ -20,9 +21,38 @@ def mse_loss(output: Tensor, target: Tensor) -> Tensor:
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mae": mae_loss, "mse": mse_loss}
 
 
-def magnitude(target: Tensor, loss: str) -> Tensor:
-    """Return the loss of an all-zero output, by which a loss is divided to make it relative.
+QUIET = 1e-4
+"""Share of the mean size below which no sample's own size counts: what is nearly zero has no relative error."""
 
-    Relative terms of units of different magnitude can be added (our choice).
+
+def relative_loss(output: Tensor, target: Tensor, loss: str) -> Tensor:
+    """Return the mean over samples of a loss, each divided by what an all-zero output would lose: a scalar.
+
+    Relative terms of units of different magnitude can be added. That each sample is divided by its own magnitude is our
+    choice, too: in a MobileOne-S1 trained on photographs, one image in a hundred is 60 times as large as the others
+    behind the third stage, and 3,600 times in squares; it alone would be learned from. Samples below the median are
+    divided by the median, so that quiet ones do not grow loud.
+
+    Args:
+        output: ``(samples, ...)``; a tensor without such an axis is one sample.
+        target: The same shape.
+        loss: ``"mae"`` or ``"mse"``.
     """
-    return LOSSES[loss](target, target.new_zeros(())).clamp_min(1e-12)
+    return (_sizes(output - target, loss) / sample_magnitudes(target, loss)).mean()
+
+
+def sample_magnitudes(target: Tensor, loss: str) -> Tensor:
+    """Return by what the error of each sample is divided to be relative, float ``(samples,)``, positive."""
+    return sample_floor(_sizes(target, loss))
+
+
+def sample_floor(sizes: Tensor) -> Tensor:
+    """Return the sizes of samples, ``(samples,)``, with none below their median or next to nothing."""
+    floor = torch.maximum(sizes.median(), QUIET * sizes.mean()).clamp_min(1e-12)
+    return torch.maximum(sizes, floor)
+
+
+def _sizes(values: Tensor, loss: str) -> Tensor:
+    """Return the mean of each sample as the loss measures it."""
+    samples = values.flatten(1) if values.dim() > 1 else values.reshape(1, -1)
+    return (samples.abs() if loss == "mae" else samples.square()).mean(1)

@@ -8,30 +8,33 @@ every term is divided by the magnitude of its target, and that units are average
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
-from repapq_plugin.core.losses import LOSSES, magnitude
+from repapq_plugin.core.losses import relative_loss
 from repapq_plugin.core.progress import Advance
 from repapq_plugin.core.running import Batch, ForwardFn, is_out_of_memory
 from repapq_plugin.errors import RepAPQError
 from repapq_plugin.method.learners import Learner
-from repapq_plugin.method.optimise import Outcome, Outputs, Subject, reconstruct
+from repapq_plugin.method.optimise import Outcome, Outputs, Subject, reconstruct, split_batches
 from repapq_plugin.method.partition import Stage, Unit, is_inside
 from repapq_plugin.method.replay import answering, inputs_of, recording
 from repapq_plugin.method.schedules import Activation, Cache, NetworkSubject, Role, StageRun, StageSubject, UnitSubject
+from repapq_plugin.method.sites import WeightSite
+from repapq_plugin.method.solve_units import StageSolver, solvable
+from repapq_plugin.method.unit_result import UnitResult, joined
 from repapq_plugin.quantizers.trace import Trace
 
 logger = logging.getLogger(__name__)
 
 
-def relative_loss(outputs: Sequence[Tensor], targets: Sequence[Tensor], loss: str) -> Tensor:
-    """Return the mean over tensors of ``loss(output, target) / loss(0, target)``, a scalar.
+def mean_relative_loss(outputs: Sequence[Tensor], targets: Sequence[Tensor], loss: str) -> Tensor:
+    """Return the mean over tensors of `relative_loss`, a scalar.
 
     Args:
         outputs: Tensors of any shapes: the calls of a unit, or the outputs of a network.
@@ -39,9 +42,7 @@ def relative_loss(outputs: Sequence[Tensor], targets: Sequence[Tensor], loss: st
         loss: ``"mae"`` or ``"mse"``.
     """
     terms = [
-        LOSSES[loss](output, target) / magnitude(target, loss)
-        for output, target in zip(outputs, targets, strict=True)
-        if target.numel()
+        relative_loss(output, target, loss) for output, target in zip(outputs, targets, strict=True) if target.numel()
     ]
     return torch.stack(terms).mean() if terms else torch.zeros(())
 
@@ -57,34 +58,11 @@ def across_block_loss(
         loss: ``"mae"`` or ``"mse"``.
         stage_weight: Weight of the stage term against the mean of the unit terms.
     """
-    parts = {name: relative_loss(given, targets.units[name], loss) for name, given in outputs.units.items()}
+    parts = {name: mean_relative_loss(given, targets.units[name], loss) for name, given in outputs.units.items()}
     total = torch.stack(list(parts.values())).mean()
     if stage_weight and outputs.stage:
-        total = total + stage_weight * relative_loss(outputs.stage, targets.stage, loss)
+        total = total + stage_weight * mean_relative_loss(outputs.stage, targets.stage, loss)
     return total, {name: part.detach() for name, part in parts.items()}
-
-
-@dataclass(frozen=True)
-class UnitResult:
-    """What calibration did to one unit, measured on held-out batches.
-
-    Args:
-        name: Module path.
-        stage: Module path of what it was supervised with, or ``network``.
-        loss_before: Its relative loss with starting ranges only.
-        loss_after: Its relative loss with what was kept.
-        kept: Whether learning improved on the starting point, and its result stays.
-        seconds: Time spent, shared evenly among units that were learned together.
-        note: Why something was not kept.
-    """
-
-    name: str
-    stage: str
-    loss_before: float
-    loss_after: float
-    kept: bool
-    seconds: float
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,6 +73,7 @@ class Networks:
         student: The quantized network.
         teacher: The float network, merged alike, with the same module paths.
         learners: What learns in the student, by the module path where it does.
+        weights: The student's quantized weights, by the module path of their layer.
         trace: What a forward pass showed.
         batches: Calibration batches.
         forward_fn: ``forward_fn(model, batch)`` runs either.
@@ -105,6 +84,7 @@ class Networks:
     student: nn.Module
     teacher: nn.Module
     learners: Mapping[str, Learner]
+    weights: Mapping[str, WeightSite]
     trace: Trace
     batches: Sequence[Batch]
     forward_fn: ForwardFn
@@ -138,15 +118,17 @@ class AcrossBlockCalibrator:
         self.student_modules = dict(networks.student.named_modules())
         self.teacher_modules = dict(networks.teacher.named_modules())
         self.left_float: dict[str, str] = {}
+        self._solvable = solvable(networks.weights) if config.solve else {}
 
     def run(self) -> list[UnitResult]:
         """Calibrate everything; return one result per unit, in call order."""
         if self.config.schedule == "network":
-            return self._calibrate_network(self.config.steps)
+            solved = self._calibrate_stages() if self._solvable else []
+            learned = self._calibrate_network(self.config.steps) if self.config.steps else []
+            return joined(solved, learned)
         results = self._calibrate_stages()
         if self.config.network_steps:
-            settled = {result.name: result for result in self._calibrate_network(self.config.network_steps)}
-            results = [_continued(result, settled.get(result.name)) for result in results]
+            results = joined(results, self._calibrate_network(self.config.network_steps), "network: ")
         return results
 
     def _calibrate_stages(self) -> list[UnitResult]:
@@ -169,7 +151,7 @@ class AcrossBlockCalibrator:
         units = [u for stage in self.stages for u in stage.units if not set(u.layers) & set(self.left_float)]
         subject = NetworkSubject(
             units,
-            self._learners_outside(self.left_float),
+            {path: learner for path, learner in networks.learners.items() if path not in self.left_float},
             networks.student,
             networks.teacher,
             lambda model, batch: networks.forward_fn(model, networks.batches[batch]),
@@ -183,10 +165,22 @@ class AcrossBlockCalibrator:
         self._fetch_inputs(networks.teacher, self.teacher_modules, stage, finished, Role.TEACHER_READS, Role.TEACHER)
         self._run_teacher(stage)
         self._fetch_inputs(networks.student, self.student_modules, stage, finished, Role.STUDENT_READS, Role.STUDENT)
-        by_unit = self.config.schedule == "unit" and stage.units[0].name != stage.name
-        results = self._unit_by_unit(stage) if by_unit else self._at_once(stage)
+        solved = self._solve(stage)
+        results: list[UnitResult] = []
+        if self.config.steps and self.config.schedule != "network":
+            by_unit = self.config.schedule == "unit" and stage.units[0].name != stage.name
+            results = self._unit_by_unit(stage) if by_unit else self._at_once(stage)
         self._store_stage_outputs(stage)
-        return results
+        return joined(solved, results)
+
+    def _solve(self, stage: Stage) -> list[UnitResult]:
+        """Solve the weights of a stage, where that is wanted."""
+        if not self._solvable:
+            return []
+        batches = split_batches(len(self.networks.batches), self.config.guard_fraction)
+        learners = self._learners_in(stage.name)
+        solver = StageSolver(self._run_of(stage), self.teacher_modules, self.networks.calls, learners, batches)
+        return solver.solve(self._solvable, self._loss)
 
     @torch.no_grad()
     def _fetch_inputs(
@@ -217,7 +211,6 @@ class AcrossBlockCalibrator:
             for name, unit_outputs in units.items():
                 if name != stage.name:
                     self.cache.put(Activation(Role.TEACHER, name), index, unit_outputs)
-        self.cache.drop_all(reads)
 
     def _run_of(self, stage: Stage) -> StageRun:
         return StageRun(stage, self.student_modules, partial(self.networks.run_alone, stage.name), self.cache)
@@ -250,6 +243,7 @@ class AcrossBlockCalibrator:
     def _store_stage_outputs(self, stage: Stage) -> None:
         """Cache the quantized stage's outputs for those behind it; forget what only its own units needed."""
         reads = Activation(Role.STUDENT_READS, stage.name)
+        self.cache.drop_all(Activation(Role.TEACHER_READS, stage.name))
         for index in range(len(self.networks.batches)):
             outputs = self.networks.run_alone(stage.name, self.cache.get(reads, index))
             self.cache.put(Activation(Role.STUDENT, stage.name), index, outputs)
@@ -261,14 +255,14 @@ class AcrossBlockCalibrator:
 
     def _reconstruct(self, subject: Subject, steps: int) -> Outcome:
         config = self.config.replace(steps=steps)
-        loss = partial(across_block_loss, loss=config.loss, stage_weight=config.stage_weight)
-        return reconstruct(subject, loss, len(self.networks.batches), config, self.advance)
+        return reconstruct(subject, self._loss, len(self.networks.batches), config, self.advance)
+
+    def _loss(self, outputs: Outputs, targets: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
+        config = self.config
+        return across_block_loss(outputs, targets, loss=config.loss, stage_weight=config.stage_weight)
 
     def _learners_in(self, name: str) -> dict[str, Learner]:
         return {path: learner for path, learner in self.networks.learners.items() if is_inside(path, name)}
-
-    def _learners_outside(self, names: Collection[str]) -> dict[str, Learner]:
-        return {path: learner for path, learner in self.networks.learners.items() if path not in names}
 
     def _set_quantizing(self, name: str, enabled: bool) -> None:
         for learner in self._learners_in(name).values():
@@ -307,16 +301,3 @@ def total_steps(stages: Sequence[Stage], config: RepAPQConfig) -> int:
         return config.steps
     parts = len(stages) if config.schedule == "stage" else sum(len(stage.units) for stage in stages)
     return config.steps * parts + config.network_steps
-
-
-def _continued(first: UnitResult, then: UnitResult | None) -> UnitResult:
-    """Join what a unit went through in its stage and then with the whole network."""
-    if then is None:
-        return first
-    return replace(
-        first,
-        loss_after=then.loss_after,
-        kept=first.kept or then.kept,
-        seconds=first.seconds + then.seconds,
-        note="; ".join(note for note in (first.note, then.note and f"network: {then.note}") if note),
-    )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.hooks import Hooks, unseen
-from repapq_plugin.core.losses import mae_loss
+from repapq_plugin.core.losses import relative_loss
 from repapq_plugin.core.progress import Advance
 from repapq_plugin.core.quant_primitives import fake_quantize
 from repapq_plugin.core.running import Batch
@@ -127,7 +127,8 @@ def _least_disturbing(
 ) -> dict[Quantizer, str]:
     """Return for each quantizer the name of the range that disturbs the layers which read it least.
 
-    A quantizer that no layer reads directly is judged by what it does to its own tensor, squared.
+    Each sample counts alike (`relative_loss`). A quantizer that no layer reads directly is judged by what it does to
+    its own tensor, squared.
     """
     if all(len(ranges) == 1 for ranges in found.values()):
         return {quantizer: next(iter(ranges)) for quantizer, ranges in found.items()}
@@ -153,7 +154,7 @@ def _least_disturbing(
             read.add(quantizer)
             for name, hat in hats(quantizer, x):
                 changed, keywords = change_first_tensor(args, kwargs, lambda _, hat=hat: hat)  # type: ignore[misc]
-                error = mae_loss(site.float_forward(*changed, **keywords), output)
+                error = relative_loss(site.float_forward(*changed, **keywords), output, "mae")
                 errors[quantizer][name] += float(error)
 
         return compare
@@ -164,7 +165,7 @@ def _least_disturbing(
                 return
             for name, hat in hats(quantizer, output):
                 with unseen():
-                    errors[quantizer][name] += float((hat - output).square().mean())
+                    errors[quantizer][name] += float(relative_loss(hat, output, "mse"))
 
         return judge
 

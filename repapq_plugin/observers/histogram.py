@@ -62,10 +62,19 @@ class HistogramRangeObserver(RangeObserver):
             self.radius.fill_(2.0 ** max(math.frexp(reach)[1] if reach else MIN_EXPONENT, MIN_EXPONENT))
         while reach >= float(self.radius):
             self._double()
-        flat = x.reshape(-1).double()
+        flat, weights = x.reshape(-1).double(), self.weights_of(x)
         index = torch.floor(flat / self.radius * (self.bins / 2)).long() + self.bins // 2
-        self.counts += torch.bincount(index, minlength=self.bins).to(self.counts)
-        self.sums += torch.bincount(index, weights=flat, minlength=self.bins).to(self.sums)
+        self.counts += torch.bincount(index, weights=weights, minlength=self.bins).to(self.counts)
+        self.sums += torch.bincount(index, weights=flat if weights is None else flat * weights, minlength=self.bins).to(
+            self.sums
+        )
+
+    def weights_of(self, x: Tensor) -> Tensor | None:
+        """Return how much each value of ``x`` counts, float64 ``(values,)``; ``None``: all alike.
+
+        Powers of two keep the sums exact, whatever the order of the batches.
+        """
+        return None
 
     def _double(self) -> None:
         quarter = self.bins // 4

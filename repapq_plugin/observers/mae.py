@@ -25,7 +25,9 @@ from repapq_plugin.observers.range_search import SearchedRangeObserver
 
 @register_observer("mae")
 class MAEObserver(SearchedRangeObserver):
-    """Per tensor: the range that minimises ``E |x - x_hat|`` over everything seen."""
+    """Per tensor: the range that minimises ``E |x - x_hat| / E |x|``, the mean over all samples seen."""
+
+    loss = "mae"
 
     def measure(self, deviation: Tensor) -> Tensor:
         """Return ``|x_hat - x|``, float64, of ``deviation``'s shape."""

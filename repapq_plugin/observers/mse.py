@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 @register_observer("mse")
 class MSEObserver(SearchedRangeObserver):
-    """Per tensor: the range that minimises ``E (x - x_hat)**2`` over everything seen."""
+    """Per tensor: the range that minimises ``E (x - x_hat)**2 / E x**2``, the mean over all samples seen."""
+
+    loss = "mse"
 
     def measure(self, deviation: Tensor) -> Tensor:
         """Return ``(x_hat - x)**2``, float64, of ``deviation``'s shape."""

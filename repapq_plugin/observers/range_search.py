@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from repapq_plugin.config import LossName
+from repapq_plugin.core.losses import sample_magnitudes
 from repapq_plugin.core.quant_primitives import choose_qparams
 from repapq_plugin.observers.histogram import HistogramOptions, HistogramRangeObserver
 
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 class SearchedRangeObserver(HistogramRangeObserver):
     """Searches the range whose quantization error is smallest on the histogram.
+
+    Each sample's error counts relative to its own magnitude (`core.losses.relative_loss`), to the nearest power of
+    two: one image that is many times as large as all others would stretch the range for itself (our choice).
 
     Upper and lower bound move in turn, first over fractions of the observed bounds, then twice over
     fractions of twice the value found: so the search stays fine behind an outlier of any size. What was
@@ -32,6 +37,15 @@ class SearchedRangeObserver(HistogramRangeObserver):
     def __init__(self, candidates: int = 100, **kwargs: Unpack[HistogramOptions]) -> None:
         super().__init__(**kwargs)
         self.candidates = candidates
+
+    loss: LossName
+    """What an error is measured by."""
+
+    def weights_of(self, x: Tensor) -> Tensor:
+        """Return one over the magnitude of the sample that a value belongs to, a power of two."""
+        magnitudes = sample_magnitudes(x.detach().double(), self.loss)
+        weights = torch.exp2(-torch.round(torch.log2(magnitudes)))
+        return weights.repeat_interleave(x.numel() // len(weights))
 
     @abstractmethod
     def measure(self, deviation: Tensor) -> Tensor:

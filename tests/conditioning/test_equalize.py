@@ -51,7 +51,7 @@ def test_the_network_computes_what_it_did_whatever_its_channels(exponents, group
 
 
 def test_in_front_of_depthwise_layers_all_channels_become_equally_large():
-    model, x = separable(), torch.randn(4, 3, 8, 8)
+    model, x = separable(), torch.randn(1, 3, 8, 8)
     with torch.no_grad():
         model[0].bias.zero_()
         model[0].weight[2] *= 50
@@ -59,6 +59,19 @@ def test_in_front_of_depthwise_layers_all_channels_become_equally_large():
     equalize(model, x)
     sizes = model[:2](x).abs().amax(dim=(0, 2, 3))
     assert sizes.max() <= 1.001 * sizes.min()
+
+
+def test_one_loud_sample_does_not_decide_over_all_channels():
+    torch.manual_seed(0)
+    x, found = torch.randn(4, 3, 8, 8), []
+    for loudness in (1.0, 1000.0):
+        torch.manual_seed(1)
+        model = separable()
+        with torch.no_grad():
+            model[0].bias.zero_()
+        equalize(model, x * torch.tensor([loudness, 1.0, 1.0, 1.0]).reshape(-1, 1, 1, 1))
+        found.append(model[0].weight.detach().clone())
+    assert torch.allclose(*found, rtol=1e-5)
 
 
 def test_in_front_of_dense_layers_activations_and_weights_meet_halfway():

@@ -41,5 +41,12 @@ def networks_of(job: Job[CalibrationResult], state: State) -> Networks:
     """Return what the method is given by a job."""
     backend = job.backend
     return Networks(
-        backend.student, state.teacher, backend.learners(), state.trace, state.batches, call_model, backend.run_alone
+        backend.student,
+        state.teacher,
+        backend.learners(),
+        backend.sites.weights,
+        state.trace,
+        state.batches,
+        call_model,
+        backend.run_alone,
     )

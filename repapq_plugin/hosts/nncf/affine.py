@@ -54,7 +54,8 @@ def take_out(hooks: nn.ModuleDict, key: str, hook: nn.Module) -> None:
 def fold_affine(model: nn.Module, placed: PlacedWeight, affine: ChannelAffine) -> None:
     """Take the affine layer out: ``weight <- gamma * weight``, ``scale <- |gamma| * scale``, the bias likewise.
 
-    Codes stay what they were but for the sign of gamma, so the layer computes what it did.
+    Codes stay what they were but for the sign of gamma, so the layer computes what it did. A weight in the very middle
+    of two codes may round the other way once it is multiplied: it is put on its code.
     """
     layer, quantizer = placed.module, placed.quantizer
     for operation in placed.operations:
@@ -62,7 +63,15 @@ def fold_affine(model: nn.Module, placed: PlacedWeight, affine: ChannelAffine) -
     weight, bias = cast(Tensor, layer.weight), cast(Tensor, layer.bias)
     shape = [1] * weight.dim()
     shape[output_channels_axis(layer)] = -1
-    weight.mul_(affine.gamma.reshape(shape))
+    gamma, step = affine.gamma.reshape(shape), step_of(quantizer)
+    codes = _codes(weight, quantizer) * gamma.sign()
+    weight.mul_(gamma)
     bias.copy_(folded_bias(affine, bias))
-    step = step_of(quantizer)
     set_qparams(quantizer, folded_scale(affine, step.flatten()).reshape(step.shape), torch.zeros_like(step))
+    moved = _codes(weight, quantizer) != codes
+    weight.copy_(torch.where(moved, codes * step_of(quantizer), weight))
+
+
+def _codes(weight: Tensor, quantizer: SymmetricQuantizer) -> Tensor:
+    """Return the integers, float of the weight's shape, to which NNCF rounds a weight."""
+    return torch.round(quantizer.quantize(weight) / step_of(quantizer))

@@ -20,7 +20,7 @@ from repapq_plugin.hosts.nncf._compat import (
 from repapq_plugin.hosts.nncf.backend import PlacedBackend
 from repapq_plugin.hosts.nncf.data import calibration_items, forward
 from repapq_plugin.job import Job
-from repapq_plugin.method.across_block import UnitResult
+from repapq_plugin.method.unit_result import UnitResult
 
 
 class RepAPQAlgorithm(Algorithm):  # type: ignore[misc]
