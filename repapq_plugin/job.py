@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Generic, TypeVar
@@ -20,6 +20,7 @@ from repapq_plugin.conditioning.constant_channels import fold_constant_channels
 from repapq_plugin.conditioning.equalize import equalize_channels
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.copies import own_batch, smaller
+from repapq_plugin.core.notes import listed
 from repapq_plugin.core.progress import Progress as Progress
 from repapq_plugin.core.progress import Report as Report
 from repapq_plugin.core.progress import counted as counted
@@ -54,9 +55,6 @@ CLEARLY_WORSE = 1.25
 """Learning is undone if the whole network's held-out error grew by more than this factor (our choice: few batches are
 held out, and raw outputs are not a score. The shipped YOLOv6-n after two steps: error 1.13 times that of ranges alone,
 yet the better mAP)."""
-
-NAMED = 5
-"""How many layers a note names."""
 
 
 @dataclass
@@ -246,7 +244,7 @@ class Job(Generic[R]):
             raise CalibrationError(f"No part of the network can be calibrated: each {reason}.")
         if calibrator.left_float:
             state.notes.append(
-                f"{len(calibrator.left_float)} layers could not be calibrated: {_listed(calibrator.left_float)}"
+                f"{len(calibrator.left_float)} layers could not be calibrated: {listed(calibrator.left_float)}"
             )
 
     @torch.no_grad()
@@ -283,11 +281,6 @@ class Job(Generic[R]):
 def _holds_values(batch: Batch) -> bool:
     tensors = tensors_of(batch)
     return not tensors or any(tensor.numel() for tensor in tensors)
-
-
-def _listed(reasons: Mapping[str, str]) -> str:
-    """Return what stands in a note of layers and the reasons for each."""
-    return "; ".join(f"{name} {reason}" for name, reason in list(reasons.items())[:NAMED])
 
 
 def quantize_model(
