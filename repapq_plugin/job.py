@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -38,11 +38,12 @@ from repapq_plugin.method.across_block import (
 )
 from repapq_plugin.method.agreement import disagreement
 from repapq_plugin.method.cache import ActivationCache
-from repapq_plugin.method.learners import restore, snapshot
+from repapq_plugin.method.learners import snapshot
 from repapq_plugin.method.optimise import split_batches
 from repapq_plugin.method.partition import Stage, find_stages, find_units
 from repapq_plugin.method.schedules import Activation
 from repapq_plugin.method.starting_ranges import not_quantizing, set_starting_ranges
+from repapq_plugin.method.whole import keep_what_helps, outside
 from repapq_plugin.quantizers.plan import LayerPlan, QuantizationPlan, plan_layers
 from repapq_plugin.quantizers.trace import Trace, trace_network
 from repapq_plugin.result import Calibrated, CalibrationResult
@@ -50,12 +51,6 @@ from repapq_plugin.result import Calibrated, CalibrationResult
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
-
-CLEARLY_WORSE = 1.25
-"""Learning is undone if the whole network's held-out error grew by more than this factor (our choice: few batches are
-held out, and raw outputs are not a score. The shipped YOLOv6-n after two steps: error 1.13 times that of ranges alone,
-yet the better mAP)."""
-
 
 @dataclass
 class State:
@@ -229,15 +224,12 @@ class Job(Generic[R]):
             before = self._whole_error(state)
             start = snapshot(networks.learners)
             calibrator = AcrossBlockCalibrator(networks, state.stages, config, cache, advance)
-            state.units = calibrator.run()
-            after = self._whole_error(state)
-            if not after <= CLEARLY_WORSE * before and any(unit.kept for unit in state.units):
-                restore(networks.learners, start)
-                note = f"the whole network's held-out error went from {before:.4g} to {after:.4g}: ranges only"
-                state.units = [
-                    replace(u, loss_after=u.loss_before, kept=False, note=note) if u.kept else u for u in state.units
-                ]
-                state.notes.append(f"Learning was undone: {note}.")
+            results = calibrator.run()
+            learners = outside(networks.learners, calibrator.left_float)
+            state.units, note = keep_what_helps(
+                results, state.stages, learners, start, before, partial(self._whole_error, state)
+            )
+            state.notes += [note] if note else []
         state.float_layers |= calibrator.left_float
         if calibrator.left_float.keys() >= backend.plans.keys():
             reason = next(iter(calibrator.left_float.values()))

@@ -56,7 +56,7 @@ def merge_for_inference(model: nn.Module, run: Callable[[nn.Module], object]) ->
     merged, records = merge_branches(merged, inplace=True)
     folding = fold_norms(merged, run, inplace=True)
     if folding.kept:
-        notes.append(f"Norms that were not folded and stay float ({len(folding.kept)}): {listed(folding.kept, ': ')}.")
+        notes.append(f"Norms that were not folded and stay float ({len(folding.kept)}): {listed(folding.kept)}.")
         logger.info(notes[-1])
     for name in find_unknown_multibranch(merged, run):
         kind = type(merged.get_submodule(name)).__name__

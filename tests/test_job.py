@@ -294,11 +294,10 @@ def test_norms_that_stay_stand_in_the_notes_of_the_result() -> None:
     reason = "its input is not the output of one layer that nothing else reads"
     result = Job(OwnBackend(), config(steps=0)).run(settle(BehindAnAddition(2)), batches(2))
     assert result.plan.folded == (("conv", "bn"),)
-    stay = f"norms.0: {reason}; norms.1: {reason}"
-    assert result.notes == (f"Norms that were not folded and stay float (2): {stay}.",)
+    assert result.notes == (f"Norms that were not folded and stay float (2): norms.0, norms.1: {reason}.",)
     data = batches(1)[0]
     merged = merge_for_inference(settle(BehindAnAddition(7)), lambda each: each(data))
-    assert len(merged.notes) == 1 and merged.notes[0].endswith(f"norms.4: {reason}; and 2 more.")
+    assert len(merged.notes) == 1 and merged.notes[0].endswith(f"norms.4, and 2 more: {reason}.")
 
 
 def test_batches_may_come_from_a_generator_and_are_read_once() -> None:

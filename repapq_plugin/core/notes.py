@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 NAMED = 5
-"""How many modules a note names."""
+"""How many modules a note names for one reason, and how many reasons."""
 
 
-def listed(reasons: Mapping[str, str], joint: str = " ") -> str:
-    """Return the first `NAMED` modules of a note, each with its reason, and how many there are besides.
+def listed(reasons: Mapping[str, str]) -> str:
+    """Return what stands in a note of modules and the reason for each: modules of one reason together.
+
+    Of each reason, and of the reasons, the first `NAMED` are named and the others counted.
 
     Args:
         reasons: Reasons by module path.
-        joint: What stands between a module and its reason.
     """
-    named = [f"{name}{joint}{reason}" for name, reason in list(reasons.items())[:NAMED]]
-    left = len(reasons) - len(named)
-    return "; ".join([*named, f"and {left} more"] if left else named)
+    groups: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        groups.setdefault(reason, []).append(name)
+    return "; ".join(_first([f"{', '.join(_first(names))}: {reason}" for reason, names in groups.items()]))
+
+
+def _first(texts: Sequence[str]) -> list[str]:
+    left = len(texts) - NAMED
+    return [*texts[:NAMED], f"and {left} more"] if left > 0 else list(texts)
