@@ -52,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
+
 @dataclass
 class State:
     """What a job knows; each phase adds to it.
