@@ -150,7 +150,7 @@ def _from_model(ov: ModuleType, model: nn.Module, example: Example, xml: Path, d
         second = run_second_batch(simulation, call, outputs)
         try:
             # Where 8-bit products saturate, they do so for any batch.
-            reason = reason_against(_run(compiled, second.call, model), second, at_least=difference)
+            reason = reason_against(lambda made: _run(compiled, made, model), second, at_least=difference)
         except ExportError as error:
             reason = str(error).rstrip(".")
         if reason:

@@ -220,8 +220,7 @@ def _written(network: _Network, axes: Mapping[str, Axes], second: SecondBatch | 
     with explained("The graph's outputs on the example are not of the model's shapes", OTHER_FORM):
         difference = relative_difference(check.run(network.named(call)), expected.outputs)
     if second is not None:
-        inputs = network.named(second.call)
-        reason = reason_against(check.run(inputs), second)
+        reason = reason_against(lambda made: check.run(network.named(made)), second)
         if reason:
             raise ExportError(reason)
     return _Written(proto.graph, data, difference)
