@@ -25,6 +25,21 @@ values, mixed samples all of them."""
 
 
 @dataclass(frozen=True)
+class SecondBatch:
+    """What the model returned for another batch size than the example's.
+
+    Args:
+        call: The call that was made.
+        outputs: The tensors that it returned, in order.
+        reason: Why there is no such batch; empty where there is one.
+    """
+
+    call: Call
+    outputs: tuple[Tensor, ...]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Part:
     """Samples of the second batch that make a batch of the example's size.
 
@@ -35,23 +50,6 @@ class Part:
 
     call: Call
     rows: tuple[slice, ...]
-
-
-@dataclass(frozen=True)
-class SecondBatch:
-    """What the model returned for another batch size than the example's.
-
-    Args:
-        call: The call that was made.
-        outputs: The tensors that it returned, in order.
-        reason: Why there is no such batch; empty where there is one.
-        parts: Its first and its last samples alone, if the model gives them what it gives them together.
-    """
-
-    call: Call
-    outputs: tuple[Tensor, ...]
-    reason: str = ""
-    parts: tuple[Part, ...] = ()
 
 
 @torch.no_grad()
@@ -65,32 +63,27 @@ def run_second_batch(model: nn.Module, call: Call, outputs: Sequence[Tensor]) ->
         call: The call that the example stands for.
         outputs: What it returned on the example.
     """
-    inputs = call.tensors
-    size = next((x.shape[0] for x in inputs if x.dim()), 0)
-    if not size:
+    if not _size(call):
         return SecondBatch(call, (), "the example has no batch axis")
-    larger = call.with_inputs([_one_more(x) if _has_batch(x, size) else x for x in inputs])
-    last = call.with_inputs([_other_last(x) if _has_batch(x, size) else x for x in inputs])
+    larger = _changed(call, _one_more)
     try:
         returned = tuple(x.detach() for x in tensors_of(larger.run(model)))
-        if [x.dim() for x in returned] != [x.dim() for x in outputs]:
-            return SecondBatch(larger, (), "for another one the model returns another number of tensors")
-        behind = [x.detach() for x in tensors_of(last.run(model))]
     except Exception as error:  # whatever the user's forward raises
         if is_out_of_memory(error):
             raise
         return SecondBatch(larger, (), f"the model runs on no other one ({type(error).__name__}: {brief(error)})")
-    parts = (
-        Part(call, tuple(slice(None, len(x)) if x.dim() else slice(None) for x in outputs)),
-        Part(last, tuple(slice(-len(x), None) if x.dim() and len(x) else slice(None) for x in behind)),
-    )
-    alone = (outputs, behind)
-    known = all(_agree(returned, part, own) for part, own in zip(parts, alone, strict=True))
-    return SecondBatch(larger, returned, parts=parts if known else ())
+    if [x.dim() for x in returned] != [x.dim() for x in outputs]:
+        return SecondBatch(larger, (), "for another one the model returns another number of tensors")
+    return SecondBatch(larger, returned)
 
 
-def _has_batch(x: Tensor, size: int) -> bool:
-    return bool(x.dim()) and x.shape[0] == size
+def _size(call: Call) -> int:
+    return next((x.shape[0] for x in call.tensors if x.dim()), 0)
+
+
+def _changed(call: Call, change: Callable[[Tensor], Tensor]) -> Call:
+    size = _size(call)
+    return call.with_inputs([change(x) if x.dim() and x.shape[0] == size else x for x in call.tensors])
 
 
 def _one_more(x: Tensor) -> Tensor:
@@ -99,8 +92,32 @@ def _one_more(x: Tensor) -> Tensor:
     return torch.cat([x, first.roll(1, dims=-1) if x.dim() > 1 else first])
 
 
-def _other_last(x: Tensor) -> Tensor:
-    return _one_more(x)[1:]
+@torch.no_grad()
+def parts_of(plain: nn.Module, call: Call) -> tuple[Part, ...]:
+    """Return the first and the last samples of the second batch, if a model treats samples one by one.
+
+    Args:
+        plain: The model in float, without quantizers: where nothing is rounded to a grid, batches of different size
+            give the same to float rounding.
+        call: The call that the example stands for.
+
+    Returns:
+        Two parts that hold every sample; none where a sample gets something else among others than among fewer.
+    """
+    together = tensors_of(_changed(call, _one_more).run(plain))
+    parts = []
+    for part, end in ((call, False), (_changed(call, lambda x: _one_more(x)[1:]), True)):
+        alone = tensors_of(part.run(plain))
+        parts.append(Part(part, tuple(_rows(x, end) for x in alone)))
+        if not _agree(together, parts[-1], alone):
+            return ()
+    return tuple(parts)
+
+
+def _rows(x: Tensor, end: bool) -> slice:
+    if not x.dim() or not len(x):
+        return slice(None)
+    return slice(-len(x), None) if end else slice(None, len(x))
 
 
 def _agree(together: Sequence[Tensor], part: Part, alone: Sequence[Tensor]) -> bool:
@@ -111,16 +128,22 @@ def _agree(together: Sequence[Tensor], part: Part, alone: Sequence[Tensor]) -> b
     return all(x.shape == y.shape and distance(x, y) <= SAME for x, y in zip(found, alone, strict=True))
 
 
-def reason_against(run: Callable[[Call], Sequence[Tensor]], second: SecondBatch, at_least: float = 0.0) -> str:
+def reason_against(
+    run: Callable[[Call], Sequence[Tensor]],
+    second: SecondBatch,
+    parts: Callable[[], Sequence[Part]],
+    at_least: float = 0.0,
+) -> str:
     """Return why a graph may not run on other batches than the example's; empty if it may.
 
     It has to give the model's results, or else, sample for sample, its own: those of the second batch are compared
-    with those of batches of the example's size. Where the model is deep and random, one code that a runtime and torch
+    with those of batches of the example's size. In a deep model with random weights, one code that a runtime and torch
     round differently changes much; one runtime rounds the same sums the same way.
 
     Args:
         run: Runs the graph.
         second: What the model does for another batch size.
+        parts: Gives the `parts_of` the model, if they are needed.
         at_least: How far the graph and the model lie apart on the example already.
     """
     results = run(second.call)
@@ -130,7 +153,8 @@ def reason_against(run: Callable[[Call], Sequence[Tensor]], second: SecondBatch,
     near = max(SAME, at_least)
     if all(distance(result, output) <= near for result, output in zip(results, second.outputs, strict=True)):
         return ""
-    if second.parts and all(_agree(results, part, run(part.call)) for part in second.parts):
+    known = parts()
+    if known and all(_agree(results, part, run(part.call)) for part in known):
         return ""
     return "for another one the graph computes something else than the model"
 

@@ -16,7 +16,7 @@ from repapq_plugin.errors import ExportError
 from repapq_plugin.export.blame import explained, layer_in
 from repapq_plugin.export.calls import Call, Example
 from repapq_plugin.export.deploy import deployable, without_quantizers
-from repapq_plugin.export.onnx_batch import SecondBatch, reason_against, run_second_batch
+from repapq_plugin.export.onnx_batch import SecondBatch, parts_of, reason_against, run_second_batch
 from repapq_plugin.export.onnx_names import Axes, GraphNames
 from repapq_plugin.export.onnx_tidy import tidy
 from repapq_plugin.export.onnx_trace import Expected, run_once, trace
@@ -220,7 +220,11 @@ def _written(network: _Network, axes: Mapping[str, Axes], second: SecondBatch | 
     with explained("The graph's outputs on the example are not of the model's shapes", OTHER_FORM):
         difference = relative_difference(check.run(network.named(call)), expected.outputs)
     if second is not None:
-        reason = reason_against(lambda made: check.run(network.named(made)), second)
+        reason = reason_against(
+            lambda made: check.run(network.named(made)),
+            second,
+            lambda: parts_of(without_quantizers(network.model), call),
+        )
         if reason:
             raise ExportError(reason)
     return _Written(proto.graph, data, difference)

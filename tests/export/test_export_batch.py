@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from repapq_plugin.evaluation.runtimes import OnnxRuntimeNetwork, OpenVINONetwork
 from repapq_plugin.export import export_onnx, export_openvino
 from repapq_plugin.export.calls import Call
-from repapq_plugin.export.onnx_batch import reason_against, run_second_batch
+from repapq_plugin.export.onnx_batch import parts_of, reason_against, run_second_batch
 from tests.support.export_networks import Chain, make, outputs_of, quantized, set_ranges
 
 
@@ -112,7 +112,7 @@ class Mixing(Body):
 
 def test_a_model_that_mixes_samples_is_compared_with_the_graph_alone(tmp_path: Path) -> None:
     model = set_ranges(Mixing(), images())
-    assert run_second_batch(model, Call((images(),), {}), [model(images())]).parts == ()
+    assert parts_of(model, Call((images(),), {})) == ()
     summary = export_onnx(model, images(), tmp_path / "model.onnx")
     assert summary.dynamic_batch
     [got] = outputs_of(OnnxRuntimeNetwork(summary.path, threads=1), images(5))
@@ -136,15 +136,17 @@ def test_a_runtime_that_rounds_otherwise_is_held_against_itself(n: int, by_sampl
 
     call = Call((images(n),), {})
     second = run_second_batch(Same(), call, list(Same()(images(n))))
-    assert [[part.call.tensors[0].shape[0], *part.rows] for part in second.parts] == [
+    parts = parts_of(Same(), call)
+    assert [[part.call.tensors[0].shape[0], *part.rows] for part in parts] == [
         [n, slice(None, n), slice(None, 5)],
         [n, slice(-n, None), slice(-5, None)],
     ]
-    assert torch.equal(second.parts[1].call.tensors[0], second.call.tensors[0][1:])
-    reason = reason_against(lambda made: rounding_otherwise(made, by_sample), second)
+    assert torch.equal(parts[1].call.tensors[0], second.call.tensors[0][1:])
+    reason = reason_against(lambda made: rounding_otherwise(made, by_sample), second, lambda: parts)
     assert (reason == "") == may_be_open
-    # A runtime that gives every sample what belongs to another one agrees with itself no more than with the model.
-    assert reason_against(lambda made: [made.tensors[0].flip(0) * (-1) ** len(made.tensors[0]), torch.arange(5)], second)
+    assert reason_against(lambda made: rounding_otherwise(made, by_sample), second, lambda: ())
+    # The shape is right, and samples are in each other's places.
+    assert reason_against(lambda made: [made.tensors[0].flip(0).neg(), torch.arange(5)], second, lambda: parts)
 
 
 def test_what_runs_with_two_sizes_runs_with_others(tmp_path: Path) -> None:
