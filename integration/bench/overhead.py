@@ -120,9 +120,8 @@ def main(model: str, preset: str, steps: int | None, name: str) -> None:
     config = RepAPQConfig.from_preset(preset)
     row = measure(model, config if steps is None else config.replace(steps=steps))
     for kind, seconds in row["checks"].items():
-        click.echo(
-            f"{kind:48s} {seconds:8.2f} s  {100 * seconds / row['seconds']:6.2f} %  ({row['calls'][kind]} calls)"
-        )
+        share = 100 * seconds / row["seconds"]
+        click.echo(f"{kind:48s} {seconds:8.2f} s  {share:6.2f} %  ({row['calls'][kind]} calls)")
     click.echo(f"together {100 * row['share']:.2f} % of {row['seconds']} s, {row['steps']} steps")
     click.echo(str(write_result(name, {"environment": environment(), "rows": [row]})))
 
