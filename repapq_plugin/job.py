@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -20,6 +20,7 @@ from repapq_plugin.conditioning.constant_channels import fold_constant_channels
 from repapq_plugin.conditioning.equalize import equalize_channels
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.copies import own_batch, smaller
+from repapq_plugin.core.notes import listed
 from repapq_plugin.core.progress import Progress as Progress
 from repapq_plugin.core.progress import Report as Report
 from repapq_plugin.core.progress import counted as counted
@@ -36,12 +37,13 @@ from repapq_plugin.method.across_block import (
 )
 from repapq_plugin.method.agreement import disagreement
 from repapq_plugin.method.cache import ActivationCache
-from repapq_plugin.method.learners import restore, snapshot
+from repapq_plugin.method.learners import snapshot
 from repapq_plugin.method.optimise import split_batches
 from repapq_plugin.method.partition import Stage, find_stages, find_units
 from repapq_plugin.method.schedules import Activation
 from repapq_plugin.method.starting_ranges import not_quantizing, set_starting_ranges
 from repapq_plugin.method.unit_result import UnitResult
+from repapq_plugin.method.whole import keep_what_helps, outside
 from repapq_plugin.quantizers.plan import LayerPlan, QuantizationPlan, plan_layers
 from repapq_plugin.quantizers.trace import Trace, trace_network
 from repapq_plugin.result import Calibrated, CalibrationResult
@@ -49,14 +51,6 @@ from repapq_plugin.result import Calibrated, CalibrationResult
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
-
-CLEARLY_WORSE = 1.25
-"""Learning is undone if the whole network's held-out error grew by more than this factor (our choice: few batches are
-held out, and raw outputs are not a score. The shipped YOLOv6-n after two steps: error 1.13 times that of ranges alone,
-yet the better mAP)."""
-
-NAMED = 5
-"""How many layers a note names."""
 
 
 @dataclass
@@ -232,22 +226,19 @@ class Job(Generic[R]):
             before = self._whole_error(state)
             start = snapshot(networks.learners)
             calibrator = AcrossBlockCalibrator(networks, state.stages, config, cache, advance)
-            state.units = calibrator.run()
-            after = self._whole_error(state)
-            if not after <= CLEARLY_WORSE * before and any(unit.kept for unit in state.units):
-                restore(networks.learners, start)
-                note = f"the whole network's held-out error went from {before:.4g} to {after:.4g}: ranges only"
-                state.units = [
-                    replace(u, loss_after=u.loss_before, kept=False, note=note) if u.kept else u for u in state.units
-                ]
-                state.notes.append(f"Learning was undone: {note}.")
+            results = calibrator.run()
+            learners = outside(networks.learners, calibrator.left_float)
+            state.units, note = keep_what_helps(
+                results, state.stages, learners, start, before, partial(self._whole_error, state)
+            )
+            state.notes += [note] if note else []
         state.float_layers |= calibrator.left_float
         if calibrator.left_float.keys() >= backend.plans.keys():
             reason = next(iter(calibrator.left_float.values()))
             raise CalibrationError(f"No part of the network can be calibrated: each {reason}.")
         if calibrator.left_float:
             state.notes.append(
-                f"{len(calibrator.left_float)} layers could not be calibrated: {_listed(calibrator.left_float)}"
+                f"{len(calibrator.left_float)} layers could not be calibrated: {listed(calibrator.left_float)}"
             )
 
     @torch.no_grad()
@@ -284,11 +275,6 @@ class Job(Generic[R]):
 def _holds_values(batch: Batch) -> bool:
     tensors = tensors_of(batch)
     return not tensors or any(tensor.numel() for tensor in tensors)
-
-
-def _listed(reasons: Mapping[str, str]) -> str:
-    """Return what stands in a note of layers and the reasons for each."""
-    return "; ".join(f"{name} {reason}" for name, reason in list(reasons.items())[:NAMED])
 
 
 def quantize_model(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from repapq_plugin.core.copies import is_half, own_copy, takes_halves
+from repapq_plugin.core.notes import listed
 from repapq_plugin.quantizers.own_forward import bake_weights
 from repapq_plugin.reparam.by_algebra.unknown import find_unknown_multibranch
 from repapq_plugin.reparam.fold import fold_norms
@@ -26,7 +27,7 @@ class Merged(NamedTuple):
         network: In evaluation mode, branches merged and norms folded.
         folded: Pairs (layer, norm) of module paths whose norm went into the layer.
         records: One entry per multi-branch block.
-        notes: Blocks that look as if they had branches, but are unknown.
+        notes: Norms that stay; blocks that look as if they had branches, but are unknown.
         baked: Layers whose weight became what their own forward had made of it.
     """
 
@@ -54,8 +55,9 @@ def merge_for_inference(model: nn.Module, run: Callable[[nn.Module], object]) ->
     baked = bake_weights(merged, lambda: run(merged))
     merged, records = merge_branches(merged, inplace=True)
     folding = fold_norms(merged, run, inplace=True)
-    for name, reason in folding.kept.items():
-        logger.info("%s stays a norm: %s", name, reason)
+    if folding.kept:
+        notes.append(f"Norms that were not folded and stay float ({len(folding.kept)}): {listed(folding.kept)}.")
+        logger.info(notes[-1])
     for name in find_unknown_multibranch(merged, run):
         kind = type(merged.get_submodule(name)).__name__
         notes.append(

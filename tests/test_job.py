@@ -278,6 +278,31 @@ def test_merging_for_inference_works_on_a_copy(network: type[nn.Module]) -> None
     assert merged.notes == ()
 
 
+class BehindAnAddition(nn.Module):
+    """Its first norm can be folded; the others follow no layer."""
+
+    def __init__(self, norms: int) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(norms))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x))
+        for norm in self.norms:
+            x = norm(x + 1).relu()
+        return x
+
+
+def test_norms_that_stay_stand_in_the_notes_of_the_result() -> None:
+    reason = "its input is not the output of one layer that nothing else reads"
+    result = Job(OwnBackend(), config(steps=0)).run(settle(BehindAnAddition(2)), batches(2))
+    assert result.plan.folded == (("conv", "bn"),)
+    assert result.notes == (f"Norms that were not folded and stay float (2): norms.0, norms.1: {reason}.",)
+    data = batches(1)[0]
+    merged = merge_for_inference(settle(BehindAnAddition(7)), lambda each: each(data))
+    assert len(merged.notes) == 1 and merged.notes[0].endswith(f"norms.4, and 2 more: {reason}.")
+
+
 def test_batches_may_come_from_a_generator_and_are_read_once() -> None:
     given = batches(2)
     result = Job(OwnBackend(), config()).run(settle(Chain()), (batch for batch in given))

@@ -277,3 +277,13 @@ def test_whatever_a_header_says_only_a_result_error_comes_of_it(
     save_file(tensors, path, metadata={"format": f"repapq-result-{version}", "result": text})
     with pytest.raises(ResultError):
         CalibrationResult.load(path, model)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_what_is_loaded_requires_gradients_where_what_was_saved_does(tmp_path, steps):
+    model = settle(Chain())
+    result = quantize_model(model, batches(2), RepAPQConfig.from_preset("w4a4", steps=steps))
+    loaded = CalibrationResult.load(result.save(tmp_path / "result.safetensors"), model)
+    required = {name: parameter.requires_grad for name, parameter in result.model.named_parameters()}
+    assert {name: parameter.requires_grad for name, parameter in loaded.model.named_parameters()} == required
+    assert not any(required.values()) and any(name.endswith("log_scale") for name in required)

@@ -207,10 +207,23 @@ def outlier_table() -> str:
     return markdown(["top-1 %", "float", *bits, "weights: kurtosis / peak", "activations: kurtosis / peak"], body)
 
 
+def overhead_table() -> str:
+    """Return how long each check of a calibration took, and which share of it."""
+    body = []
+    for row in rows_of("overhead"):
+        for kind, seconds in row["checks"].items():
+            body.append([kind, f"{seconds:.2f}", f"{100 * seconds / row['seconds']:.2f} %"])
+        checks = sum(row["checks"].values())
+        body.append(["all checks", f"{checks:.2f}", f"**{100 * row['share']:.2f} %**"])
+        body.append([f"the calibration, {row['steps']} steps a stage", f"{row['seconds']:.1f}", ""])
+    return markdown(["check", "seconds", "share"], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary_table,
     "photographs": photographs_table,
     "runtimes": runtime_table,
+    "overhead": overhead_table,
     "nncf": nncf_table,
     "mimicnorm": training_table,
     "mimicnorm-quantization": outlier_table,

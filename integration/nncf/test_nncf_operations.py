@@ -13,6 +13,8 @@ from repapq_plugin.hosts.nncf import quantize_with_record
 from repapq_plugin.hosts.nncf._compat import BaseQuantizer, decode_hook_name, get_hook_storage
 from repapq_plugin.hosts.nncf.operations import find_operations
 from repapq_plugin.result import Calibrated
+from tests.support.in_place import PLACES
+from tests.support.in_place import Net as InPlace
 from tests.support.own_layers import ByMatmul, Twice
 
 
@@ -129,6 +131,38 @@ def test_a_network_that_changes_its_input_is_quantized_as_one_that_does_not() ->
     assert all(torch.equal(a, b) for a, b in zip(items, images(), strict=True))
     with torch.no_grad():
         assert torch.equal(done[0](items[0].clone()), done[1](items[0].clone()))
+
+
+SLICES = ("slice of the input", "slice of a value")
+"""Where NNCF, which does not see that what is read was changed, puts its quantizers in other places."""
+
+
+@pytest.mark.parametrize("where", [where for where in PLACES if where not in SLICES])
+@pytest.mark.parametrize("steps", [0, 4])
+def test_so_is_one_that_works_in_place_anywhere_else(where: str, steps: int) -> None:
+    done = []
+    for in_place in (True, False):
+        torch.manual_seed(5)
+        done.append(record(InPlace(where, in_place), "w4a4", steps=steps))
+    assert done[0].layers == done[1].layers and not done[0].float_layers
+    with torch.no_grad():
+        assert torch.equal(*(each.model(images()[0]) for each in done))
+
+
+@pytest.mark.parametrize("where", SLICES)
+def test_one_that_changes_a_slice_is_nearer_to_float_than_nncf_leaves_it(where: str) -> None:
+    torch.manual_seed(5)
+    model = InPlace(where, True).eval()
+    others = images(24)[8:]
+    with torch.no_grad():
+        wanted = torch.cat([model(x.clone()) for x in others])
+
+        def error(quantized: nn.Module) -> float:
+            return float((torch.cat([quantized(x.clone()) for x in others]) - wanted).abs().mean())
+
+        plain = error(nncf.quantize(model, nncf.Dataset(images(), torch.clone)))
+        ranges, learned = (error(record(model, steps=steps).model) for steps in (0, 8))
+        assert ranges < plain and learned < ranges
 
 
 def test_with_its_quantizers_off_nncfs_correction_of_biases_is_off() -> None:

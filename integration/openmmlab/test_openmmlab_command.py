@@ -24,7 +24,8 @@ from repapq_plugin.errors import HostError
 from repapq_plugin.hosts.openmmlab.work import writable_folder
 
 SHIPPED = ASSETS / "yolov6-n_fashion.pth"
-SCORED = tuple(option.replace("16", "48") for option in FEW_SCENES)
+# With fewer scenes to calibrate on, the network's output on others is no better for learning, which is then undone.
+SCORED = tuple(option.replace("16", "128" if option.startswith("calib") else "48") for option in FEW_SCENES)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,7 @@ def test_quantize_scores_exports_times_and_records(quantized: tuple[Path, dict[s
     assert not any(kernel.endswith("I8") for kernel in record["kernels"]["float"].values())
     units = record["calibration"]["units"]
     assert units and {"name", "stage", "loss_before", "loss_after", "kept", "seconds"} <= units[0].keys()
+    assert any(unit["kept"] for unit in units)
     assert record["settings"]["quantizer"]["seed"] == 0
     assert {"repapq_plugin", "torch", "mmyolo", "openvino"} <= record["versions"].keys()
 

@@ -202,12 +202,12 @@ def equalize_channels(
         return Equalized()
     touched = {p for maker, readers in links for layer in (maker, *readers) for p in layer.parameters(recurse=False)}
     before = {parameter: parameter.clone() for parameter in touched}
-    wanted = [tensor.clone() for tensor in tensors_of(run(batches[0]))]
+    wanted = outputs_of(run, batches[0])
     sizes = _channel_sizes([readers[0] for _, readers in links], run, batches)
     for maker, readers in links:
         if readers[0] in sizes:
             _scale(maker, readers, channel_scales(sizes[readers[0]], readers))
-    actual = tensors_of(run(batches[0]))
+    actual = outputs_of(run, batches[0])
     if not equal_within(actual, wanted, rounding_of([*wanted, *touched])):
         for parameter, values in before.items():
             parameter.copy_(values)
@@ -216,6 +216,11 @@ def equalize_channels(
         return Equalized(notes=(note,))
     paths = {module: name for name, module in model.named_modules()}
     return Equalized(tuple(paths[maker] for maker, _ in links))
+
+
+def outputs_of(run: Callable[[B], object], batch: B) -> list[Tensor]:
+    """Return copies of what a network returns."""
+    return [tensor.clone() for tensor in tensors_of(run(batch))]
 
 
 def _channel_sizes(

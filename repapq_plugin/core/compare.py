@@ -91,12 +91,20 @@ def relative_error(actual: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     return worst
 
 
-def equal_within(actual: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float = ROUNDING) -> bool:
+def equal_within(
+    actual: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float = ROUNDING, *, terms: float = 0.0
+) -> bool:
     """Whether no tensor differs by more than ``tolerance`` times its largest wanted value.
 
     An all-zero tensor has to be met exactly. False where shapes or numbers of tensors differ or a value is not finite.
+
+    Args:
+        actual: What was computed.
+        wanted: What it is to be.
+        tolerance: The share.
+        terms: Largest magnitude of what was added up: sums that nearly cancel are no better than their terms.
     """
     if len(actual) != len(wanted):
         return False
     pairs = (_apart(one, other) for one, other in zip(actual, wanted, strict=True))
-    return all(math.isfinite(difference) and difference <= tolerance * peak for difference, peak in pairs)
+    return all(math.isfinite(difference) and difference <= tolerance * max(peak, terms) for difference, peak in pairs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Mapping
 from typing import ClassVar, SupportsIndex, TypeVar, cast
 
@@ -34,11 +33,6 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
             if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
     return model
-
-
-def parameter_uses(model: nn.Module) -> Counter[int]:
-    """Return by ``id`` of each parameter how many modules of ``model`` hold it."""
-    return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
 
 
 M = TypeVar("M", bound=nn.Module)

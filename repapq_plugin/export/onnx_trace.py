@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from repapq_plugin.core.hooks import Hooks
-from repapq_plugin.core.tensors import first_tensor, tensors_of
+from repapq_plugin.core.running import frozen, is_out_of_memory
+from repapq_plugin.core.tensors import first_tensor, floating_tensors, tensors_of
 from repapq_plugin.errors import ExportError
 from repapq_plugin.export.blame import Running, explained, layer_with_operator
 from repapq_plugin.export.calls import Call
@@ -95,6 +97,44 @@ def run_once(deployed: nn.Module, call: Call) -> Expected:
         norms=norms,
         weights={name: layer.weight_codes for name, layer in layers.items() if layer.quantizes_weight},
     )
+
+
+def unread_calls(plain: nn.Module, call: Call, names: Collection[str]) -> Counter[str]:
+    """Return how many calls of layers nothing depends on that the model returns: the exporter leaves them out.
+
+    Args:
+        plain: The model in float, without quantizers.
+        call: What to run it on.
+        names: Module paths of the layers.
+
+    Returns:
+        Numbers of such calls by module path. Where gradients cannot tell, as with outputs that are whole numbers or a
+        model that runs without gradients only, there may be more of them.
+    """
+    probes: list[tuple[str, Tensor]] = []
+
+    def mark(name: str) -> Callable[..., object]:
+        def hook(_: nn.Module, args: object, output: object) -> object:
+            if not isinstance(output, Tensor):
+                return None
+            probe = output.new_zeros((), requires_grad=True)
+            probes.append((name, probe))
+            return output + probe
+
+        return hook
+
+    with Hooks() as hooks, frozen(plain), torch.enable_grad():
+        for name in names:
+            hooks.after(plain.get_submodule(name), mark(name))
+        try:
+            outputs = [tensor for tensor in floating_tensors(call.run(plain)) if tensor.requires_grad]
+            total = sum((tensor.sum() for tensor in outputs), start=torch.zeros(()))
+            gradients = torch.autograd.grad(total, [probe for _, probe in probes], allow_unused=True)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            return Counter(name for name, _ in probes)
+    return Counter(name for (name, _), gradient in zip(probes, gradients, strict=True) if gradient is None)
 
 
 def trace(module: nn.Module, call: Call, names: GraphNames, axes: Mapping[str, Axes], opset: int) -> onnx.ModelProto:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,7 +39,13 @@ def count_pairs(graph: onnx.GraphProto) -> tuple[int, int]:
     return operators(graph)["QuantizeLinear"], weights
 
 
-def verify(proto: onnx.ModelProto, plain: onnx.ModelProto, expected: Expected, model: nn.Module) -> None:
+def verify(
+    proto: onnx.ModelProto,
+    plain: onnx.ModelProto,
+    expected: Expected,
+    model: nn.Module,
+    unread: Callable[[], Mapping[str, int]],
+) -> list[str]:
     """Compare the graph with the model that it was made from and with the float graph.
 
     Args:
@@ -47,6 +53,10 @@ def verify(proto: onnx.ModelProto, plain: onnx.ModelProto, expected: Expected, m
         plain: The float graph, tidied too.
         expected: What one run of the model says that the graph must hold.
         model: The deployed model, for the names of its layers.
+        unread: Gives the `onnx_trace.unread_calls` of its layers, if they are needed.
+
+    Returns:
+        Layers that the graph does without, as nothing reads what they return.
 
     Raises:
         ExportError: The graph is not valid ONNX, has an operator too many, misses a quantizer, or
@@ -67,7 +77,9 @@ def verify(proto: onnx.ModelProto, plain: onnx.ModelProto, expected: Expected, m
         raise ExportError(f"The quantized graph has operators that the float graph lacks: {extra}.")
     layers = integer_layers(graph)
     pairs, _ = count_pairs(graph)
-    if len(layers) != expected.layer_calls or pairs > expected.input_pairs:
+    missing = expected.layer_calls - len(layers)
+    idle = unread() if missing > 0 else {}
+    if not 0 <= missing <= sum(idle.values()) or pairs > expected.input_pairs:
         raise ExportError(
             f"The graph has {len(layers)} layers with integer weights and {pairs} quantize/dequantize pairs; "
             f"the model has {expected.layer_calls} and {expected.input_pairs}."
@@ -76,8 +88,9 @@ def verify(proto: onnx.ModelProto, plain: onnx.ModelProto, expected: Expected, m
     for name, codes in expected.weights.items():
         forms = (codes, codes.T) if codes.dim() == 2 else (codes,)
         arrays = [onnx.numpy_helper.from_array(form.contiguous().cpu().numpy()) for form in forms]
-        if not any(digest(array) in stored for array in arrays):
+        if not any(digest(array) in stored for array in arrays) and not idle.get(name):
             raise ExportError(f"{name}: the integer weights in the graph are not the model's.")
+    return sorted(idle)
 
 
 def reading_floats(graph: onnx.GraphProto) -> list[onnx.NodeProto]:

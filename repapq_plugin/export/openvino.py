@@ -21,7 +21,8 @@ from repapq_plugin.core.tensors import tensors_of
 from repapq_plugin.errors import ExportError
 from repapq_plugin.export.blame import explained, layer_in
 from repapq_plugin.export.calls import Call, Example
-from repapq_plugin.export.onnx_batch import reason_against, run_second_batch
+from repapq_plugin.export.deploy import without_quantizers
+from repapq_plugin.export.onnx_batch import parts_of, reason_against, run_second_batch
 from repapq_plugin.export.onnx_verify import relative_difference
 from repapq_plugin.export.qdq_onnx import export_onnx, quantized_module
 
@@ -150,7 +151,12 @@ def _from_model(ov: ModuleType, model: nn.Module, example: Example, xml: Path, d
         second = run_second_batch(simulation, call, outputs)
         try:
             # Where 8-bit products saturate, they do so for any batch.
-            reason = reason_against(_run(compiled, second.call, model), second, at_least=difference)
+            reason = reason_against(
+                lambda made: _run(compiled, made, model),
+                second,
+                lambda: parts_of(without_quantizers(model), call),
+                at_least=difference,
+            )
         except ExportError as error:
             reason = str(error).rstrip(".")
         if reason:

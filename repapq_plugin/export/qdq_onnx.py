@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from repapq_plugin.core.files import write_atomically
+from repapq_plugin.core.onnx_weights import integer_layers
 from repapq_plugin.errors import ExportError
 from repapq_plugin.export.blame import explained, layer_in
 from repapq_plugin.export.calls import Call, Example
 from repapq_plugin.export.deploy import deployable, without_quantizers
-from repapq_plugin.export.onnx_batch import SecondBatch, reason_against, run_second_batch
+from repapq_plugin.export.onnx_batch import SecondBatch, parts_of, reason_against, run_second_batch
 from repapq_plugin.export.onnx_names import Axes, GraphNames
 from repapq_plugin.export.onnx_tidy import tidy
-from repapq_plugin.export.onnx_trace import Expected, run_once, trace
+from repapq_plugin.export.onnx_trace import Expected, run_once, trace, unread_calls
 from repapq_plugin.export.onnx_verify import (
     OTHER_FORM,
     RuntimeCheck,
@@ -51,7 +52,7 @@ class OnnxSummary:
         q_dq_pairs: QuantizeLinear/DequantizeLinear pairs on activations.
         weight_dq: DequantizeLinear nodes on int8 weights.
         integer_layers: Convolutions and matrix products with such weights (a layer that is called
-            twice counts twice).
+            twice counts twice; one whose result nothing reads is left out).
         operators: Number of nodes by operator.
         size_bytes: Size of the file.
         max_rel_difference: Largest difference between the model's outputs on the example and the
@@ -105,11 +106,19 @@ class _Network:
 
 @dataclass(frozen=True)
 class _Written:
-    """A graph that passed its checks, its file's content, and the difference in onnxruntime if that is there."""
+    """A graph that passed its checks.
+
+    Args:
+        graph: The graph.
+        data: Its file's content.
+        difference: How far onnxruntime is from the model, if that is there.
+        unread: Layers that it does without, as nothing reads what they return.
+    """
 
     graph: onnx.GraphProto
     data: bytes
     difference: float | None
+    unread: Sequence[str] = ()
 
 
 def export_onnx(
@@ -160,6 +169,9 @@ def export_onnx(
     if reason:
         notes.append(f"The batch size is fixed to the example's: {reason}.")
         logger.warning(notes[-1])
+    if written.unread:
+        notes.append(f"Nothing reads what these layers return, and the file does without: {', '.join(written.unread)}.")
+        logger.warning(notes[-1])
     floats = reading_floats(written.graph)
     if floats:
         where = sorted({layer_in(node.name, deployed) or node.name for node in floats})
@@ -171,7 +183,7 @@ def export_onnx(
         path=Path(path),
         q_dq_pairs=pairs,
         weight_dq=weights,
-        integer_layers=expected.layer_calls,
+        integer_layers=len(integer_layers(written.graph)),
         operators=dict(operators(written.graph)),
         size_bytes=len(written.data),
         max_rel_difference=written.difference,
@@ -208,23 +220,28 @@ def _written(network: _Network, axes: Mapping[str, Axes], second: SecondBatch | 
     deployed, call, expected = network.deployed, network.call, network.expected
     proto = trace(deployed, call, network.names, axes, network.opset)
     tidy(proto.graph)
+    unread: Sequence[str] = ()
     if expected.layer_calls:
-        plain = trace(without_quantizers(network.model), call, network.names, axes, network.opset)
+        float_model = without_quantizers(network.model)
+        plain = trace(float_model, call, network.names, axes, network.opset)
         tidy(plain.graph)
-        verify(proto, plain, expected, deployed)
+        unread = verify(proto, plain, expected, deployed, lambda: unread_calls(float_model, call, expected.weights))
     with explained("The graph does not fit into one file", "Export the model in parts below 2 GiB."):
         data = proto.SerializeToString()
     if not has_onnxruntime():
-        return _Written(proto.graph, data, None)
+        return _Written(proto.graph, data, None, unread)
     check = RuntimeCheck(data, deployed)
     with explained("The graph's outputs on the example are not of the model's shapes", OTHER_FORM):
         difference = relative_difference(check.run(network.named(call)), expected.outputs)
     if second is not None:
-        inputs = network.named(second.call)
-        reason = reason_against(check.run(inputs), second)
+        reason = reason_against(
+            lambda made: check.run(network.named(made)),
+            second,
+            lambda: parts_of(without_quantizers(network.model), call),
+        )
         if reason:
             raise ExportError(reason)
-    return _Written(proto.graph, data, difference)
+    return _Written(proto.graph, data, difference, unread)
 
 
 def quantized_module(model_or_result: object) -> nn.Module:

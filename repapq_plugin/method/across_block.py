@@ -19,7 +19,7 @@ from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.losses import relative_loss
 from repapq_plugin.core.progress import Advance
 from repapq_plugin.core.running import Batch, ForwardFn, is_out_of_memory
-from repapq_plugin.errors import RepAPQError
+from repapq_plugin.errors import CalibrationError, RepAPQError
 from repapq_plugin.method.learners import Learner
 from repapq_plugin.method.optimise import Outcome, Outputs, Subject, reconstruct, split_batches
 from repapq_plugin.method.partition import Stage, Unit, is_inside
@@ -158,7 +158,18 @@ class AcrossBlockCalibrator:
             self.cache,
         )
         self.cache.drop_everything()
-        return self._results("network", units, self._reconstruct(subject, steps))
+        try:
+            outcome = self._reconstruct(subject, steps)
+        except RepAPQError:
+            raise
+        except Exception as error:  # whatever the network's own code raises when it learns
+            if is_out_of_memory(error):
+                raise
+            raise CalibrationError(
+                f"The network cannot learn as a whole ({type(error).__name__}: {error}). Choose schedule='stage' and "
+                "network_steps=0, where a part that cannot learn stays float."
+            ) from error
+        return self._results("network", units, outcome)
 
     def _calibrate_stage(self, stage: Stage, finished: Sequence[Stage]) -> list[UnitResult]:
         networks = self.networks

@@ -39,12 +39,16 @@ def answering(modules: Mapping[str, nn.Module], outputs: Mapping[str, Sequence[T
 
 @contextmanager
 def recording(modules: Mapping[str, nn.Module], names: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect the outputs of the named modules, call after call."""
+    """Collect the outputs of the named modules, call after call, as they were returned; gradients pass.
+
+    They are copies: the network may go on and change an output in place.
+    """
     outputs: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def recorder(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: object, output: Tensor) -> None:
-            outputs[name].append(output)
+            with unseen():
+                outputs[name].append(output.clone())
 
         return hook
 
@@ -84,7 +88,8 @@ def outputs_of(module: nn.Module, calls: int, run: Callable[[], object]) -> list
     seen: list[Tensor] = []
 
     def after(_: nn.Module, args: object, output: Tensor) -> None:
-        seen.append(output)
+        with unseen():
+            seen.append(output.clone())
         if len(seen) == calls:
             raise _Reached
 

@@ -155,7 +155,8 @@ class LearnableFakeQuantize(FakeQuantizeBase):
         """Scale and zero point take the shapes of what is loaded."""
         loaded = state_dict.get(prefix + "log_scale")
         if isinstance(loaded, Tensor) and loaded.shape != self.log_scale.shape:
-            self.log_scale = nn.Parameter(torch.empty_like(loaded, device=self.log_scale.device))
+            empty = torch.empty_like(loaded, device=self.log_scale.device)
+            self.log_scale = nn.Parameter(empty, requires_grad=self.log_scale.requires_grad)
             self.zero_point = torch.zeros(loaded.shape, dtype=torch.int64, device=self.log_scale.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.observing = bool(self.observer_enabled[0])

@@ -138,7 +138,8 @@ def insert_quantizers(
     Layers that share a weight share its quantizer.
 
     Returns:
-        The layers by module path; none of their quantizers has its scale yet, and none observes.
+        The layers by module path; none of their quantizers has its scale yet, none observes, and no scale requires a
+        gradient.
     """
     by_group: dict[int | None, LearnableFakeQuantize] = {}
     by_weight: dict[int, LearnableFakeQuantize] = {}
@@ -153,7 +154,7 @@ def insert_quantizers(
             layer.bias = nn.Parameter(weight.new_zeros(output_channels(layer)), requires_grad=weight.requires_grad)
         for quantizer in (of_weight, by_group[plan.input_group]):
             quantizer.enable_observer(False)
-            quantizer.to(weight.device).eval()
+            quantizer.to(weight.device).eval().requires_grad_(False)  # optimising turns on what learns, and off again
         quantized[name] = quantize_layer(layer, of_weight, by_group[plan.input_group])
     return quantized
 

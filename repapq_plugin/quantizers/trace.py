@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from repapq_plugin.core.hooks import Hooks, other_forwards
-from repapq_plugin.core.running import frozen
+from repapq_plugin.core.running import frozen, is_out_of_memory
 from repapq_plugin.core.tensors import change_first_tensor, floating_tensors
+from repapq_plugin.errors import CalibrationError
 from repapq_plugin.quantizers.layers import QUANTIZABLE
 from repapq_plugin.quantizers.own_forward import Arguments, reason_against
 
@@ -86,6 +87,9 @@ def trace_network(model: nn.Module, run: Callable[[], object]) -> Trace:
 
     Each layer's input is cut from the graph, so a layer whose weight the output still depends on
     is a last one; a layer whose input needed no gradient is a first one.
+
+    Raises:
+        CalibrationError: The network runs without gradients only.
     """
     layers: dict[str, nn.Module] = {
         name: module for name, module in model.named_modules() if isinstance(module, QUANTIZABLE)
@@ -124,7 +128,7 @@ def trace_network(model: nn.Module, run: Callable[[], object]) -> Trace:
             hooks.before(module, before_layer, with_kwargs=True)
         for name, module in model.named_modules():
             hooks.after(module, after_any(name), with_kwargs=True)
-        outputs = [tensor for tensor in floating_tensors(run()) if tensor.requires_grad]
+        outputs = [tensor for tensor in floating_tensors(_with_gradients(run)) if tensor.requires_grad]
         last = _last_layers(outputs, {name: weights[name] for name in inputs})
     uncounted = Counter({name: len(seen) for name, seen in inputs.items()})
 
@@ -156,6 +160,21 @@ def trace_network(model: nn.Module, run: Callable[[], object]) -> Trace:
         modules={name: ModuleTrace(count, plain[name]) for name, count in calls.items()},
         unfit=unfit,
     )
+
+
+def _with_gradients(run: Callable[[], object]) -> object:
+    """Run, and tell a network that does not run with gradients from one that does not run at all."""
+    try:
+        return run()
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        with torch.no_grad():
+            run()
+        raise CalibrationError(
+            f"The network runs without gradients only ({error}). Calibration needs them; write what it computes "
+            "without out= and without changing in place what was read."
+        ) from error
 
 
 def _last_layers(outputs: list[Tensor], called: dict[str, nn.Parameter]) -> set[str]:

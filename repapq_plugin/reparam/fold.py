@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from repapq_plugin.core.compare import equal_within, precise, rounding_of
 from repapq_plugin.core.copies import plain_copy
-from repapq_plugin.core.hooks import Hooks
+from repapq_plugin.core.hooks import Hooks, unseen
 from repapq_plugin.core.modules import places_of
 from repapq_plugin.core.running import inference
 from repapq_plugin.core.tensors import tensors_of
@@ -97,11 +97,6 @@ def _folded(layer: Layer, bn: nn.Module) -> tuple[Tensor, Tensor]:
     return weight.to(layer.weight.dtype), bias.to(layer.weight.dtype)
 
 
-def _outputs(model: nn.Module, run: Callable[[nn.Module], object]) -> list[Tensor]:
-    with inference(model):
-        return [tensor.detach().clone() for tensor in tensors_of(run(model))]
-
-
 class _Pair:
     """One layer and the norm behind it, which can be folded and unfolded where they stand."""
 
@@ -114,6 +109,11 @@ class _Pair:
         self.rest.training = norm.training
         carry_attributes(norm, self.rest)
         self.places = places_of(model, norm)
+
+    @property
+    def magnitude(self) -> float:
+        """The largest bias that folding made: values that are far from zero before they are shifted round coarsely."""
+        return max((float(value.abs().max()) for value in self.after[1:] if value.numel()), default=0.0)
 
     def fold(self) -> None:
         _put(self.layer, self.after)
@@ -144,17 +144,25 @@ def _normalises(module: nn.Module) -> bool:
 
 
 class _Folder:
-    """Folds norms of one model, one set of pairs after the other."""
+    """Folds norms of one model, one set of pairs after the other.
+
+    Each pair is judged by its own output, on the very inputs that it has in the float network: once norms are folded,
+    everything behind a pair goes on with what the norm gave before. Float32 rounding of one pair then meets no other
+    one, and no choice that the network makes (a detector's best queries) that could make much of it. What the network
+    returns has to stay the same all the same: it changes where something else reads a weight or a norm.
+    """
 
     def __init__(self, model: nn.Module, run: Callable[[nn.Module], object]) -> None:
         self.model, self.run = model, run
         self.names = {module: name for name, module in model.named_modules()}
         self.refused: dict[nn.Module, str] = {}
         self.alone: dict[nn.Module, str] = {}
+        self._given: dict[nn.Module, list[Tensor]] = {}
 
     def candidates(self) -> tuple[list[_Pair], list[Tensor]]:
         """Observe one run: the pairs that look foldable, but for refused norms, and the model's outputs."""
         watch = NormInputs()
+        self._given = {}
         with Hooks() as hooks:
             for module in self.model.modules():
                 if isinstance(module, Layer):
@@ -162,6 +170,7 @@ class _Folder:
                 elif _normalises(module):
                     hooks.before(module, watch.norm_runs, with_kwargs=True)
                     hooks.after(module, watch.norm_ran)
+                    hooks.after(module, self._norm_gave)
             with inference(self.model):
                 with watch:
                     result = self.run(self.model)
@@ -175,6 +184,10 @@ class _Folder:
                 pairs.append(pair)
         return pairs, outputs
 
+    def _norm_gave(self, norm: nn.Module, _: object, output: object) -> None:
+        with unseen():
+            self._given.setdefault(norm, []).extend(tensor.detach().clone() for tensor in tensors_of(output))
+
     @torch.no_grad()
     def _pair(self, layer: nn.Module, norm: nn.Module) -> _Pair | None:
         try:
@@ -187,26 +200,63 @@ class _Folder:
             return None
 
     def fold_what_stays_equal(self, group: list[_Pair], wanted: list[Tensor]) -> list[_Pair]:
-        """Fold those of ``group``, on top of what is folded already, that leave the model's outputs as ``wanted``."""
-        if not group:
-            return []
-        same = False
+        """Fold those of ``group``, on top of what is folded already, that leave everything as it was.
+
+        Args:
+            group: Pairs; each is folded afterwards, or as it was.
+            wanted: The model's outputs.
+
+        Returns:
+            The folded ones.
+        """
+        same, differing = False, group
         for pair in group:
             pair.fold()
         try:
+            differing, outputs = self._judged(group)
             tolerance = rounding_of([*wanted, *self.model.parameters()])
-            same = equal_within(_outputs(self.model, self.run), wanted, tolerance)
+            same = not differing and equal_within(outputs, wanted, tolerance)
         finally:
             if not same:
                 for pair in group:
                     pair.unfold()
-        if same:
+        if same or not group:
             return group
+        if differing:
+            return self.fold_what_stays_equal([pair for pair in group if pair not in differing], wanted)
         if len(group) == 1:
             return []
         middle = len(group) // 2
         halves = (group[:middle], group[middle:])
         return [pair for half in halves for pair in self.fold_what_stays_equal(half, wanted)]
+
+    def _judged(self, group: list[_Pair]) -> tuple[list[_Pair], list[Tensor]]:
+        """Run the model with the pairs of ``group`` folded; return those that gave something else, and its outputs."""
+        left = {pair: list(self._given[pair.norm]) for pair in group}
+        differing: list[_Pair] = []
+
+        def judge(pair: _Pair) -> Callable[..., object]:
+            tolerance = rounding_of([*left[pair], *pair.after])
+
+            def hook(_: nn.Module, args: object, output: object) -> object:
+                with unseen():
+                    if isinstance(output, Tensor) and left[pair]:
+                        before = left[pair].pop(0)
+                        if not equal_within([output], [before], tolerance, terms=pair.magnitude):
+                            differing.append(pair)
+                        return before.clone()
+                    differing.append(pair)
+                    return None
+
+            return hook
+
+        with Hooks() as hooks:
+            for pair in group:
+                hooks.after(pair.rest, judge(pair))
+            with inference(self.model):
+                outputs = [tensor.detach().clone() for tensor in tensors_of(self.run(self.model))]
+        differing += [pair for pair, calls in left.items() if calls]
+        return differing, outputs
 
     def refuse(self, pair: _Pair) -> None:
         """Keep a norm that cannot be folded into the layer in front of it."""

@@ -71,3 +71,10 @@ def test_dtypes_may_differ() -> None:
 
 def test_exact_is_stricter_than_rounding() -> None:
     assert EXACT < ROUNDING
+
+
+def test_a_sum_that_nearly_cancels_is_no_better_than_its_terms() -> None:
+    wanted = [torch.tensor([1.0])]
+    assert equal_within([torch.tensor([1.01])], wanted, terms=1000.0)
+    assert not equal_within([torch.tensor([1.01])], wanted, terms=10.0)
+    assert not equal_within([torch.tensor([1.01])], wanted)

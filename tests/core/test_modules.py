@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from repapq_plugin.core.modules import become, own_class, parameter_uses, places_of, replace_modules, resign
+from repapq_plugin.core.modules import become, own_class, places_of, replace_modules, resign
 
 trees = st.recursive(
     st.builds(nn.Identity) | st.builds(nn.ReLU),
@@ -54,14 +54,6 @@ def test_what_is_put_in_is_not_looked_into() -> None:
 def test_the_model_itself_may_be_replaced() -> None:
     model, new = nn.ReLU(), nn.Tanh()
     assert replace_modules(model, {model: new}) is new
-
-
-def test_parameters_are_counted_by_the_modules_that_hold_them() -> None:
-    first, second = nn.Linear(2, 2), nn.Linear(2, 2, bias=False)
-    second.weight = first.weight
-    uses = parameter_uses(nn.Sequential(first, second, first))
-    assert uses[id(first.weight)] == 2 and uses[id(first.bias)] == 1
-    assert uses[id(torch.ones(1))] == 0
 
 
 class Doubling(nn.Module):

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from repapq_plugin.evaluation.runtimes import OnnxRuntimeNetwork, OpenVINONetwork
 from repapq_plugin.export import export_onnx, export_openvino
+from repapq_plugin.export.calls import Call
+from repapq_plugin.export.onnx_batch import parts_of, reason_against, run_second_batch
 from tests.support.export_networks import Chain, make, outputs_of, quantized, set_ranges
 
 
@@ -93,6 +95,58 @@ def test_a_batch_that_is_part_of_the_graph_is_fixed_and_said(
     assert graph.input[0].type.tensor_type.shape.dim[0].dim_value == n
     assert summary.max_rel_difference is not None
     assert summary.max_rel_difference < 1e-5
+
+
+def test_a_factor_that_another_sample_hardly_changes_is_seen(tmp_path: Path) -> None:
+    x = images(12)
+    assert not export_onnx(set_ranges(Numbered(), x), x, tmp_path / "model.onnx").dynamic_batch
+
+
+class Mixing(Body):
+    """What a sample gets depends a little on the others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y + 0.1 * y.mean(0, keepdim=True)
+
+
+def test_a_model_that_mixes_samples_is_compared_with_the_graph_alone(tmp_path: Path) -> None:
+    model = set_ranges(Mixing(), images())
+    assert parts_of(model, Call((images(),), {})) == ()
+    summary = export_onnx(model, images(), tmp_path / "model.onnx")
+    assert summary.dynamic_batch
+    [got] = outputs_of(OnnxRuntimeNetwork(summary.path, threads=1), images(5))
+    assert torch.allclose(got, model(images(5)), atol=1e-5)
+
+
+def rounding_otherwise(call: Call, by_sample: bool) -> list[Tensor]:
+    """What a runtime returns that rounds some sums of a random network otherwise: 5 % off, more or less."""
+    [x] = call.tensors
+    seeds = [int(1e6 * row.double().abs().sum()) if by_sample else 100 * len(x) + i for i, row in enumerate(x)]
+    flips = [0.05 * torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return [x + torch.stack(flips), torch.arange(5)]
+
+
+@pytest.mark.parametrize(("by_sample", "may_be_open"), [(True, True), (False, False)])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_runtime_that_rounds_otherwise_is_held_against_itself(n: int, by_sample: bool, may_be_open: bool) -> None:
+    class Same(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x.clone(), torch.arange(5)
+
+    call = Call((images(n),), {})
+    second = run_second_batch(Same(), call, list(Same()(images(n))))
+    parts = parts_of(Same(), call)
+    assert [[part.call.tensors[0].shape[0], *part.rows] for part in parts] == [
+        [n, slice(None, n), slice(None, 5)],
+        [n, slice(-n, None), slice(-5, None)],
+    ]
+    assert torch.equal(parts[1].call.tensors[0], second.call.tensors[0][1:])
+    reason = reason_against(lambda made: rounding_otherwise(made, by_sample), second, lambda: parts)
+    assert (reason == "") == may_be_open
+    assert reason_against(lambda made: rounding_otherwise(made, by_sample), second, lambda: ())
+    # The shape is right, and samples are in each other's places.
+    assert reason_against(lambda made: [made.tensors[0].flip(0).neg(), torch.arange(5)], second, lambda: parts)
 
 
 def test_what_runs_with_two_sizes_runs_with_others(tmp_path: Path) -> None:

@@ -63,3 +63,31 @@ def test_inputs_given_by_keyword_are_found_and_a_call_without_a_tensor_is_named(
     with pytest.raises(TypeError, match="Identity is called without a tensor"):
         inputs_of(nothing, 1, lambda: nothing([x]))
     assert not layer._forward_pre_hooks and not nothing._forward_pre_hooks
+
+
+class ChangesInPlace(nn.Module):
+    """What follows its layers works on their outputs in place; one layer is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.twice = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.silu(self.one(x), inplace=True)
+        y = self.twice(y).mul_(0.5)
+        return self.twice(y).neg_()
+
+
+def test_what_is_recorded_is_what_was_returned_whatever_happens_to_it_later():
+    model, x = ChangesInPlace(), torch.randn(2, 3, 4, 4)
+    with torch.no_grad():
+        one = model.one(x)
+        first = model.twice(nn.functional.silu(one))
+        second = model.twice(0.5 * first)
+    with recording(dict(model.named_modules()), ["one", "twice"]) as outputs:
+        model(x)
+    assert all(map(torch.equal, outputs["one"], [one])) and len(outputs["one"]) == 1
+    for found in (outputs["twice"], outputs_of(model.twice, 2, lambda: model(x))):
+        assert all(map(torch.equal, found, [first, second])) and len(found) == 2
+    (outputs["one"][0].sum() + outputs["twice"][1].sum()).backward()
+    assert all(bool(parameter.grad.any()) for parameter in model.parameters())

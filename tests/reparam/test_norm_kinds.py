@@ -313,3 +313,109 @@ def test_norms_in_a_row_are_folded_one_after_the_other() -> None:
     model, x = nn.Sequential(nn.Conv2d(C, C, 1), *norms).eval().double(), random_input(C)
     folding = fold_norms(model, lambda net: net(x))
     assert folding.pairs == [("0", "1"), ("0", "2"), ("0", "3")] and folding.kept == {}
+
+
+class Chooses(nn.Module):
+    """What follows its norms makes a large difference of the smallest one, as the choice of the best queries does."""
+
+    def __init__(self, odd: nn.Module | None = None) -> None:
+        super().__init__()
+        pairs = [[nn.Conv2d(C, C, 1), settled(nn.BatchNorm2d(C)), nn.SiLU()] for _ in range(3)]
+        self.body = nn.Sequential(*pairs[0], *pairs[1], *([odd, settled(nn.BatchNorm2d(C))] if odd else []), *pairs[2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body[:3](x)
+        return self.body[3:]((1e8 * y).sin()).mul(1e8).sin()
+
+
+def test_norms_are_judged_by_their_own_outputs_where_the_network_amplifies_rounding() -> None:
+    torch.manual_seed(0)
+    model, x = Chooses().eval(), random_input(C).float()
+    with torch.no_grad():
+        wanted = model(x)
+        folding = fold_norms(model, lambda net: net(x))
+        assert relative_error(model(x), wanted) > 0.01  # its whole output says nothing
+    assert folding.kept == {} and folding.pairs == [(f"body.{i}", f"body.{i + 1}") for i in (0, 3, 6)]
+
+
+class Scaled(nn.Conv2d):
+    """Folded into it, a norm is lost: its output does not grow with its weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) / self.weight.abs().max()
+
+
+def test_the_one_that_cannot_be_folded_is_found_where_the_network_amplifies_rounding() -> None:
+    torch.manual_seed(0)
+    model, x = Chooses(Scaled(C, C, 1)).eval(), random_input(C).float()
+    folding = fold_norms(model, lambda net: net(x))
+    assert list(folding.kept) == ["body.7"] and "folding it into body.6" in folding.kept["body.7"]
+    assert folding.pairs == [(f"body.{i}", f"body.{i + 1}") for i in (0, 3, 8)]
+
+
+class ReadsElsewhere(nn.Module):
+    """The second pair's weight, or its norm, is read once more by the network itself."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.body = nn.Sequential(
+            *(nn.Conv2d(C, C, 1), settled(nn.BatchNorm2d(C)), nn.ReLU()),
+            *(nn.Conv2d(C, C, 1), settled(nn.BatchNorm2d(C)), nn.ReLU()),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, norm = self.body(x), self.body[4]
+        if self.what == "weight":
+            return y * self.body[3].weight.mean()
+        if self.what == "bias":
+            return y + self.body[3].bias.reshape(-1, 1, 1)
+        return y + (1 if isinstance(norm, nn.BatchNorm2d) else 0)
+
+
+@pytest.mark.parametrize("what", ["weight", "bias", "class"])
+def test_what_the_network_itself_reads_is_not_folded_away(what: str) -> None:
+    torch.manual_seed(0)
+    model, x = ReadsElsewhere(what).eval().double(), random_input(C)
+    with torch.no_grad():
+        wanted = model(x)
+        folding = fold_norms(model, lambda net: net(x))
+        assert relative_error(model(x), wanted) <= 1e-12
+    assert folding.pairs == [("body.0", "body.1")] and list(folding.kept) == ["body.4"]
+
+
+class Skips(nn.Module):
+    """It calls its norm only while that is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(C, C, 1), settled(nn.BatchNorm2d(C)), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.act(self.norm(y) if isinstance(self.norm, nn.BatchNorm2d) else y)
+
+
+def test_a_norm_whose_place_is_not_called_any_more_stays() -> None:
+    model, x = Skips().eval().double(), random_input(C)
+    folding = fold_norms(model, lambda net: net(x))
+    assert folding.pairs == [] and list(folding.kept) == ["norm"] and isinstance(model.norm, nn.BatchNorm2d)
+
+
+def test_a_large_mean_that_the_norm_takes_away_is_no_reason_to_keep_it() -> None:
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(C, C, 1, bias=False), settled(nn.BatchNorm2d(C))
+    x = random_input(C).float() + 3e4
+    with torch.no_grad():
+        y = conv(x)
+        norm.running_mean.copy_(y.mean((0, 2, 3)))
+        norm.running_var.copy_(y.var((0, 2, 3)))
+        model = nn.Sequential(conv, norm).eval()
+        assert fold_norms(model, lambda net: net(x)).pairs == [("0", "1")]
+
+
+def test_what_is_overwritten_behind_a_norm_is_compared_as_the_norm_gave_it() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(C, C, 1), settled(nn.BatchNorm2d(C)), nn.ReLU(inplace=True), nn.Hardtanh(-0.1, 0.1, True)]
+    model, x = nn.Sequential(*layers).eval(), random_input(C).float()
+    assert fold_norms(model, lambda net: net(x)).pairs == [("0", "1")]
