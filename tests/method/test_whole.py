@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from repapq_plugin import CalibrationResult, RepAPQConfig
 from repapq_plugin.backend import OwnBackend
 from repapq_plugin.job import Job, State
-from repapq_plugin.method.across_block import UnitResult
 from repapq_plugin.method.learners import snapshot
 from repapq_plugin.method.partition import Stage, Unit
+from repapq_plugin.method.unit_result import UnitResult
 from repapq_plugin.method.whole import keep_what_helps, outside
 from tests.support.networks import Chain, Pyramid, batches, settle
 
