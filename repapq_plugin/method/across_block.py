@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core.checkpoints import Checkpoints
 from repapq_plugin.core.losses import LOSSES, magnitude
 from repapq_plugin.core.progress import Advance
 from repapq_plugin.core.running import Batch, ForwardFn, is_out_of_memory
 from repapq_plugin.errors import RepAPQError
-from repapq_plugin.method.learners import Learner
+from repapq_plugin.method.learners import Learner, load_state, state_of
 from repapq_plugin.method.optimise import Outcome, Outputs, Subject, reconstruct
 from repapq_plugin.method.partition import Stage, Unit, is_inside
 from repapq_plugin.method.replay import answering, inputs_of, recording
@@ -124,6 +125,7 @@ class AcrossBlockCalibrator:
         config: Schedule, steps, losses.
         cache: Where activations are kept.
         advance: Called after each optimisation step.
+        checkpoints: Keeps what was learned.
     """
 
     def __init__(
@@ -133,7 +135,9 @@ class AcrossBlockCalibrator:
         config: RepAPQConfig,
         cache: Cache,
         advance: Advance,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
+        self.checkpoints = checkpoints or Checkpoints()
         self.networks, self.stages, self.config, self.cache, self.advance = networks, stages, config, cache, advance
         self.student_modules = dict(networks.student.named_modules())
         self.teacher_modules = dict(networks.teacher.named_modules())
@@ -176,15 +180,16 @@ class AcrossBlockCalibrator:
             self.cache,
         )
         self.cache.drop_everything()
-        return self._results("network", units, self._reconstruct(subject, steps))
+        return self._results("network", units, self._reconstruct("network", subject, steps))
 
     def _calibrate_stage(self, stage: Stage, finished: Sequence[Stage]) -> list[UnitResult]:
         networks = self.networks
         self._fetch_inputs(networks.teacher, self.teacher_modules, stage, finished, Role.TEACHER_READS, Role.TEACHER)
         self._run_teacher(stage)
         self._fetch_inputs(networks.student, self.student_modules, stage, finished, Role.STUDENT_READS, Role.STUDENT)
-        by_unit = self.config.schedule == "unit" and stage.units[0].name != stage.name
-        results = self._unit_by_unit(stage) if by_unit else self._at_once(stage)
+        results = (
+            self._unit_by_unit(stage) if stage.learned(self.config.schedule) is stage.units else self._at_once(stage)
+        )
         self._store_stage_outputs(stage)
         return results
 
@@ -224,7 +229,7 @@ class AcrossBlockCalibrator:
 
     def _at_once(self, stage: Stage) -> list[UnitResult]:
         subject = StageSubject(self._run_of(stage), self._learners_in(stage.name))
-        return self._results(stage.name, stage.units, self._reconstruct(subject, self.config.steps))
+        return self._results(stage.name, stage.units, self._reconstruct(stage.part, subject, self.config.steps))
 
     def _unit_by_unit(self, stage: Stage) -> list[UnitResult]:
         results: list[UnitResult] = []
@@ -239,7 +244,7 @@ class AcrossBlockCalibrator:
                 [done.name for done in stage.units[:position]],
                 bool(self.config.stage_weight),
             )
-            results += self._results(stage.name, [unit], self._reconstruct(subject, self.config.steps))
+            results += self._results(stage.name, [unit], self._reconstruct(unit.part, subject, self.config.steps))
             with torch.no_grad():
                 for index in range(len(self.networks.batches)):
                     self.cache.put(Activation(Role.STUDENT, unit.name), index, subject.unit_outputs(index))
@@ -259,10 +264,16 @@ class AcrossBlockCalibrator:
                 self.cache.drop_all(Activation(Role.STUDENT, unit.name))
                 self.cache.drop_all(Activation(Role.TEACHER, unit.name))
 
-    def _reconstruct(self, subject: Subject, steps: int) -> Outcome:
+    def _reconstruct(self, part: str, subject: Subject, steps: int) -> Outcome:
         config = self.config.replace(steps=steps)
         loss = partial(across_block_loss, loss=config.loss, stage_weight=config.stage_weight)
-        return reconstruct(subject, loss, len(self.networks.batches), config, self.advance)
+        learned = self.checkpoints.once(
+            part,
+            lambda: asdict(reconstruct(subject, loss, len(self.networks.batches), config, self.advance)),
+            partial(state_of, subject.learners),
+            partial(load_state, subject.learners),
+        )
+        return Outcome.of(learned)
 
     def _learners_in(self, name: str) -> dict[str, Learner]:
         return {path: learner for path, learner in self.networks.learners.items() if is_inside(path, name)}
@@ -301,12 +312,14 @@ class AcrossBlockCalibrator:
         ]
 
 
-def total_steps(stages: Sequence[Stage], config: RepAPQConfig) -> int:
-    """Return how many optimisation steps a calibration takes, for a progress bar."""
+def total_steps(stages: Sequence[Stage], config: RepAPQConfig, finished: Collection[str] = ()) -> int:
+    """Return how many optimisation steps a calibration takes, for a progress bar; without the parts ``finished``."""
     if config.schedule == "network":
-        return config.steps
-    parts = len(stages) if config.schedule == "stage" else sum(len(stage.units) for stage in stages)
-    return config.steps * parts + config.network_steps
+        steps = {"network": config.steps}
+    else:
+        learned = [part for stage in stages for part in stage.learned(config.schedule)]
+        steps = {**{part.part: config.steps for part in learned}, "network": config.network_steps}
+    return sum(count for part, count in steps.items() if part not in finished)
 
 
 def _continued(first: UnitResult, then: UnitResult | None) -> UnitResult:

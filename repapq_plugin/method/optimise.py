@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,11 @@ class Outcome:
     kept: bool
     seconds: float
     note: str = ""
+
+    @classmethod
+    def of(cls, record: Mapping[str, object]) -> Outcome:
+        """Return the outcome that ``dataclasses.asdict`` turned into ``record``."""
+        return cls(**cast("dict[str, Any]", record))
 
 
 def split_batches(count: int, guard_fraction: float) -> tuple[list[int], list[int]]:
