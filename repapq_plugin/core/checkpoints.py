@@ -231,7 +231,7 @@ class CheckpointFolder(Checkpoints):
         self._files.drop_from(0)
         for name in (MANIFEST, LOCK):
             (self.path / name).unlink(missing_ok=True)
-        if not any(self.path.iterdir()):
+        if self.path.exists() and not any(self.path.iterdir()):
             self.path.rmdir()
 
     def _check(self) -> Mapping[str, object] | None:
@@ -266,7 +266,8 @@ class CheckpointFolder(Checkpoints):
             )
         if not self.resume and self._files.path(0).exists():
             raise CheckpointError(
-                f"{self.path} holds finished parts of an earlier calibration; go on with resume=True. {self._anew}"
+                f"{self.path} holds finished parts of an earlier calibration; go on with resume=True (--resume). "
+                f"{self._anew}"
             )
         return dict(said["work"])
 
