@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -81,6 +82,78 @@ def test_after_any_number_of_interruptions_the_result_is_the_same_to_the_last_bi
         model, data, settings, progress=stopping_after(1), checkpoint_dir=tmp_path, resume=True
     )  # nothing is left to learn
     assert same(again, wanted)
+
+
+def taken(seen: list[Progress]) -> dict[str, int]:
+    """How many steps were really taken for each part; those brought back have no loss."""
+    return Counter(progress.part for progress in seen if progress.loss is not None)
+
+
+@pytest.fixture
+def after_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the state within a part after each step, not once in a minute."""
+    monkeypatch.setattr("repapq_plugin.core.part_files.HALFWAY_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("after_each_step")
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_part_goes_on_in_its_middle(schedule: str, data: list[Tensor], tmp_path: Path) -> None:
+    settings, first, seen = config(schedule, steps=7), list[Progress](), list[Progress]()
+    wanted = quantize_model(chain(), data, settings, progress=first.append)
+    for done in (3, 5):
+        with pytest.raises(Stop):
+            quantize_model(chain(), data, settings, progress=stopping_after(done), checkpoint_dir=tmp_path, resume=True)
+    found = quantize_model(chain(), data, settings, progress=seen.append, checkpoint_dir=tmp_path, resume=True)
+    assert same(found, wanted)
+    whole, rest = taken(first), taken(seen)
+    part = next(iter(whole))
+    if schedule != "unit":  # units of a stage report under its name
+        assert rest.pop(part) == whole.pop(part) - 5 and rest == whole
+    assert sum(taken(first).values()) - sum(taken(seen).values()) == 5
+    assert (seen[-1].done, seen[-1].total) == (first[-1].done, first[-1].total)
+    assert not (tmp_path / "halfway.safetensors").exists()
+
+
+@pytest.mark.usefixtures("after_each_step")
+def test_the_middle_of_a_part_is_worth_nothing_once_one_before_it_is_done_again(
+    data: list[Tensor], tmp_path: Path
+) -> None:
+    first, seen = list[Progress](), list[Progress]()
+    wanted = quantize_model(chain(), data, config(), progress=first.append)
+    with pytest.raises(Stop):
+        quantize_model(chain(), data, config(), progress=stopping_after(6), checkpoint_dir=tmp_path)
+    (tmp_path / "part-00001.safetensors").unlink()
+    found = quantize_model(chain(), data, config(), progress=seen.append, checkpoint_dir=tmp_path, resume=True)
+    assert same(found, wanted) and taken(seen) == taken(first)
+
+
+@pytest.mark.usefixtures("after_each_step")
+def test_a_damaged_middle_is_named_and_may_be_deleted(data: list[Tensor], tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        quantize_model(chain(), data, config(), progress=stopping_after(6), checkpoint_dir=tmp_path)
+    path = tmp_path / "halfway.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(CheckpointError, match=r"halfway\.safetensors is damaged .*; delete it"):
+        quantize_model(chain(), data, config(), checkpoint_dir=tmp_path, resume=True)
+    path.unlink()
+    found = quantize_model(chain(), data, config(), checkpoint_dir=tmp_path, resume=True)
+    assert same(found, quantize_model(chain(), data, config()))
+
+
+@pytest.mark.usefixtures("after_each_step")
+def test_a_middle_that_cannot_be_kept_stops_nothing(
+    data: list[Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ExitStack() as stack:
+
+        def report(progress: Progress) -> None:
+            if progress.phase == "calibration" and progress.done == 0:
+                stack.enter_context(largest_file(1000))
+
+        found = quantize_model(chain(), data, config("network"), progress=report, checkpoint_dir=tmp_path)
+    assert equal_numbers(numbers(found.model), numbers(quantize_model(chain(), data, config("network")).model))
+    assert caplog.text.count("The state within 'network' cannot be kept") == 1
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["part-00000.safetensors"]
 
 
 def test_only_what_is_left_is_counted(data: list[Tensor], tmp_path: Path) -> None:

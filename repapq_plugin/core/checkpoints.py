@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import SafetensorError
 
 from repapq_plugin.core.files import atomically
 from repapq_plugin.core.fingerprints import Fingerprint, differences
-from repapq_plugin.core.running import random_states, set_random_states
+from repapq_plugin.core.part_files import (
+    HALFWAY,
+    Halfway,
+    HalfwayFile,
+    PartFiles,
+    Record,
+    Tensors,
+    bring_back,
+    write_part,
+)
 from repapq_plugin.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -33,14 +39,6 @@ FORMAT = "repapq-checkpoint"
 MANIFEST, LOCK = "checkpoint.json", "checkpoint.lock"
 PARTIAL = ".*.part"
 """What `atomically` leaves if the process is killed while it writes."""
-
-RANDOM = "random "
-"""What the names of saved states of random generators begin with."""
-
-Record = dict[str, object]
-"""What became of a part, ready for JSON."""
-
-Tensors = Mapping[str, Tensor]
 
 
 class Checkpoints:
@@ -78,65 +76,12 @@ class Checkpoints:
         """
         return work() or {}
 
+    def halfway(self, name: str) -> Halfway:
+        """Return what keeps the state in the middle of a part."""
+        return Halfway()
+
     def remove(self) -> None:
         """Delete what is kept: the work is done."""
-
-
-class PartFiles:
-    """The files of finished parts in a folder, by their number from 0 on."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def path(self, number: int) -> Path:
-        """Return the file of a part."""
-        return self.folder / f"part-{number:05d}.safetensors"
-
-    def names(self) -> list[str]:
-        """Return the names of the parts that are there, up to the first that is missing."""
-        found: list[str] = []
-        while self.path(len(found)).exists():
-            found.append(self.read(len(found))[0])
-        return found
-
-    def read(self, number: int, tensors: bool = False) -> tuple[str, Record, dict[str, Tensor]]:
-        """Return name, record and, if they are asked for, tensors of a part.
-
-        Raises:
-            CheckpointError: The file is damaged.
-        """
-        try:
-            with safe_open(self.path(number), framework="pt") as file:
-                header = file.metadata() or {}
-                found = {key: file.get_tensor(key) for key in file.keys()} if tensors else {}
-            return header["name"], dict(json.loads(header["record"])), found
-        except (OSError, SafetensorError, LookupError, ValueError, TypeError) as error:
-            raise self.damaged(number, error) from error
-
-    def write(self, number: int, name: str, record: Record, tensors: Tensors) -> None:
-        """Write a part, whole or not at all.
-
-        Raises:
-            OSError, SafetensorError: It cannot be written.
-        """
-        # Copies: the format refuses tensors that share their memory.
-        copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-        with atomically(self.path(number)) as partial:
-            save_file(copies, partial, metadata={"name": name, "record": json.dumps(record)})
-
-    def drop_from(self, number: int) -> None:
-        """Delete a part and those behind it."""
-        for path in self.folder.glob("part-*.safetensors"):
-            found = re.fullmatch(r"part-(\d+)\.safetensors", path.name)
-            if found is not None and int(found[1]) >= number:
-                path.unlink(missing_ok=True)
-
-    def damaged(self, number: int, error: Exception) -> CheckpointError:
-        """Return the error that says what is wrong with a file, and what to do."""
-        return CheckpointError(
-            f"{self.path(number)} is damaged ({type(error).__name__}: {error}); delete it, and what comes from it on "
-            "is done again."
-        )
 
 
 class CheckpointFolder(Checkpoints):
@@ -153,7 +98,7 @@ class CheckpointFolder(Checkpoints):
 
     def __init__(self, path: str | Path, resume: bool = False) -> None:
         self.path, self.resume = Path(path), resume
-        self._files = PartFiles(self.path)
+        self._files, self._halfway = PartFiles(self.path), self.path / HALFWAY
         self._finished: list[str] = []
         self._next = 0
         self._failed = ""
@@ -196,6 +141,7 @@ class CheckpointFolder(Checkpoints):
                 partial.unlink(missing_ok=True)
             self._begin(describe())
             yield
+            self._halfway.unlink(missing_ok=True)  # of a part that failed
         except KeyboardInterrupt:
             logger.warning("Interrupted. %s", self.how_to_go_on)
             raise
@@ -216,21 +162,25 @@ class CheckpointFolder(Checkpoints):
             CheckpointError: What is kept of the part is damaged.
         """
         if self._finished[self._next : self._next + 1] == [name]:
-            record = self._bring_back(load)
+            record = bring_back(self._files.path(self._next), lambda _, tensors: load(tensors))
             self._next += 1
             return record
         record = work() or {}
         # A part that fails leaves no file, and fails again in every process; the files behind it stay in order.
         self._files.drop_from(self._next)
         del self._finished[self._next :]
-        self._keep(name, record, {**save(), **{RANDOM + key: state for key, state in random_states().items()}})
+        self._keep(name, record, save())
         return record
+
+    def halfway(self, name: str) -> Halfway:
+        """See `Checkpoints`."""
+        return Halfway() if self._failed else HalfwayFile(self._halfway, name)
 
     def remove(self) -> None:
         """See `Checkpoints`."""
         self._files.drop_from(0)
-        for name in (MANIFEST, LOCK):
-            (self.path / name).unlink(missing_ok=True)
+        for path in (self._halfway, self.path / MANIFEST, self.path / LOCK):
+            path.unlink(missing_ok=True)
         if self.path.exists() and not any(self.path.iterdir()):
             self.path.rmdir()
 
@@ -285,6 +235,7 @@ class CheckpointFolder(Checkpoints):
         if found:
             logger.info("Finished parts taken from %s: %d.", self.path, len(found))
             return
+        self._halfway.unlink(missing_ok=True)
         said = {"format": FORMAT, "version": VERSION, "work": now}
         try:
             with atomically(self.path / MANIFEST) as partial:
@@ -292,22 +243,12 @@ class CheckpointFolder(Checkpoints):
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def _bring_back(self, load: Callable[[Tensors], None]) -> Record:
-        _, record, tensors = self._files.read(self._next, tensors=True)
-        states = {key.removeprefix(RANDOM): tensors.pop(key) for key in [*tensors] if key.startswith(RANDOM)}
-        try:
-            load(tensors)
-            set_random_states(states)
-        except (LookupError, RuntimeError, ValueError, TypeError) as error:
-            raise self._files.damaged(self._next, error) from error
-        return record
-
     def _keep(self, name: str, record: Record, tensors: Tensors) -> None:
         """Write a part. A disk that is full stops the keeping and not the work, which may have taken hours."""
         if self._failed:
             return
         try:
-            self._files.write(self._next, name, record, tensors)
+            write_part(self._files.path(self._next), name, record, tensors)
         except (OSError, SafetensorError) as error:
             self._failed = (
                 f"From {name!r} on nothing was kept in {self.path} ({error}): an interruption loses what comes after. "
@@ -317,6 +258,7 @@ class CheckpointFolder(Checkpoints):
             return
         self._finished.append(name)
         self._next += 1
+        self._halfway.unlink(missing_ok=True)  # it was on the way to this part, or to one behind it
 
     @property
     def _anew(self) -> str:

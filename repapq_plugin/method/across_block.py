@@ -267,9 +267,10 @@ class AcrossBlockCalibrator:
     def _reconstruct(self, part: str, subject: Subject, steps: int) -> Outcome:
         config = self.config.replace(steps=steps)
         loss = partial(across_block_loss, loss=config.loss, stage_weight=config.stage_weight)
+        halfway = self.checkpoints.halfway(part)
         learned = self.checkpoints.once(
             part,
-            lambda: asdict(reconstruct(subject, loss, len(self.networks.batches), config, self.advance)),
+            lambda: asdict(reconstruct(subject, loss, len(self.networks.batches), config, self.advance, halfway)),
             partial(state_of, subject.learners),
             partial(load_state, subject.learners),
         )
