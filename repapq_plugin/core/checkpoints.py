@@ -37,8 +37,8 @@ VERSION = 1
 
 FORMAT = "repapq-checkpoint"
 MANIFEST, LOCK = "checkpoint.json", "checkpoint.lock"
-PARTIAL = ".*.part"
-"""What `atomically` leaves if the process is killed while it writes."""
+PARTIALS = (".*.part", ".tmp*")
+"""What `atomically`, and safetensors within it, leave if the process is killed while they write."""
 
 
 class Checkpoints:
@@ -137,7 +137,7 @@ class CheckpointFolder(Checkpoints):
         except OSError as error:
             raise self._unwritable(error) from error
         try:
-            for partial in self.path.glob(PARTIAL):  # of a process that was killed: no other one works here
+            for partial in self._partials():  # of a process that was killed: no other one works here
                 partial.unlink(missing_ok=True)
             self._begin(describe())
             yield
@@ -194,7 +194,7 @@ class CheckpointFolder(Checkpoints):
             raise CheckpointError(f"checkpoint_dir={str(self.path)!r} is a file; choose a folder.")
         manifest = self.path / MANIFEST
         if not manifest.exists():
-            own = {LOCK, *(path.name for path in self.path.glob(PARTIAL))}
+            own = {LOCK, *(path.name for path in self._partials())}
             others = sorted(path.name for path in self.path.glob("*") if path.name not in own)
             if others:
                 raise CheckpointError(
@@ -242,6 +242,9 @@ class CheckpointFolder(Checkpoints):
                 partial.write_text(json.dumps(said, indent=1), encoding="utf-8")
         except OSError as error:
             raise self._unwritable(error) from error
+
+    def _partials(self) -> list[Path]:
+        return [path for pattern in PARTIALS for path in self.path.glob(pattern)]
 
     def _keep(self, name: str, record: Record, tensors: Tensors) -> None:
         """Write a part. A disk that is full stops the keeping and not the work, which may have taken hours."""

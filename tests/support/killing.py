@@ -136,7 +136,7 @@ class Killable:
 def leftovers(folder: Path) -> list[str]:
     """Return what a calibration left of temporary files, in its temporary folder and beside what it keeps."""
     found = [path for path in (folder / "tmp").rglob("*") if path.is_file()]
-    found += [path for path in folder.rglob(".*.part")]
+    found += [path for pattern in checkpoints.PARTIALS for path in folder.rglob(pattern)]
     kept = (folder / "checkpoint").glob("*") if (folder / "checkpoint").exists() else []
     found += [path for path in kept if path.name not in STAYS and not path.match("part-*.safetensors")]
     return [str(path.relative_to(folder)) for path in found]
@@ -179,7 +179,7 @@ def bits_in(folder: Path) -> dict[str, Tensor]:
 
 
 def _killed_in_write(number: int) -> Callable[[dict[str, Tensor], Path, dict[str, str]], None]:
-    """Return a ``save_file`` that writes half of the file of this number, and ends the process as `SIGKILL` does."""
+    """Return a ``save_file`` that writes half of the file of this number, as safetensors does, and is killed."""
     count = -1
 
     def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -188,7 +188,8 @@ def _killed_in_write(number: int) -> Callable[[dict[str, Tensor], Path, dict[str
         save_file(tensors, path, metadata)
         if count == number:
             data = path.read_bytes()
-            path.write_bytes(data[: len(data) // 2])
+            for half in (path, path.with_name(".tmp012345")):
+                half.write_bytes(data[: len(data) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
 
     return save
