@@ -190,10 +190,22 @@ def outlier_table() -> str:
     return markdown(["top-1 %", "float", *bits, "weights: kurtosis / peak", "activations: kurtosis / peak"], body)
 
 
+def kills_table() -> str:
+    """Return how many killed calibrations ended as if nothing had happened."""
+    entries = json.loads((RESULTS / "kills.json").read_text())["entries"]
+    schedules = list(next(iter(entries.values())))
+    body = [
+        [name, *(f"{found[schedule]['survived']} of {found[schedule]['kills']}" for schedule in schedules)]
+        for name, found in entries.items()
+    ]
+    return markdown(["same bits, nothing left", *schedules], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary_table,
     "runtimes": runtime_table,
     "nncf": nncf_table,
+    "kills": kills_table,
     "mimicnorm": training_table,
     "mimicnorm-quantization": outlier_table,
     "ablation-repvgg": lambda: ablation_table("repvgg"),

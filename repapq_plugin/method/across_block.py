@@ -187,9 +187,8 @@ class AcrossBlockCalibrator:
         self._fetch_inputs(networks.teacher, self.teacher_modules, stage, finished, Role.TEACHER_READS, Role.TEACHER)
         self._run_teacher(stage)
         self._fetch_inputs(networks.student, self.student_modules, stage, finished, Role.STUDENT_READS, Role.STUDENT)
-        results = (
-            self._unit_by_unit(stage) if stage.learned(self.config.schedule) is stage.units else self._at_once(stage)
-        )
+        by_unit = stage.learned(self.config.schedule) is stage.units
+        results = self._unit_by_unit(stage) if by_unit else self._at_once(stage)
         self._store_stage_outputs(stage)
         return results
 
