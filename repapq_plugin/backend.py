@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.copies import plain_copy
+from repapq_plugin.core.fingerprints import Fingerprint, fingerprint
 from repapq_plugin.core.running import Batch, ForwardFn
 from repapq_plugin.method.learners import LayerLearner, Learner
 from repapq_plugin.method.qpr import attach_affine, fold_affine
@@ -73,6 +74,9 @@ class Backend(ABC, Generic[R]):
     unplaced: str = "left float by the host"
     """Why a layer stays float that the plan wanted quantized and the host did not place."""
 
+    packages: Sequence[str] = ()
+    """Distributions of the host whose versions decide what comes out."""
+
     student: nn.Module
     """The network with quantizers, once it is placed; in evaluation mode."""
 
@@ -82,6 +86,16 @@ class Backend(ABC, Generic[R]):
         Raises:
             RepAPQError: The message says what to change.
         """
+
+    def told(self) -> dict[str, str]:
+        """Return what the host was told besides, by name: where it differs, a calibration cannot be resumed."""
+        return {}
+
+    def fingerprint(self, model: nn.Module, batches: Sequence[Batch], config: RepAPQConfig) -> Fingerprint:
+        """Return what a calibration on this backend depends on."""
+        kind = type(self)
+        told = {"the backend": f"{kind.__module__}.{kind.__qualname__}", **self.told()}
+        return fingerprint(model, batches, config, told, self.packages)
 
     def join(self, teacher: nn.Module, batches: Sequence[Batch]) -> Sequence[Batch]:
         """Return the batches that are calibrated on."""

@@ -24,6 +24,10 @@ class ResultError(RepAPQError):
     """A saved result cannot be read, or does not belong to the model it is loaded into."""
 
 
+class CheckpointError(RepAPQError):
+    """A checkpoint folder cannot be used, is used by another process, or holds another calibration."""
+
+
 class ExportError(RepAPQError):
     """A quantized model cannot be written for a runtime, or what was written failed its check."""
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from repapq_plugin.backend import Backend, OwnBackend, Placing
 from repapq_plugin.conditioning.constant_channels import fold_constant_channels
 from repapq_plugin.conditioning.equalize import equalize_channels
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core.checkpoints import Checkpoints, checkpoints_in
 from repapq_plugin.core.copies import own_batch, smaller
 from repapq_plugin.core.notes import listed
 from repapq_plugin.core.progress import Progress as Progress
@@ -93,12 +95,19 @@ class Job(Generic[R]):
         config: Bits, ranges and calibration.
         forward: Runs a network on a batch.
         report: Told as the work goes on.
+        checkpoints: Keeps what is finished.
     """
 
     def __init__(
-        self, backend: Backend[R], config: RepAPQConfig, forward: ForwardFn = call_model, report: Report | None = None
+        self,
+        backend: Backend[R],
+        config: RepAPQConfig,
+        forward: ForwardFn = call_model,
+        report: Report | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         self.backend, self.config, self.report = backend, config, report
+        self.checkpoints = checkpoints or Checkpoints()
         self._forward = forward
 
     def forward(self, model: nn.Module, batch: Batch) -> object:
@@ -123,9 +132,11 @@ class Job(Generic[R]):
                 state.notes.append(
                     f"{len(given) - len(batches)} of {len(given)} batches hold no value and were left out."
                 )
-            for phase in self.backend.phases:
-                getattr(self, phase)(state)
-                state.done.append(phase)
+            with self.checkpoints.opened(partial(self.backend.fingerprint, model, batches, self.config)):
+                for phase in self.backend.phases:
+                    getattr(self, phase)(state)
+                    state.done.append(phase)
+            state.notes += self.checkpoints.notes
             return self.backend.deliver(self._calibrated(state, time.perf_counter() - started), state.batches)
 
     def merge(self, state: State) -> None:
@@ -198,9 +209,13 @@ class Job(Generic[R]):
     def find_ranges(self, state: State) -> None:
         """Give every quantizer its starting range."""
         advance = counted("ranges", len(state.batches), self.report)
-        student = self.backend.student
-        set_starting_ranges(
-            self.backend.sites, lambda batch: self.forward(student, batch), state.batches, self.config, advance
+        student, sites = self.backend.student, self.backend.sites
+        run = partial(self.forward, student)
+        self.checkpoints.once(
+            "ranges",
+            lambda: set_starting_ranges(sites, run, state.batches, self.config, advance),
+            sites.ranges,
+            sites.load_ranges,
         )
 
     def learn(self, state: State) -> None:
@@ -220,12 +235,12 @@ class Job(Generic[R]):
             self.forward,
             backend.run_alone,
         )
-        advance = counted("calibration", total_steps(state.stages, config), self.report)
+        advance = counted("calibration", total_steps(state.stages, config, self.checkpoints.finished), self.report)
         names = [name for stage in state.stages for name in (stage.name, *(unit.name for unit in stage.units))]
         with backend.learning(names), ActivationCache[Activation](config.cache_bytes) as cache:
             before = self._whole_error(state)
             start = snapshot(networks.learners)
-            calibrator = AcrossBlockCalibrator(networks, state.stages, config, cache, advance)
+            calibrator = AcrossBlockCalibrator(networks, state.stages, config, cache, advance, self.checkpoints)
             results = calibrator.run()
             learners = outside(networks.learners, calibrator.left_float)
             state.units, note = keep_what_helps(
@@ -284,6 +299,8 @@ def quantize_model(
     *,
     forward_fn: ForwardFn | None = None,
     progress: Report | None = None,
+    checkpoint_dir: str | Path | None = None,
+    resume: bool = False,
 ) -> CalibrationResult:
     """Merge, quantize and calibrate a copy of ``model``.
 
@@ -295,6 +312,8 @@ def quantize_model(
         forward_fn: ``forward_fn(model, batch)`` runs one batch up to the tensors that matter (a
             detector's raw outputs); default: `call_model`.
         progress: Called as the work goes on.
+        checkpoint_dir: Folder that keeps each part that is finished; empty or missing, unless ``resume``.
+        resume: Go on with what it keeps, to the last bit as if nothing had interrupted; or begin, if there is nothing.
 
     Returns:
         The quantized network and the record of how it came about.
@@ -302,5 +321,7 @@ def quantize_model(
     Raises:
         CalibrationError: ``data`` is empty, activations are not finite, or nothing can be quantized.
         ConfigError: A pattern of ``config`` matches nothing.
+        CheckpointError: ``checkpoint_dir`` cannot be used, or holds another calibration.
     """
-    return Job(OwnBackend(), config or RepAPQConfig(), forward_fn or call_model, progress).run(model, data)
+    checkpoints = checkpoints_in(checkpoint_dir, resume)
+    return Job(OwnBackend(), config or RepAPQConfig(), forward_fn or call_model, progress, checkpoints).run(model, data)

@@ -219,12 +219,24 @@ def overhead_table() -> str:
     return markdown(["check", "seconds", "share"], body)
 
 
+def kills_table() -> str:
+    """Return how many killed calibrations ended as if nothing had happened."""
+    entries = json.loads((RESULTS / "kills.json").read_text())["entries"]
+    schedules = list(next(iter(entries.values())))
+    body = [
+        [name, *(f"{found[schedule]['survived']} of {found[schedule]['kills']}" for schedule in schedules)]
+        for name, found in entries.items()
+    ]
+    return markdown(["same bits, nothing left", *schedules], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary_table,
     "photographs": photographs_table,
     "runtimes": runtime_table,
     "overhead": overhead_table,
     "nncf": nncf_table,
+    "kills": kills_table,
     "mimicnorm": training_table,
     "mimicnorm-quantization": outlier_table,
     "ablation-repvgg": lambda: ablation_table("repvgg"),

@@ -23,6 +23,9 @@ from repapq_plugin.cli import main
 from repapq_plugin.errors import HostError
 from repapq_plugin.hosts.openmmlab.work import writable_folder
 
+KEPT = {"checkpoint.json", "checkpoint.lock", "part-00000.safetensors"}
+"""What is kept of a calibration that has found its ranges."""
+
 SHIPPED = ASSETS / "yolov6-n_fashion.pth"
 # With fewer scenes to calibrate on, the network's output on others is no better for learning, which is then undone.
 SCORED = tuple(option.replace("16", "128" if option.startswith("calib") else "48") for option in FEW_SCENES)
@@ -174,7 +177,8 @@ def test_a_full_disk_leaves_the_old_result_and_nothing_half_written(
     assert code == 1
     assert "repapq.safetensors" in capsys.readouterr().err
     assert (folder / "repapq.safetensors").read_text() == "older"
-    assert {path.name for path in folder.iterdir()} == {"repapq.safetensors", "repapq.log", "toolbox"}
+    assert {path.name for path in folder.iterdir()} == {"repapq.safetensors", "repapq.log", "toolbox", "checkpoint"}
+    assert {path.name for path in (folder / "checkpoint").iterdir()} == KEPT
 
 
 def test_interrupting_a_calibration_leaves_nothing_half_written(detector_checkpoint: Path, tmp_path: Path) -> None:
@@ -195,6 +199,9 @@ def test_interrupting_a_calibration_leaves_nothing_half_written(detector_checkpo
         while not (log.is_file() and "Calibrating RepAPQ" in log.read_text()):
             assert process.poll() is None, process.stderr
             time.sleep(0.2)
+        while not (folder / "checkpoint" / "part-00000.safetensors").is_file():
+            assert process.poll() is None, process.stderr
+            time.sleep(0.2)
         time.sleep(2)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=120)
@@ -203,4 +210,6 @@ def test_interrupting_a_calibration_leaves_nothing_half_written(detector_checkpo
     assert process.returncode == 130
     assert "Interrupted" in errors
     assert "Traceback" not in errors
-    assert {path.name for path in folder.iterdir()} == {"repapq.log", "toolbox"}
+    assert "Finished parts of the calibration are kept: 1. Give the same command with --resume to go on." in errors
+    assert {path.name for path in folder.iterdir()} == {"repapq.log", "toolbox", "checkpoint"}
+    assert {path.name for path in (folder / "checkpoint").iterdir()} == KEPT

@@ -22,6 +22,7 @@ from repapq_plugin.cli.texts import CLI_HELP, DOCTOR_HELP, EVAL_HELP, EXPORT_HEL
 from repapq_plugin.errors import ConfigError, HostError, RepAPQError
 
 if TYPE_CHECKING:
+    from repapq_plugin.core.checkpoints import Checkpoints
     from repapq_plugin.hosts.openmmlab.workbench import Workbench
 
 BACKEND_OF = {".safetensors": "simulated", ".pth": "simulated", ".onnx": "onnxruntime", ".xml": "openvino"}
@@ -66,6 +67,20 @@ def _workbench(
                 device=device,
             )
         yield bench
+
+
+class Resumable(click.Abort):
+    """The user interrupted what can be gone on with; the text says what is kept."""
+
+
+@contextlib.contextmanager
+def _resumable(checkpoints: Checkpoints) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if not checkpoints.finished:
+            raise
+        raise Resumable(f"Finished parts of the calibration are kept: {len(checkpoints.finished)}.") from error
 
 
 def _kind_of(result: Path) -> str:
@@ -121,6 +136,13 @@ def cli() -> None:
     is_flag=True,
     help="Run what CHECKPOINT says where it holds more than plain data. Only for files whose makers you know.",
 )
+@click.option(
+    "--checkpoint-dir",
+    type=PathArgument,
+    help="Folder that keeps what is finished of the calibration until all is done. "
+    "[default: the config's, else checkpoint in the work folder]",
+)
+@click.option("--resume", is_flag=True, help="Go on with what that folder keeps after an interruption.")
 @device_option
 @common_options
 def quantize(
@@ -134,6 +156,8 @@ def quantize(
     formats: str | None,
     compare: bool,
     trust_checkpoint: bool,
+    checkpoint_dir: Path | None,
+    resume: bool,
     device: str | None,
     cfg_options: tuple[str, ...],
     work_dir: Path | None,
@@ -160,14 +184,21 @@ def quantize(
     }
     if trust_checkpoint:
         overrides["trust_checkpoint"] = True
+    if checkpoint_dir is not None:
+        overrides["checkpoint_dir"] = str(checkpoint_dir)
+    if resume:
+        overrides["resume"] = True
     display, common = Display(), Common(cfg_options, work_dir, threads, device)
     with _workbench(display, config, common, checkpoint, overrides=overrides, seed=seed) as bench:
         # A host, which the package and its command must not load before they know that it is wanted.
         from repapq_plugin.hosts.openmmlab.steps import quantize_and_compare
 
-        done = quantize_and_compare(bench, display.step, compare=compare, threads=threads)
+        checkpoints = bench.settings.checkpoints(bench.folder)
+        with _resumable(checkpoints):
+            done = quantize_and_compare(bench, display.step, compare=compare, threads=threads, checkpoints=checkpoints)
         done.record.seconds = dict(display.seconds)
         done.record.write(bench.folder)
+        checkpoints.remove()
     display.comparison(done.record, done.notes)
 
 
@@ -274,8 +305,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         # A command that ends with a code of its own hands it back here.
         code = cli.main(args=arguments, prog_name="repapq", standalone_mode=False)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:
         errors.print("Interrupted. What was written is whole; nothing half written is left.")
+        if isinstance(error, Resumable):
+            errors.print(f"{error} Give the same command with --resume to go on.", markup=False, soft_wrap=True)
         return 130
     except click.ClickException as error:
         error.show()

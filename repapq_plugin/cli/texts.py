@@ -30,6 +30,8 @@ Loads CHECKPOINT (default: the config's load_from), merges the branches, calibra
   float.xml, .bin       the float network, merged, to compare with
   result.json           everything in the table, and more (below)
   repapq.log, toolbox/  what the toolbox printed and logged
+  checkpoint/           each finished part of the calibration, until all
+                        is done; --resume goes on with them
 
 Another host quantizes with -q type=NNCF, -q type=TorchAO or -q type=PT2E, or where the config says so. NNCF saves
 nncf.pth in place of repapq.safetensors, and writes no ONNX.

@@ -1,12 +1,16 @@
-"""Writing files so that nobody ever finds half of one."""
+"""Writing files so that nobody finds half of one, and temporary ones that do not outlive their process for long."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from repapq_plugin.errors import ExportError
 
@@ -58,3 +62,48 @@ def write_atomically(path: Path, data: bytes) -> None:
             partial.write_bytes(data)
     except OSError as error:
         raise unwritable(path, error) from error
+
+
+OWNED = "owner.lock"
+"""File in a `ScratchFolder` that its process keeps locked; the system frees it whatever ends the process."""
+
+
+class ScratchFolder:
+    """A temporary folder that its process owns until `remove`; see `remove_orphans` for those of killed processes.
+
+    Args:
+        prefix: What its name begins with.
+        parent: Where it is made; ``None``: where the system has temporary files.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+
+    def __init__(self, prefix: str, parent: str | None = None) -> None:
+        while True:
+            self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            self._lock = FileLock(self.path / OWNED, timeout=0)
+            try:
+                self._lock.acquire()
+            except (Timeout, FileNotFoundError):  # another process took it for an orphan just now, and removes it
+                continue
+            if (self.path / OWNED).exists():
+                return
+            self._lock.release()
+
+    def remove(self) -> None:
+        """Delete the folder with all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.release()
+
+
+def remove_orphans(prefix: str, parent: str | None = None) -> None:
+    """Delete each `ScratchFolder` whose process has ended without `remove`; what cannot be deleted stays."""
+    for folder in Path(parent or tempfile.gettempdir()).glob(f"{prefix}*"):
+        if not (folder / OWNED).exists():  # being made right now, or somebody else's
+            continue
+        try:
+            with FileLock(folder / OWNED, timeout=0):
+                shutil.rmtree(folder, ignore_errors=True)
+        except (Timeout, OSError):
+            continue

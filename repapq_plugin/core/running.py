@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Batch = object
 """One batch of calibration data; only what runs the network on it knows what it is."""
@@ -55,13 +55,34 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(required)
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed torch on every device; afterwards each generator goes on as if nothing had been drawn."""
+def _accelerators() -> tuple[str, list[int]]:
+    """Return the kind of the accelerators, and the numbers of those that there are."""
     accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
     kind = accelerator.type if accelerator is not None else "cuda"
     module = getattr(torch, kind, None)
-    devices = list(range(module.device_count())) if module is not None and module.is_available() else []
+    return kind, list(range(module.device_count())) if module is not None and module.is_available() else []
+
+
+def random_states() -> dict[str, Tensor]:
+    """Return the states of torch's generators on all devices, uint8 tensors, by the name of the device."""
+    kind, devices = _accelerators()
+    states = {f"{kind}:{device}": getattr(torch, kind).get_rng_state(device) for device in devices}
+    return {"cpu": torch.get_rng_state(), **states}
+
+
+def set_random_states(states: Mapping[str, Tensor]) -> None:
+    """Bring back what `random_states` returned, on the devices that there are."""
+    kind, devices = _accelerators()
+    torch.set_rng_state(states["cpu"])
+    for device in devices:
+        if f"{kind}:{device}" in states:
+            getattr(torch, kind).set_rng_state(states[f"{kind}:{device}"], device)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch on every device; afterwards each generator goes on as if nothing had been drawn."""
+    kind, devices = _accelerators()
     with torch.random.fork_rng(devices=devices, device_type=kind):
         torch.manual_seed(seed)
         yield

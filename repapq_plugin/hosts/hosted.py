@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from repapq_plugin.backend import Backend
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core.checkpoints import Checkpoints
 from repapq_plugin.errors import ExportError, HostError
 from repapq_plugin.export.openvino import OpenVINOSummary, export_openvino
 from repapq_plugin.export.qdq_onnx import OnnxSummary, export_onnx
@@ -153,6 +154,7 @@ class Quantize(Protocol):
         config: RepAPQConfig,
         progress: Report | None = None,
         options: Mapping[str, object] | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> HostedNetwork:
         """Quantize a copy of ``network``.
 
@@ -162,6 +164,7 @@ class Quantize(Protocol):
             config: Bits, ranges and calibration.
             progress: Called as the work goes on.
             options: What else the host is told.
+            checkpoints: Keeps what is finished.
 
         Returns:
             The host's form; the simulated network, with the reason in the result's notes, where the host cannot take
@@ -182,7 +185,8 @@ def quantizing_on(backend: Callable[[Mapping[str, object] | None], Backend[Hoste
         config: RepAPQConfig,
         progress: Report | None = None,
         options: Mapping[str, object] | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> HostedNetwork:
-        return Job(backend(options), config, report=progress).run(network, images)
+        return Job(backend(options), config, report=progress, checkpoints=checkpoints).run(network, images)
 
     return quantize_network

@@ -8,19 +8,21 @@ every term is divided by the magnitude of its target, and that units are average
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core.checkpoints import Checkpoints
 from repapq_plugin.core.losses import relative_loss
 from repapq_plugin.core.progress import Advance
 from repapq_plugin.core.running import Batch, ForwardFn, is_out_of_memory
 from repapq_plugin.errors import CalibrationError, RepAPQError
-from repapq_plugin.method.learners import Learner
+from repapq_plugin.method.learners import Learner, load_state, state_of
 from repapq_plugin.method.optimise import Outcome, Outputs, Subject, reconstruct, split_batches
 from repapq_plugin.method.partition import Stage, Unit, is_inside
 from repapq_plugin.method.replay import answering, inputs_of, recording
@@ -104,6 +106,7 @@ class AcrossBlockCalibrator:
         config: Schedule, steps, losses.
         cache: Where activations are kept.
         advance: Called after each optimisation step.
+        checkpoints: Keeps what was learned.
     """
 
     def __init__(
@@ -113,7 +116,9 @@ class AcrossBlockCalibrator:
         config: RepAPQConfig,
         cache: Cache,
         advance: Advance,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
+        self.checkpoints = checkpoints or Checkpoints()
         self.networks, self.stages, self.config, self.cache, self.advance = networks, stages, config, cache, advance
         self.student_modules = dict(networks.student.named_modules())
         self.teacher_modules = dict(networks.teacher.named_modules())
@@ -159,7 +164,7 @@ class AcrossBlockCalibrator:
         )
         self.cache.drop_everything()
         try:
-            outcome = self._reconstruct(subject, steps)
+            outcome = self._reconstruct("network", subject, steps)
         except RepAPQError:
             raise
         except Exception as error:  # whatever the network's own code raises when it learns
@@ -179,7 +184,7 @@ class AcrossBlockCalibrator:
         solved = self._solve(stage)
         results: list[UnitResult] = []
         if self.config.steps and self.config.schedule != "network":
-            by_unit = self.config.schedule == "unit" and stage.units[0].name != stage.name
+            by_unit = stage.learned(self.config.schedule) is stage.units
             results = self._unit_by_unit(stage) if by_unit else self._at_once(stage)
         self._store_stage_outputs(stage)
         return joined(solved, results)
@@ -191,7 +196,13 @@ class AcrossBlockCalibrator:
         batches = split_batches(len(self.networks.batches), self.config.guard_fraction)
         learners = self._learners_in(stage.name)
         solver = StageSolver(self._run_of(stage), self.teacher_modules, self.networks.calls, learners, batches)
-        return solver.solve(self._solvable, self._loss)
+        record = self.checkpoints.once(
+            f"{stage.part}, solved",
+            lambda: {"units": [asdict(unit) for unit in solver.solve(self._solvable, self._loss)]},
+            partial(state_of, learners),
+            partial(load_state, learners),
+        )
+        return [UnitResult(**unit) for unit in cast("list[dict[str, Any]]", record["units"])]
 
     @torch.no_grad()
     def _fetch_inputs(
@@ -228,7 +239,7 @@ class AcrossBlockCalibrator:
 
     def _at_once(self, stage: Stage) -> list[UnitResult]:
         subject = StageSubject(self._run_of(stage), self._learners_in(stage.name))
-        return self._results(stage.name, stage.units, self._reconstruct(subject, self.config.steps))
+        return self._results(stage.name, stage.units, self._reconstruct(stage.part, subject, self.config.steps))
 
     def _unit_by_unit(self, stage: Stage) -> list[UnitResult]:
         results: list[UnitResult] = []
@@ -243,7 +254,7 @@ class AcrossBlockCalibrator:
                 [done.name for done in stage.units[:position]],
                 bool(self.config.stage_weight),
             )
-            results += self._results(stage.name, [unit], self._reconstruct(subject, self.config.steps))
+            results += self._results(stage.name, [unit], self._reconstruct(unit.part, subject, self.config.steps))
             with torch.no_grad():
                 for index in range(len(self.networks.batches)):
                     self.cache.put(Activation(Role.STUDENT, unit.name), index, subject.unit_outputs(index))
@@ -264,9 +275,16 @@ class AcrossBlockCalibrator:
                 self.cache.drop_all(Activation(Role.STUDENT, unit.name))
                 self.cache.drop_all(Activation(Role.TEACHER, unit.name))
 
-    def _reconstruct(self, subject: Subject, steps: int) -> Outcome:
+    def _reconstruct(self, part: str, subject: Subject, steps: int) -> Outcome:
         config = self.config.replace(steps=steps)
-        return reconstruct(subject, self._loss, len(self.networks.batches), config, self.advance)
+        halfway = self.checkpoints.halfway(part)
+        learned = self.checkpoints.once(
+            part,
+            lambda: asdict(reconstruct(subject, self._loss, len(self.networks.batches), config, self.advance, halfway)),
+            partial(state_of, subject.learners),
+            partial(load_state, subject.learners),
+        )
+        return Outcome.of(learned)
 
     def _loss(self, outputs: Outputs, targets: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
@@ -306,9 +324,11 @@ class AcrossBlockCalibrator:
         ]
 
 
-def total_steps(stages: Sequence[Stage], config: RepAPQConfig) -> int:
-    """Return how many optimisation steps a calibration takes, for a progress bar."""
+def total_steps(stages: Sequence[Stage], config: RepAPQConfig, finished: Collection[str] = ()) -> int:
+    """Return how many optimisation steps a calibration takes, for a progress bar; without the parts ``finished``."""
     if config.schedule == "network":
-        return config.steps
-    parts = len(stages) if config.schedule == "stage" else sum(len(stage.units) for stage in stages)
-    return config.steps * parts + config.network_steps
+        steps = {"network": config.steps}
+    else:
+        learned = [part for stage in stages for part in stage.learned(config.schedule)]
+        steps = {**{part.part: config.steps for part in learned}, "network": config.network_steps}
+    return sum(count for part, count in steps.items() if part not in finished)

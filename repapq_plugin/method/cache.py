@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Hashable
 from pathlib import Path
 from types import TracebackType
@@ -12,11 +11,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from repapq_plugin.core.files import ScratchFolder, remove_orphans
+
+PREFIX = "repapq-cache-"
+"""What the names of folders with activations begin with."""
+
 K = TypeVar("K", bound=Hashable)
 
 
 class ActivationCache(Generic[K]):
     """Lists of tensors by ``(name, batch)``; use it as a context manager, so that files vanish.
+
+    Files of a process that was killed vanish when the next cache is used in the same place.
 
     Tensors come back on the device they were put from, always as a copy: an in-place activation
     behind a unit must not reach the cache.
@@ -32,7 +38,7 @@ class ActivationCache(Generic[K]):
         self._memory: dict[tuple[K, int], list[Tensor]] = {}
         self._files: dict[tuple[K, int], tuple[Path, torch.device]] = {}
         self._devices: dict[tuple[K, int], torch.device] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: ScratchFolder | None = None
         self._parent = folder
         self._count = 0
 
@@ -48,8 +54,8 @@ class ActivationCache(Generic[K]):
             self.used += size
             return
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="repapq-cache-", dir=self._parent)
-        path = Path(self._folder.name) / f"{self._count}.safetensors"
+            self._folder = ScratchFolder(PREFIX, self._parent)
+        path = self._folder.path / f"{self._count}.safetensors"
         self._count += 1
         save_file({str(index): tensor for index, tensor in enumerate(host)}, path)
         self._files[key] = (path, device)
@@ -91,6 +97,7 @@ class ActivationCache(Generic[K]):
             self.drop(*key)
 
     def __enter__(self) -> ActivationCache[K]:
+        remove_orphans(PREFIX, self._parent)
         return self
 
     def __exit__(
@@ -100,5 +107,5 @@ class ActivationCache(Generic[K]):
         self._files.clear()
         self.used = 0
         if self._folder is not None:
-            self._folder.cleanup()
+            self._folder.remove()
             self._folder = None

@@ -173,3 +173,19 @@ def restore(learners: Mapping[str, Learner], saved: Mapping[str, Mapping[str, Te
     for name, learner in learners.items():
         for key, value in learner.state().items():
             value.copy_(saved[name][key])
+
+
+def state_of(learners: Mapping[str, Learner]) -> dict[str, Tensor]:
+    """Return all that learning may change, in one dictionary; the tensors themselves, no copies."""
+    return {f"{name}/{key}": value for name, learner in learners.items() for key, value in learner.state().items()}
+
+
+@torch.no_grad()
+def load_state(learners: Mapping[str, Learner], saved: Mapping[str, Tensor]) -> None:
+    """Bring back what `state_of` returned.
+
+    Raises:
+        KeyError: Another part of a network was saved.
+    """
+    for key, value in state_of(learners).items():
+        value.copy_(saved[key])

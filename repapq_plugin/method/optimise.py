@@ -7,20 +7,23 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core.part_files import Halfway, Record, Tensors
 from repapq_plugin.core.progress import Advance
 from repapq_plugin.method.learners import (
     Learner,
     leave_ties,
+    load_state,
     output_magnitudes,
     parameter_groups,
     restore,
     snapshot,
+    state_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -69,6 +72,11 @@ class Outcome:
     seconds: float
     note: str = ""
 
+    @classmethod
+    def of(cls, record: Mapping[str, object]) -> Outcome:
+        """Return the outcome that ``dataclasses.asdict`` turned into ``record``."""
+        return cls(**cast("dict[str, Any]", record))
+
 
 def split_batches(count: int, guard_fraction: float) -> tuple[list[int], list[int]]:
     """Return indices of training and of held-out batches.
@@ -80,7 +88,14 @@ def split_batches(count: int, guard_fraction: float) -> tuple[list[int], list[in
     return training, list(range(count - held_out, count)) or training
 
 
-def reconstruct(subject: Subject, loss: Loss, batches: int, config: RepAPQConfig, advance: Advance) -> Outcome:
+def reconstruct(
+    subject: Subject,
+    loss: Loss,
+    batches: int,
+    config: RepAPQConfig,
+    advance: Advance,
+    halfway: Halfway | None = None,
+) -> Outcome:
     """Minimise the loss of ``subject`` and keep the result if held-out batches agree.
 
     Args:
@@ -89,12 +104,13 @@ def reconstruct(subject: Subject, loss: Loss, batches: int, config: RepAPQConfig
         batches: Number of cached batches.
         config: Steps, learning rates, guard.
         advance: Called after each step.
+        halfway: Keeps how far it is.
     """
     started = time.perf_counter()
     training, held_out = split_batches(batches, config.guard_fraction)
     before, parts_before = evaluate(subject, loss, held_out)
     start = snapshot(subject.learners)
-    note = _optimise(subject, loss, training, config, advance)
+    note = _optimise(subject, loss, training, config, advance, halfway or Halfway())
     leave_ties(subject.learners)
     after, parts_after = evaluate(subject, loss, held_out)
     kept = math.isfinite(after) and after < before
@@ -108,7 +124,65 @@ def reconstruct(subject: Subject, loss: Loss, batches: int, config: RepAPQConfig
     return Outcome(parts_before, parts_after, kept, time.perf_counter() - started, note)
 
 
-def _optimise(subject: Subject, loss_of: Loss, training: list[int], config: RepAPQConfig, advance: Advance) -> str:
+@dataclass
+class Optimisation:
+    """All that the next step depends on, besides the data.
+
+    Args:
+        learners: What learns.
+        optimizer: Adam.
+        schedule: Of its rates.
+        generator: Draws the order of batches.
+        order: Batches that are still to come in this round, last first.
+        step: Steps that are done.
+    """
+
+    learners: Mapping[str, Learner]
+    optimizer: torch.optim.Adam
+    schedule: torch.optim.lr_scheduler.CosineAnnealingLR
+    generator: torch.Generator
+    order: list[int]
+    step: int = 0
+
+    def next_of(self, training: Sequence[int]) -> int:
+        """Return the batch that comes next; each round has an order of its own."""
+        if not self.order:
+            self.order = [training[i] for i in torch.randperm(len(training), generator=self.generator).tolist()]
+        return self.order.pop()
+
+    def state(self) -> tuple[Record, Tensors]:
+        """Return it as plain values and as tensors, no copies."""
+        adam = self.optimizer.state_dict()
+        rates = [group["lr"] for group in adam["param_groups"]]
+        record: Record = {
+            "step": self.step,
+            "order": self.order,
+            "rates": rates,
+            "schedule": self.schedule.state_dict(),
+        }
+        moments = {f"adam {key} {index}": each for index, kept in adam["state"].items() for key, each in kept.items()}
+        learned = {f"learned {key}": value for key, value in state_of(self.learners).items()}
+        return record, {"generator": self.generator.get_state(), **moments, **learned}
+
+    def load(self, record: Record, tensors: Tensors) -> None:
+        """Bring back what `state` returned."""
+        load_state(self.learners, {key.removeprefix("learned "): value for key, value in tensors.items()})
+        adam = self.optimizer.state_dict()
+        for group, rate in zip(adam["param_groups"], cast("list[float]", record["rates"]), strict=True):
+            group["lr"] = rate
+        for name, value in tensors.items():
+            if name.startswith("adam "):
+                _, key, index = name.split()
+                adam["state"].setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict(adam)
+        self.schedule.load_state_dict(cast("dict[str, Any]", record["schedule"]))
+        self.generator.set_state(tensors["generator"])
+        self.order, self.step = list(cast("list[int]", record["order"])), int(cast(int, record["step"]))
+
+
+def _optimise(
+    subject: Subject, loss_of: Loss, training: list[int], config: RepAPQConfig, advance: Advance, halfway: Halfway
+) -> str:
     magnitudes = output_magnitudes(subject.learners, lambda: subject.student(training[0]))
     groups = parameter_groups(subject.learners, magnitudes, config.learning_rates)
     learned = [parameter for group in groups for parameter in cast("list[nn.Parameter]", group["params"])]
@@ -117,14 +191,15 @@ def _optimise(subject: Subject, loss_of: Loss, training: list[int], config: RepA
     # One kernel per group: a network has many small ones, and their Python loop costs a tenth of a step.
     optimizer = torch.optim.Adam(groups, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.steps)
-    generator = torch.Generator().manual_seed(config.seed)
-    order: list[int] = []
-    for learner in subject.learners.values():
-        learner.set_dropping(True)
+    now = Optimisation(subject.learners, optimizer, schedule, torch.Generator().manual_seed(config.seed), [])
     try:
-        for step in range(config.steps):
-            order = order or [training[i] for i in torch.randperm(len(training), generator=generator).tolist()]
-            batch = order.pop()
+        halfway.bring_back(now.load)
+        for _ in range(now.step):
+            advance(subject.name)
+        for learner in subject.learners.values():
+            learner.set_dropping(True)
+        for step in range(now.step, config.steps):
+            batch = now.next_of(training)
             with torch.enable_grad():
                 loss, _ = _loss(subject, loss_of, batch)
                 optimizer.zero_grad(set_to_none=True)
@@ -134,6 +209,8 @@ def _optimise(subject: Subject, loss_of: Loss, training: list[int], config: RepA
                 return f"the loss became {value} at step {step}"
             optimizer.step()
             schedule.step()
+            now.step = step + 1
+            halfway.keep(now.state)
             advance(subject.name, value)
     finally:
         for learner in subject.learners.values():

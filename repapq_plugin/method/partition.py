@@ -28,6 +28,11 @@ class Unit:
     name: str
     layers: tuple[str, ...]
 
+    @property
+    def part(self) -> str:
+        """What it is called where it learns by itself."""
+        return f"unit {self.name}"
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -35,6 +40,16 @@ class Stage:
 
     name: str
     units: tuple[Unit, ...]
+
+    @property
+    def part(self) -> str:
+        """What it is called where it learns at once."""
+        return f"stage {self.name}"
+
+    def learned(self, schedule: str) -> Sequence[Stage | Unit]:
+        """Return what learns one after the other under a schedule of units or stages."""
+        by_unit = schedule == "unit" and [unit.name for unit in self.units] != [self.name]
+        return self.units if by_unit else (self,)
 
 
 def is_inside(name: str, container: str) -> bool:

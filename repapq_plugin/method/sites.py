@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -98,3 +98,21 @@ class Sites:
         """Every quantizer, those of weights first."""
         of_weights = [site.quantizer for site in self.weights.values()]
         return of_weights + [site.quantizer for site in self.activations]
+
+    def ranges(self) -> dict[str, Tensor]:
+        """Return all that the quantizers hold, by their order."""
+        named = enumerate(quantizer.module for quantizer in self.quantizers)
+        return {f"{index}/{key}": value for index, module in named for key, value in module.state_dict().items()}
+
+    def load_ranges(self, saved: Mapping[str, Tensor]) -> None:
+        """Bring back what `ranges` returned.
+
+        Raises:
+            RuntimeError: Other quantizers were saved.
+        """
+        states: dict[str, dict[str, Tensor]] = {}
+        for name, value in saved.items():
+            index, _, key = name.partition("/")
+            states.setdefault(index, {})[key] = value
+        for position, quantizer in enumerate(self.quantizers):
+            quantizer.module.load_state_dict(states.get(str(position), {}))

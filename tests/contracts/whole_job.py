@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 from torch import Tensor, nn
 
-from repapq_plugin.job import Job
+from repapq_plugin.core.checkpoints import CheckpointFolder
+from repapq_plugin.job import Job, Progress
 from tests.contracts.base import ContractBase
 from tests.support.comparing import equal, equal_numbers, flags, hooks_of, numbers, outputs_of
 
@@ -68,6 +72,23 @@ class JobLaws(ContractBase):
             assert torch.equal(torch.random.get_rng_state(), drawn)
         assert equal(outputs_of(found[0], unseen), outputs_of(found[1], unseen))
         assert equal_numbers(numbers(found[0]), numbers(found[1]))
+
+    def test_what_was_interrupted_goes_on_to_the_same_bits(
+        self, model: nn.Module, data: list[Tensor], unseen: Tensor, tmp_path: Path
+    ) -> None:
+        wanted = self.delivered(model, data)
+
+        def stop(progress: Progress) -> None:
+            if progress.phase == "calibration" and progress.done == 6:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            Job(self.backend(), self.config(), report=stop, checkpoints=CheckpointFolder(tmp_path)).run(model, data)
+        kept = CheckpointFolder(tmp_path, resume=True)
+        found = self.record(Job(self.backend(), self.config(), checkpoints=kept).run(model, data)).model
+        assert kept.finished[0] == "ranges" and len(kept.finished) > 2
+        assert equal(outputs_of(found, unseen), outputs_of(wanted, unseen))
+        assert equal_numbers(numbers(found), numbers(wanted))
 
     def test_what_is_delivered_requires_gradients_as_its_host_s_users_expect(
         self, model: nn.Module, data: list[Tensor]

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from repapq_plugin.core.running import call_model, frozen, inference, is_out_of_memory, seeded
+from repapq_plugin.core import running
+from repapq_plugin.core.running import (
+    call_model,
+    frozen,
+    inference,
+    is_out_of_memory,
+    random_states,
+    seeded,
+    set_random_states,
+)
 
 
 def network() -> nn.Sequential:
@@ -112,3 +123,28 @@ def test_a_model_is_called_with_what_a_batch_holds() -> None:
 )
 def test_full_memory_is_told_from_other_errors(error: Exception, full: bool) -> None:
     assert is_out_of_memory(error) == full
+
+
+def test_the_states_of_random_generators_come_back() -> None:
+    torch.rand(3)
+    states = random_states()
+    drawn = torch.rand(5)
+    torch.manual_seed(77)
+    set_random_states(states)
+    assert torch.equal(torch.rand(5), drawn)
+
+
+def test_the_states_of_accelerators_come_back_on_those_that_are_still_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    generators = {number: torch.Generator().manual_seed(number) for number in (0, 1)}
+    fake = SimpleNamespace(
+        get_rng_state=lambda number: generators[number].get_state(),
+        set_rng_state=lambda state, number: generators[number].set_state(state),
+    )
+    monkeypatch.setattr(torch, "fake", fake, raising=False)
+    monkeypatch.setattr(running, "_accelerators", lambda: ("fake", [0, 1]))
+    states = random_states()
+    assert set(states) == {"cpu", "fake:0", "fake:1"}
+    drawn = torch.rand(5, generator=generators[1])
+    monkeypatch.setattr(running, "_accelerators", lambda: ("fake", [1, 2]))
+    set_random_states(states)
+    assert torch.equal(torch.rand(5, generator=generators[1]), drawn)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import nncf
 from torch import nn
 
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core.checkpoints import checkpoints_in
 from repapq_plugin.errors import HostError
 from repapq_plugin.hosts.nncf._compat import (
     ATR_HOOK_STORAGE,
@@ -35,6 +37,8 @@ class RepAPQAlgorithm(Algorithm):  # type: ignore[misc]
         dataset: Calibration samples; NNCF hands none to an algorithm.
         config: Bits, ranges and calibration; default: W8A8.
         subset_size: How many items of the dataset are used at most.
+        checkpoint_dir: Folder that keeps each part that is finished; see `repapq_plugin.quantize_model`.
+        resume: Go on with what it keeps.
     """
 
     def __init__(
@@ -44,8 +48,11 @@ class RepAPQAlgorithm(Algorithm):  # type: ignore[misc]
         config: RepAPQConfig | None = None,
         *,
         subset_size: int = 300,
+        checkpoint_dir: str | Path | None = None,
+        resume: bool = False,
     ) -> None:
         self.config = config or RepAPQConfig()
+        self.checkpoints = checkpoints_in(checkpoint_dir, resume)
         self.items = calibration_items(dataset, subset_size)
         self.teacher = teacher
         self.units: tuple[UnitResult, ...] = ()
@@ -83,7 +90,8 @@ class RepAPQAlgorithm(Algorithm):  # type: ignore[misc]
             )
         training = student.training
         try:
-            done = Job(PlacedBackend(student.eval()), self.config, forward).run(teacher, self.items)
+            backend = PlacedBackend(student.eval())
+            done = Job(backend, self.config, forward, checkpoints=self.checkpoints).run(teacher, self.items)
         finally:
             student.train(training)
         self.units = done.units

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from repapq_plugin.backend import PHASES, Backend, Placing
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.copies import own_batch, own_copy
+from repapq_plugin.core.fingerprints import digest, digests_of
 from repapq_plugin.core.hooks import unseen
 from repapq_plugin.core.running import Batch
 from repapq_plugin.errors import CalibrationError, ConfigError, HostError
@@ -33,6 +35,9 @@ from repapq_plugin.method.sites import ActivationSite, Sites, WeightSite
 from repapq_plugin.quantizers.layers import QUANTIZABLE, ChannelAffine, bias_of
 from repapq_plugin.quantizers.plan import LayerPlan
 from repapq_plugin.result import Calibrated
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+"""What differs from process to process in the text of an object."""
 
 NO_SMOOTHING = -1.0
 """The strength with which NNCF does not smooth."""
@@ -63,6 +68,7 @@ class PlacedBackend(Backend[Calibrated]):
     phases = tuple(phase for phase in PHASES if phase not in ("merge", "condition"))
     places_again = False
     unplaced = "left float by NNCF"
+    packages = ("nncf",)
 
     def __init__(self, student: nn.Module) -> None:
         self.student = student
@@ -75,6 +81,10 @@ class PlacedBackend(Backend[Calibrated]):
                 "choose 0."
             )
         check_items(own_copy(model), [own_batch(batch) for batch in batches])
+
+    def told(self) -> dict[str, str]:
+        """Return which model NNCF has quantized, and how."""
+        return {"the quantized model": digest(digests_of(self.student))}
 
     def join(self, teacher: nn.Module, batches: Sequence[Batch]) -> Sequence[Batch]:
         """Join small items into batches, see `joined`."""
@@ -190,6 +200,10 @@ class NNCFBackend(PlacedBackend):
 
     def __init__(self, options: NNCFOptions | None = None) -> None:
         self.options = options or NNCFOptions()
+
+    def told(self) -> dict[str, str]:
+        """Return what `nncf.quantize` is told."""
+        return {key: _ADDRESS.sub("", str(value)) for key, value in vars(self.options).items()}
 
     def place(self, task: Placing) -> None:
         """Quantize a copy of the teacher with NNCF, all but the layers that are not planned.

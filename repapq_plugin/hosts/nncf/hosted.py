@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core.checkpoints import Checkpoints
 from repapq_plugin.core.files import atomically
 from repapq_plugin.core.tensors import tensors_of
 from repapq_plugin.core.unpickling import StandIns, load_plain
@@ -182,6 +183,7 @@ def quantize_network(
     config: RepAPQConfig,
     progress: Report | None,
     options: Mapping[str, object],
+    checkpoints: Checkpoints | None = None,
 ) -> NNCFNetwork:
     """Quantize a network on prepared images with NNCF's placement.
 
@@ -191,6 +193,7 @@ def quantize_network(
         config: Bits, ranges and calibration.
         progress: Called as the work goes on.
         options: ``target_device``, ``preset`` and ``model_type`` of `nncf.quantize`, by name.
+        checkpoints: Keeps what is finished.
 
     Raises:
         ConfigError: An option is not allowed; and see `quantize`.
@@ -206,7 +209,7 @@ def quantize_network(
         model_type=_member(nncf.ModelType, "model_type", options),
     )
     check(network, told, config)
-    return NNCFNetwork(Job(NNCFBackend(told), config, forward, progress).run(network, images))
+    return NNCFNetwork(Job(NNCFBackend(told), config, forward, progress, checkpoints).run(network, images))
 
 
 def _member(kind: type[E], key: str, options: Mapping[str, object]) -> E | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import nncf
 import torch
 from torch import nn
 
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core.checkpoints import checkpoints_in
 from repapq_plugin.errors import ConfigError, HostError
 from repapq_plugin.hosts.nncf._compat import is_wrapped
 from repapq_plugin.hosts.nncf.backend import NNCFBackend, NNCFOptions
@@ -35,6 +38,8 @@ def quantize(
     ignored_scope: nncf.IgnoredScope | None = None,
     advanced_parameters: nncf.AdvancedQuantizationParameters | None = None,
     repapq: RepAPQConfig | None = None,
+    checkpoint_dir: str | Path | None = None,
+    resume: bool = False,
 ) -> nn.Module:
     """Quantize a model as `nncf.quantize` does, and calibrate the result across blocks.
 
@@ -58,11 +63,14 @@ def quantize(
         repapq: Bits, ranges and calibration; default: W8A8. Below 8 bits, codes are carried in NNCF's 8-bit
             quantizers, so that runtimes keep their integer kernels. Activations that no convolution or linear
             layer reads keep 8 bits.
+        checkpoint_dir: Folder that keeps each part that is finished; see `repapq_plugin.quantize_model`.
+        resume: Go on with what it keeps.
 
     Raises:
         ConfigError: An argument is not allowed.
         CalibrationError: The dataset is empty or does not fit the model, or nothing can be quantized.
         HostError: NNCF cannot trace or quantize the model.
+        CheckpointError: ``checkpoint_dir`` cannot be used, or holds another calibration.
     """
     return quantize_with_record(
         model,
@@ -75,6 +83,8 @@ def quantize(
         ignored_scope=ignored_scope,
         advanced_parameters=advanced_parameters,
         repapq=repapq,
+        checkpoint_dir=checkpoint_dir,
+        resume=resume,
     ).model
 
 
@@ -91,6 +101,8 @@ def quantize_with_record(
     model_type: nncf.ModelType | None = None,
     ignored_scope: nncf.IgnoredScope | None = None,
     advanced_parameters: nncf.AdvancedQuantizationParameters | None = None,
+    checkpoint_dir: str | Path | None = None,
+    resume: bool = False,
 ) -> Calibrated:
     """Do what `quantize` does, and return the record of it too.
 
@@ -106,6 +118,8 @@ def quantize_with_record(
         model_type: See there.
         ignored_scope: See there.
         advanced_parameters: See there.
+        checkpoint_dir: See there.
+        resume: See there.
 
     Returns:
         The quantized model and what became of every unit. To keep the model, keep ``nncf.torch.get_config(model)``
@@ -114,8 +128,9 @@ def quantize_with_record(
     options = NNCFOptions(preset, target_device, fast_bias_correction, model_type, ignored_scope, advanced_parameters)
     config = repapq or RepAPQConfig()
     check(model, options, config)
+    checkpoints = checkpoints_in(checkpoint_dir, resume)
     items = calibration_items(calibration_dataset, subset_size)
-    return Job(NNCFBackend(options), config, forward, progress).run(model, items)
+    return Job(NNCFBackend(options), config, forward, progress, checkpoints).run(model, items)
 
 
 def check(model: nn.Module, options: NNCFOptions, config: RepAPQConfig) -> None:

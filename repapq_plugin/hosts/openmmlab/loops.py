@@ -12,6 +12,7 @@ from mmengine.runner import Runner, TestLoop
 from torch import nn
 from torch.utils.data import DataLoader
 
+from repapq_plugin.core.checkpoints import Checkpoints
 from repapq_plugin.core.progress import ProgressLines
 from repapq_plugin.errors import HostError
 from repapq_plugin.hosts.openmmlab._compat import drop_hooks_on_weights
@@ -45,6 +46,9 @@ class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
         export: True for all that can be written, or names out of ``'onnx'`` and ``'openvino'``.
         trust_checkpoint: Let the runner's checkpoint run what stands in it, as mmengine does; else one that holds more
             than plain data is refused.
+        checkpoint_dir: Folder that keeps what is finished of the calibration until all is done; default:
+            ``checkpoint`` in the work folder.
+        resume: Go on with what it keeps, to the last bit as if nothing had interrupted; or begin, if there is nothing.
 
     Raises:
         ConfigError: A key or value is not allowed.
@@ -61,14 +65,19 @@ class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
         backend: str = "simulated",
         export: bool | str | Sequence[str] = (),
         trust_checkpoint: bool = False,
+        checkpoint_dir: str | None = None,
+        resume: bool = False,
     ) -> None:
-        self.settings = Settings.from_values(quantizer, calibration, backend, export, trust_checkpoint)
+        self.settings = Settings.from_values(
+            quantizer, calibration, backend, export, trust_checkpoint, checkpoint_dir, resume
+        )
         guard(runner, trust_checkpoint)  # mmengine makes its loops before it loads
         super().__init__(runner, dataloader, evaluator, fp16)
         drop_hooks_on_weights(runner)
         runner.register_hook(CheckpointFitHook())
         self.quantization: Quantization | None = None
         self.network: nn.Module | None = None
+        self.checkpoints = Checkpoints()
 
     @property
     def result(self) -> Calibrated | None:
@@ -89,6 +98,7 @@ class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
             metrics: dict[str, float] = super().run()
         done.add_scores(self.settings.backend, metrics)
         done.record.write(Path(self.runner.work_dir))
+        self.checkpoints.remove()
         return metrics
 
     def _quantize(self) -> Quantization:
@@ -98,11 +108,12 @@ class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
         if isinstance(runner.model, BaseTTAModel):
             raise HostError("RepAPQTestLoop does not know test-time augmentation; run the test tool without --tta.")
         folder = writable_folder(runner.work_dir)
+        self.checkpoints = settings.checkpoints(folder)
         batches = calibration_batches(runner.cfg, settings.dataloader, settings.num_samples, settings.quantizer.seed)
         runner.logger.info(f"RepAPQ quantizes: {settings.quantizer.scheme}")
         progress = ProgressLines(lambda line: runner.logger.info(f"RepAPQ {line}"))
         done = Quantization.start(
-            runner.cfg, runner.cfg.get("load_from"), runner.model, batches, settings, folder, progress
+            runner.cfg, runner.cfg.get("load_from"), runner.model, batches, settings, folder, progress, self.checkpoints
         )
         runner.model = done.quantized.model
         for kind in settings.formats:

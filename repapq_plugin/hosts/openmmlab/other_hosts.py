@@ -6,6 +6,7 @@ A host is found by an import path, as a string: no host imports another, and non
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Protocol, cast
 from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core.checkpoints import Checkpoints
 from repapq_plugin.errors import ConfigError, HostError
 from repapq_plugin.hosts.hosted import QuantizedNetwork, RunnableNetwork
 from repapq_plugin.job import Report
@@ -81,6 +83,7 @@ class QuantizeNetwork(Protocol):
         config: RepAPQConfig,
         progress: Report | None,
         options: Mapping[str, object],
+        checkpoints: Checkpoints | None = None,
     ) -> QuantizedNetwork:
         """Quantize a copy of ``network``.
 
@@ -90,6 +93,7 @@ class QuantizeNetwork(Protocol):
             config: Bits, ranges and calibration.
             progress: Called as the work goes on.
             options: What else the config says to the host.
+            checkpoints: Keeps what is finished. A host that does without this argument keeps nothing.
         """
 
 
@@ -111,6 +115,11 @@ def find_host(name: str) -> QuantizeNetwork:
             f"quantizer.type={name!r} is not allowed; choose {OWN}, {', '.join(HOSTS)} or 'module:function'."
         )
     return cast(QuantizeNetwork, _imported(name, target))
+
+
+def keeps_checkpoints(host: QuantizeNetwork) -> bool:
+    """Whether a host takes the ``checkpoints`` of its calibration; one of the user's own need not."""
+    return "checkpoints" in inspect.signature(host).parameters
 
 
 def find_loader(suffix: str) -> LoadNetwork | None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import cast
 
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core.checkpoints import Checkpoints, checkpoints_in
 from repapq_plugin.errors import ConfigError
-from repapq_plugin.hosts.openmmlab.other_hosts import FORMATS, OWN, find_host, formats_of
+from repapq_plugin.hosts.openmmlab.other_hosts import FORMATS, OWN, find_host, formats_of, keeps_checkpoints
+
+CHECKPOINTS = "checkpoint"
+"""Folder inside the work folder that keeps what is finished of a calibration."""
 
 RUNTIME_FORMATS = {"onnxruntime": "onnx", "openvino": "openvino"}
 """Which export format each runtime is given."""
@@ -31,6 +36,8 @@ class Settings:
         host: What quantizes: `OWN`, or a name that `find_host` knows.
         options: What else the host is told.
         trust_checkpoint: Run what a checkpoint says where it holds more than plain data.
+        checkpoint_dir: Folder that keeps what is finished of a calibration; ``None``: `CHECKPOINTS` in the work folder.
+        resume: Go on with what it keeps.
 
     Raises:
         ConfigError: A key or value is not allowed.
@@ -44,16 +51,24 @@ class Settings:
     host: str = OWN
     options: Mapping[str, object] = field(default_factory=dict)
     trust_checkpoint: bool = False
+    checkpoint_dir: str | None = None
+    resume: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.options, Mapping):
             raise ConfigError(f"quantizer.options={self.options!r} is not allowed; give a dict.")
         if self.host != OWN:
-            find_host(self.host)
+            host = find_host(self.host)
+            if self.resume and not keeps_checkpoints(host):
+                raise ConfigError(f"resume=True is not allowed with quantizer.type={self.host!r}, which keeps nothing.")
         elif self.options:
             raise ConfigError(f"quantizer.options={dict(self.options)!r} is not allowed without quantizer.type.")
         if not isinstance(self.trust_checkpoint, bool):
             raise ConfigError(f"trust_checkpoint={self.trust_checkpoint!r} is not allowed; choose True or False.")
+        if not isinstance(self.resume, bool):
+            raise ConfigError(f"resume={self.resume!r} is not allowed; choose True or False.")
+        if self.checkpoint_dir is not None and (not isinstance(self.checkpoint_dir, str) or not self.checkpoint_dir):
+            raise ConfigError(f"checkpoint_dir={self.checkpoint_dir!r} is not allowed; choose the path of a folder.")
         if self.backend not in BACKENDS:
             raise ConfigError(f"backend={self.backend!r} is not allowed; choose one of {', '.join(BACKENDS)}.")
         for name in self.export:
@@ -77,6 +92,14 @@ class Settings:
         """What a test loop exports: what `export` names, and what `backend` is given."""
         return tuple(name for name in FORMATS if name in self.export or name == RUNTIME_FORMATS.get(self.backend))
 
+    def checkpoints(self, folder: Path) -> Checkpoints:
+        """Return what keeps finished parts of a calibration whose work folder is ``folder``.
+
+        Raises:
+            CheckpointError: See `CheckpointFolder`.
+        """
+        return checkpoints_in(self.checkpoint_dir or folder / CHECKPOINTS, self.resume)
+
     @classmethod
     def from_values(
         cls,
@@ -85,6 +108,8 @@ class Settings:
         backend: str = "simulated",
         export: bool | str | Sequence[str] = (),
         trust_checkpoint: bool = False,
+        checkpoint_dir: str | None = None,
+        resume: bool = False,
     ) -> Settings:
         """Build settings from what stands in a config file.
 
@@ -94,6 +119,8 @@ class Settings:
             backend: See the class.
             export: True for all formats that the host writes, or their names.
             trust_checkpoint: See the class.
+            checkpoint_dir: See the class.
+            resume: See the class.
 
         Raises:
             ConfigError: A key or value is not allowed.
@@ -121,6 +148,8 @@ class Settings:
             host=host,
             options=cast("Mapping[str, object]", options),
             trust_checkpoint=trust_checkpoint,
+            checkpoint_dir=checkpoint_dir,
+            resume=resume,
         )
 
 
@@ -163,7 +192,7 @@ def settings_of(cfg: Mapping[str, object], **overrides: object) -> Settings:
                 before = {name: item for name, item in before.items() if name not in ("weight_bits", "activation_bits")}
             override = {**before, **override}
         values[key] = override
-    known = ("quantizer", "calibration", "backend", "export", "trust_checkpoint")
+    known = ("quantizer", "calibration", "backend", "export", "trust_checkpoint", "checkpoint_dir", "resume")
     for key in values:
         if key not in known:
             raise ConfigError(f"{where}.{key} is not a key of RepAPQ; known keys: {', '.join(known)}.")
@@ -173,6 +202,8 @@ def settings_of(cfg: Mapping[str, object], **overrides: object) -> Settings:
         cast(str, values.get("backend", "simulated")),
         cast("bool | str | Sequence[str]", values.get("export", ())),
         cast(bool, values.get("trust_checkpoint", False)),
+        cast("str | None", values.get("checkpoint_dir")),
+        cast(bool, values.get("resume", False)),
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from mmengine.config import Config
 from torch import Tensor, nn
 
+from repapq_plugin.core.checkpoints import Checkpoints
 from repapq_plugin.errors import ResultError
 from repapq_plugin.evaluation.processor import saturation_note
 from repapq_plugin.hosts.hosted import QuantizedNetwork, RunnableNetwork
@@ -99,6 +100,7 @@ def quantize(
     batches: Sequence[object],
     settings: Settings,
     progress: Report | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> QuantizedModel:
     """Quantize a toolbox model as settings say: with the plugin's own quantizers, or by another host.
 
@@ -107,6 +109,7 @@ def quantize(
         batches: Collated calibration batches.
         settings: See `Settings`.
         progress: Called as the work goes on.
+        checkpoints: Keeps what is finished.
 
     Raises:
         HostError: Another host is asked for, and the model has no network part that can be taken out.
@@ -114,9 +117,10 @@ def quantize(
         CalibrationError: See `quantize_model`.
     """
     if settings.host == OWN:
-        result = calibrate(model, batches, settings.quantizer, progress)
+        result = calibrate(model, batches, settings.quantizer, progress, checkpoints)
         return QuantizedModel(result.model, result)
-    hosted = calibrate_on_host(find_host(settings.host), model, batches, settings.quantizer, progress, settings.options)
+    host = find_host(settings.host)
+    hosted = calibrate_on_host(host, model, batches, settings.quantizer, progress, settings.options, checkpoints)
     return QuantizedModel(model, hosted.result, hosted.network, hosted)
 
 
@@ -175,6 +179,7 @@ class Quantization:
         settings: Settings,
         folder: Path,
         progress: Report | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> Quantization:
         """Quantize a model, save the result and begin its record.
 
@@ -186,13 +191,14 @@ class Quantization:
             settings: What the config says about RepAPQ.
             folder: Work folder.
             progress: Called as the work goes on.
+            checkpoints: Keeps what is finished.
 
         Raises:
             HostError, ConfigError, CalibrationError: See `quantize`.
             ResultError: The result cannot be written.
         """
         example = example_images(model, batches)
-        quantized = quantize(model, batches, settings, progress)
+        quantized = quantize(model, batches, settings, progress, checkpoints)
         record = Record.start(cfg, checkpoint, settings, quantized.result)
         record.add_file("result", *quantized.save(folder))
         return cls(quantized, example, folder, record)
@@ -229,7 +235,9 @@ class Quantization:
         return notes
 
 
-def quantize_and_compare(bench: Workbench, step: Step, *, compare: bool, threads: int | None) -> Quantization:
+def quantize_and_compare(
+    bench: Workbench, step: Step, *, compare: bool, threads: int | None, checkpoints: Checkpoints | None = None
+) -> Quantization:
     """Quantize the model of a workbench, score it, export it, and set it beside the float one.
 
     Args:
@@ -237,6 +245,7 @@ def quantize_and_compare(bench: Workbench, step: Step, *, compare: bool, threads
         step: Told about each step.
         compare: Score the float network and plain PTQ too.
         threads: Threads of OpenVINO while it is timed; ``None`` lets it choose.
+        checkpoints: Keeps what is finished of the calibration.
 
     Returns:
         The quantization; its record is not written yet.
@@ -254,7 +263,7 @@ def quantize_and_compare(bench: Workbench, step: Step, *, compare: bool, threads
         scores["plain_ptq"] = _score_plain(bench, step)
     with step("calibrate", "Calibrating RepAPQ") as report:
         done = Quantization.start(
-            bench.cfg, bench.checkpoint, bench.model, bench.batches, settings, bench.folder, report
+            bench.cfg, bench.checkpoint, bench.model, bench.batches, settings, bench.folder, report, checkpoints
         )
     for name, metrics in scores.items():
         done.record.add_scores(name, metrics)

@@ -12,7 +12,9 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
+from repapq_plugin.backend import OwnBackend
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core.checkpoints import Checkpoints
 from repapq_plugin.errors import HostError
 from repapq_plugin.evaluation.latency import measure_latency
 from repapq_plugin.evaluation.runtimes import OnnxRuntimeNetwork, OpenVINONetwork
@@ -20,8 +22,8 @@ from repapq_plugin.export.openvino import OpenVINOSummary, export_openvino, laye
 from repapq_plugin.export.qdq_onnx import OnnxSummary, export_onnx
 from repapq_plugin.hosts.hosted import SAVED_AS, QuantizedNetwork
 from repapq_plugin.hosts.openmmlab.network import TensorPath, preprocess, run_batch, serving_points
-from repapq_plugin.hosts.openmmlab.other_hosts import QuantizeNetwork
-from repapq_plugin.job import Report, quantize_model
+from repapq_plugin.hosts.openmmlab.other_hosts import QuantizeNetwork, keeps_checkpoints
+from repapq_plugin.job import Job, Report
 from repapq_plugin.result import CalibrationResult
 
 RESULT_FILE = SAVED_AS
@@ -100,11 +102,12 @@ def calibrate(
     batches: Sequence[object],
     config: RepAPQConfig,
     progress: Report | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> CalibrationResult:
     """Quantize a toolbox model on collated batches; the model is not changed."""
     # A test loop runs without gradients; calibration learns.
     with torch.enable_grad():
-        return quantize_model(model, batches, config, forward_fn=run_batch, progress=progress)
+        return Job(OwnBackend(), config, run_batch, progress, checkpoints).run(model, batches)
 
 
 def calibrate_on_host(
@@ -114,17 +117,19 @@ def calibrate_on_host(
     config: RepAPQConfig,
     progress: Report | None,
     options: Mapping[str, object],
+    checkpoints: Checkpoints | None = None,
 ) -> QuantizedNetwork:
     """Let another host quantize a toolbox model's network part; the model is not changed.
 
     Raises:
         HostError: The model has no network part that can be taken out.
     """
+    keywords = {"checkpoints": checkpoints} if keeps_checkpoints(quantize) else {}
     serving_points(model)
     with torch.no_grad():
         images = [preprocess(model, batch)["inputs"] for batch in batches]
     with torch.enable_grad():
-        return quantize(TensorPath(model).eval(), images, config, progress, options)
+        return quantize(TensorPath(model).eval(), images, config, progress, options, **keywords)
 
 
 def example_images(model: nn.Module, batches: Sequence[object]) -> Tensor:
