@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from repapq_plugin import CalibrationResult, Progress, RepAPQConfig, quantize_model
 from repapq_plugin.errors import CheckpointError, ConfigError
 from repapq_plugin.method.solve_units import StageSolver
+from repapq_plugin.method.whole import keep_what_helps
 from tests.support.comparing import equal_numbers, numbers
 from tests.support.disk import largest_file
 from tests.support.networks import Chain, Pyramid, batches, settle
@@ -233,7 +235,11 @@ def test_a_stage_that_cannot_run_alone_stays_float_again(data: list[Tensor], tmp
 def test_learning_that_is_undone_is_undone_again(
     data: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("repapq_plugin.job.CLEARLY_WORSE", 0.0)
+    def against_nothing(*args: Any) -> Any:
+        *known, _, error = args
+        return keep_what_helps(*known, -1.0, error)
+
+    monkeypatch.setattr("repapq_plugin.job.keep_what_helps", against_nothing)
     settings = config()
     wanted = quantize_model(chain(), data, settings)
     assert "Learning was undone" in wanted.notes[-1] and not any(unit.kept for unit in wanted.units)
