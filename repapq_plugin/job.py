@@ -33,7 +33,6 @@ from repapq_plugin.merging import Merged as Merged
 from repapq_plugin.merging import merge_for_inference as merge_for_inference
 from repapq_plugin.method.across_block import (
     AcrossBlockCalibrator,
-    Networks,
     mean_relative_loss,
     total_steps,
 )
@@ -43,6 +42,7 @@ from repapq_plugin.method.learners import snapshot
 from repapq_plugin.method.optimise import split_batches
 from repapq_plugin.method.partition import Stage, find_stages, find_units
 from repapq_plugin.method.schedules import Activation
+from repapq_plugin.method.stage_activations import Networks
 from repapq_plugin.method.starting_ranges import not_quantizing, set_starting_ranges
 from repapq_plugin.method.unit_result import UnitResult
 from repapq_plugin.method.whole import keep_what_helps, outside

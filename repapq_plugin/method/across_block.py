@@ -8,29 +8,27 @@ every term is divided by the magnitude of its target, and that units are average
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.checkpoints import Checkpoints
 from repapq_plugin.core.losses import relative_loss
 from repapq_plugin.core.progress import Advance
-from repapq_plugin.core.running import Batch, ForwardFn, is_out_of_memory
+from repapq_plugin.core.running import is_out_of_memory
 from repapq_plugin.errors import CalibrationError, RepAPQError
 from repapq_plugin.method.learners import Learner, load_state, state_of
 from repapq_plugin.method.optimise import Outcome, Outputs, Subject, reconstruct, split_batches
 from repapq_plugin.method.partition import Stage, Unit, is_inside
-from repapq_plugin.method.replay import answering, inputs_of, recording
 from repapq_plugin.method.schedules import Activation, Cache, NetworkSubject, Role, StageRun, StageSubject, UnitSubject
-from repapq_plugin.method.sites import WeightSite
 from repapq_plugin.method.solve_units import StageSolver, solvable
+from repapq_plugin.method.stage_activations import Networks, StageActivations
 from repapq_plugin.method.unit_result import UnitResult, joined
-from repapq_plugin.quantizers.trace import Trace
 
 logger = logging.getLogger(__name__)
 
@@ -67,36 +65,6 @@ def across_block_loss(
     return total, {name: part.detach() for name, part in parts.items()}
 
 
-@dataclass(frozen=True)
-class Networks:
-    """The two networks and how to run them.
-
-    Args:
-        student: The quantized network.
-        teacher: The float network, merged alike, with the same module paths.
-        learners: What learns in the student, by the module path where it does.
-        weights: The student's quantized weights, by the module path of their layer.
-        trace: What a forward pass showed.
-        batches: Calibration batches.
-        forward_fn: ``forward_fn(model, batch)`` runs either.
-        run_alone: ``run_alone(name, inputs)`` runs the student's module ``name`` on what it is
-            called with, call after call, as the student does.
-    """
-
-    student: nn.Module
-    teacher: nn.Module
-    learners: Mapping[str, Learner]
-    weights: Mapping[str, WeightSite]
-    trace: Trace
-    batches: Sequence[Batch]
-    forward_fn: ForwardFn
-    run_alone: Callable[[str, Sequence[Tensor]], list[Tensor]]
-
-    def calls(self, name: str) -> int:
-        """How often one forward pass calls the module ``name``."""
-        return self.trace.modules[name].calls
-
-
 class AcrossBlockCalibrator:
     """Calibrates ``networks.student`` in place.
 
@@ -122,6 +90,7 @@ class AcrossBlockCalibrator:
         self.networks, self.stages, self.config, self.cache, self.advance = networks, stages, config, cache, advance
         self.student_modules = dict(networks.student.named_modules())
         self.teacher_modules = dict(networks.teacher.named_modules())
+        self._activations = StageActivations(networks, cache)
         self.left_float: dict[str, str] = {}
         self._solvable = solvable(networks.weights) if config.solve else {}
 
@@ -177,16 +146,13 @@ class AcrossBlockCalibrator:
         return self._results("network", units, outcome)
 
     def _calibrate_stage(self, stage: Stage, finished: Sequence[Stage]) -> list[UnitResult]:
-        networks = self.networks
-        self._fetch_inputs(networks.teacher, self.teacher_modules, stage, finished, Role.TEACHER_READS, Role.TEACHER)
-        self._run_teacher(stage)
-        self._fetch_inputs(networks.student, self.student_modules, stage, finished, Role.STUDENT_READS, Role.STUDENT)
+        self._activations.prepare(stage, finished)
         solved = self._solve(stage)
         results: list[UnitResult] = []
         if self.config.steps and self.config.schedule != "network":
             by_unit = stage.learned(self.config.schedule) is stage.units
             results = self._unit_by_unit(stage) if by_unit else self._at_once(stage)
-        self._store_stage_outputs(stage)
+        self._activations.finish(stage)
         return joined(solved, results)
 
     def _solve(self, stage: Stage) -> list[UnitResult]:
@@ -203,36 +169,6 @@ class AcrossBlockCalibrator:
             partial(load_state, learners),
         )
         return [UnitResult(**unit) for unit in cast("list[dict[str, Any]]", record["units"])]
-
-    @torch.no_grad()
-    def _fetch_inputs(
-        self,
-        model: nn.Module,
-        modules: Mapping[str, nn.Module],
-        stage: Stage,
-        finished: Sequence[Stage],
-        reads: Role,
-        returns: Role,
-    ) -> None:
-        """Cache what the stage is called with, behind finished stages that answer from the cache."""
-        module, calls = modules[stage.name], self.networks.calls(stage.name)
-        for index, batch in enumerate(self.networks.batches):
-            stored = {done.name: self.cache.get(Activation(returns, done.name), index) for done in finished}
-            with answering(modules, stored):
-                inputs = inputs_of(module, calls, partial(self.networks.forward_fn, model, batch))
-            self.cache.put(Activation(reads, stage.name), index, inputs)
-
-    @torch.no_grad()
-    def _run_teacher(self, stage: Stage) -> None:
-        """Cache the float outputs of the stage and of each of its units: one pass of the float stage."""
-        modules, reads = self.teacher_modules, Activation(Role.TEACHER_READS, stage.name)
-        for index in range(len(self.networks.batches)):
-            with recording(modules, [unit.name for unit in stage.units]) as units:
-                outputs = [modules[stage.name](x) for x in self.cache.get(reads, index)]
-            self.cache.put(Activation(Role.TEACHER, stage.name), index, outputs)
-            for name, unit_outputs in units.items():
-                if name != stage.name:
-                    self.cache.put(Activation(Role.TEACHER, name), index, unit_outputs)
 
     def _run_of(self, stage: Stage) -> StageRun:
         return StageRun(stage, self.student_modules, partial(self.networks.run_alone, stage.name), self.cache)
@@ -260,20 +196,6 @@ class AcrossBlockCalibrator:
                     self.cache.put(Activation(Role.STUDENT, unit.name), index, subject.unit_outputs(index))
         self._set_quantizing(stage.name, True)
         return results
-
-    @torch.no_grad()
-    def _store_stage_outputs(self, stage: Stage) -> None:
-        """Cache the quantized stage's outputs for those behind it; forget what only its own units needed."""
-        reads = Activation(Role.STUDENT_READS, stage.name)
-        self.cache.drop_all(Activation(Role.TEACHER_READS, stage.name))
-        for index in range(len(self.networks.batches)):
-            outputs = self.networks.run_alone(stage.name, self.cache.get(reads, index))
-            self.cache.put(Activation(Role.STUDENT, stage.name), index, outputs)
-        self.cache.drop_all(reads)
-        for unit in stage.units:
-            if unit.name != stage.name:
-                self.cache.drop_all(Activation(Role.STUDENT, unit.name))
-                self.cache.drop_all(Activation(Role.TEACHER, unit.name))
 
     def _reconstruct(self, part: str, subject: Subject, steps: int) -> Outcome:
         config = self.config.replace(steps=steps)

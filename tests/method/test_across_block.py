@@ -18,7 +18,6 @@ from repapq_plugin.core.running import seeded
 from repapq_plugin.errors import CalibrationError
 from repapq_plugin.method.across_block import (
     AcrossBlockCalibrator,
-    Networks,
     UnitResult,
     across_block_loss,
     mean_relative_loss,
@@ -29,6 +28,7 @@ from repapq_plugin.method.optimise import Outputs
 from repapq_plugin.method.partition import Stage
 from repapq_plugin.method.replay import inputs_of, recording
 from repapq_plugin.method.schedules import Activation, Role
+from repapq_plugin.method.stage_activations import Networks
 from repapq_plugin.quantizers.layers import QuantizedLayer
 from tests.support.comparing import equal
 from tests.support.networks import Chain, Pyramid, batches, settle
