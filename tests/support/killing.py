@@ -133,9 +133,13 @@ class Killable:
         self.server.wait()
 
 
+CONFIG_COPIES = "tmp*/tmp*.py"
+"""What mmengine leaves in the temporary folder if it is killed while it reads a config."""
+
+
 def leftovers(folder: Path) -> list[str]:
     """Return what a calibration left of temporary files, in its temporary folder and beside what it keeps."""
-    found = [path for path in (folder / "tmp").rglob("*") if path.is_file()]
+    found = [path for path in (folder / "tmp").rglob("*") if path.is_file() and not path.match(CONFIG_COPIES)]
     found += [path for pattern in checkpoints.PARTIALS for path in folder.rglob(pattern)]
     kept = (folder / "checkpoint").glob("*") if (folder / "checkpoint").exists() else []
     found += [path for path in kept if path.name not in STAYS and not path.match("part-*.safetensors")]
