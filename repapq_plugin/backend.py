@@ -163,6 +163,11 @@ class OwnQuantizer(Quantizer):
         """See `Quantizer`."""
         return self.fake_quantize.ch_axis if self.fake_quantize.per_channel else None
 
+    @property
+    def power_of_two(self) -> bool:
+        """See `Quantizer`."""
+        return self.fake_quantize.power_of_two
+
     def observer(self, name: str, **arguments: float) -> RangeObserver:
         """See `Quantizer`."""
         grid = self.fake_quantize
@@ -203,6 +208,7 @@ class PlainBackend(Backend[R]):
         for parameter in self.student.parameters():
             parameter.requires_grad_(False)
         self._plans = dict(task.plans)
+        self._folds_exactly = task.config.runs_on.folds_exactly
         self.layers: dict[str, QuantizedLayer] = insert_quantizers(self.student, task.plans, task.config)
 
     @property
@@ -229,7 +235,7 @@ class PlainBackend(Backend[R]):
         owners = Counter(id(p) for layer in self.layers.values() for p in (weight_of(layer), layer.bias))
         for layer in self.layers.values():
             if owners[id(weight_of(layer))] == 1 and owners[id(layer.bias)] == 1:
-                attach_affine(layer)
+                attach_affine(layer, inside=not self._folds_exactly)
 
     def learners(self) -> dict[str, Learner]:
         """See `Backend`."""

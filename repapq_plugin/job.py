@@ -145,6 +145,7 @@ class Job(Generic[R]):
             state.batches = self.backend.join(teacher, state.batches)
         state.trace = trace_network(teacher, lambda: self.forward(teacher, state.batches[0]))
         state.plans, state.float_layers = plan_layers(teacher, state.trace, self.config)
+        state.notes += self.config.runs_on.remarks({bits for plan in state.plans.values() for bits in plan.bits})
 
     def condition(self, state: State) -> None:
         """Bring channels into a form that suits integers; the float network goes on computing what it did."""

@@ -103,8 +103,15 @@ def observer_class(name: str, *, per_channel: bool) -> Callable[..., RangeObserv
     Args:
         name: ``"mse"``, or any name that `register_observer` was given.
         per_channel: Whether each channel gets a range of its own.
+
+    Raises:
+        ConfigError: No observer of this name gives such a range.
     """
-    return OBSERVERS[f"per_channel_{name}" if per_channel else name]
+    registered = f"per_channel_{name}" if per_channel else name
+    if registered not in OBSERVERS:
+        kind = "each channel" if per_channel else "a whole tensor"
+        raise ConfigError(f"The observer {name!r} finds no range of {kind}; register one as {registered!r}.")
+    return OBSERVERS[registered]
 
 
 def observer_arguments(name: str, config: RepAPQConfig) -> dict[str, float]:

@@ -68,7 +68,7 @@ class LayerLearner:
             *learnables_of_layer(layer, step, magnitude, rates),
             Learnable(quantizer.log_scale, rates.scale / quantizer.quant_max),
             *learnables_of_affine(layer.affine, rates.affine / quantizer.quant_max, magnitude),
-            Learnable(of_input.log_scale, rates.scale / of_input.quant_max),
+            Learnable(of_input.log_scale, rates.scale / of_input.reach),
         ]
 
     def offsets(self) -> list[Tensor]:

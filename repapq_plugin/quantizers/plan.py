@@ -45,6 +45,11 @@ class LayerPlan:
     activation_bits: int
     input_group: int | None
 
+    @property
+    def bits(self) -> tuple[int, int]:
+        """``(weight_bits, activation_bits)``."""
+        return self.weight_bits, self.activation_bits
+
 
 @dataclass(frozen=True)
 class QuantizationPlan:
@@ -148,7 +153,7 @@ def insert_quantizers(
         if plan.input_group not in by_group:
             by_group[plan.input_group] = input_quantizer(plan.activation_bits, config)
         weight = weight_of(layer)
-        of_weight = by_weight.setdefault(id(weight), weight_quantizer(layer, plan.weight_bits))
+        of_weight = by_weight.setdefault(id(weight), weight_quantizer(layer, plan.weight_bits, config))
         if bias_of(layer) is None:  # calibration corrects means through it, and the fold needs its place
             layer.bias = nn.Parameter(weight.new_zeros(output_channels(layer)), requires_grad=weight.requires_grad)
         for quantizer in (of_weight, by_group[plan.input_group]):
@@ -159,20 +164,32 @@ def insert_quantizers(
 
 
 def input_quantizer(num_bits: int, config: RepAPQConfig) -> LearnableFakeQuantize:
-    """Return an activation quantizer, its scale not yet found."""
-    quant_min, quant_max = activation_bounds(num_bits)
+    """Return an activation quantizer on the grid of the target, its scale not yet found."""
+    target = config.runs_on
+    quant_min, quant_max = activation_bounds(num_bits, signed=target.signed_activations)
     return LearnableFakeQuantize(
-        dtype=torch.quint8,
-        qscheme=torch.per_tensor_affine,
+        dtype=torch.qint8 if target.signed_activations else torch.quint8,
+        qscheme=torch.per_tensor_symmetric if target.symmetric_activations else torch.per_tensor_affine,
         quant_min=quant_min,
         quant_max=quant_max,
         drop_probability=config.drop_probability,
+        power_of_two=target.power_of_two_scales,
     )
 
 
-def weight_quantizer(layer: nn.Module, num_bits: int) -> LearnableFakeQuantize:
-    """Return a weight quantizer per output channel, its scales not yet found."""
+def weight_quantizer(layer: nn.Module, num_bits: int, config: RepAPQConfig) -> LearnableFakeQuantize:
+    """Return a weight quantizer on the grid of the target, its scales not yet found."""
+    target = config.runs_on
     quant_min, quant_max = weight_bounds(num_bits)
-    return PerChannelLearnableFakeQuantize(
-        quant_min=quant_min, quant_max=quant_max, ch_axis=output_channels_axis(layer)
+    powers = target.power_of_two_scales
+    if target.weights_per_channel:
+        return PerChannelLearnableFakeQuantize(
+            quant_min=quant_min, quant_max=quant_max, ch_axis=output_channels_axis(layer), power_of_two=powers
+        )
+    return LearnableFakeQuantize(
+        dtype=torch.qint8,
+        qscheme=torch.per_tensor_symmetric,
+        quant_min=quant_min,
+        quant_max=quant_max,
+        power_of_two=powers,
     )
