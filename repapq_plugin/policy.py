@@ -60,6 +60,24 @@ def reason_for_float(name: str, layer: nn.Module, config: RepAPQConfig) -> str:
     return NO_CHANNEL_AXIS if isinstance(layer, nn.ConvTranspose2d) and layer.groups > 1 else ""
 
 
+def check_target(config: RepAPQConfig, host: str, targets: Collection[str]) -> None:
+    """Refuse a target whose grids a host does not have.
+
+    Args:
+        config: Names the target.
+        host: What to call it in a message.
+        targets: Names of the targets that it serves.
+
+    Raises:
+        ConfigError: The configuration names another one.
+    """
+    if config.target not in targets:
+        raise ConfigError(
+            f"target={config.runs_on.name!r} is not allowed with {host}, whose integers are those of "
+            f"{', '.join(map(repr, targets))}; choose one of these, or quantize with quantize_model."
+        )
+
+
 def check_names(config: RepAPQConfig, modules: Collection[str], layers: Collection[str]) -> None:
     """Refuse a configuration that names what a network has not.
 

@@ -83,6 +83,7 @@ class LearnableFakeQuantize(core.LearnableFakeQuantize, FakeQuantizeBase):  # ty
             quant_min=learned.quant_min,
             quant_max=learned.quant_max,
             ch_axis=learned.ch_axis,
+            power_of_two=learned.power_of_two,
         )
         made.enable_observer(False)
         made.set_qparams(learned.scale, learned.zero_point)
