@@ -273,7 +273,7 @@ class Job(Generic[R]):
         return Calibrated(
             model=self.backend.student,
             config=self.config,
-            plan=QuantizationPlan(state.merged.folded, plans, float_layers, state.merged.baked),
+            plan=QuantizationPlan(state.merged.folded, plans, float_layers, state.merged.baked, self.backend.skips),
             units=tuple(state.units),
             merges=state.merged.records,
             seconds=seconds,

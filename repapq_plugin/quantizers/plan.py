@@ -6,6 +6,7 @@ without running the network.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import cast
@@ -52,6 +53,21 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class SkipPlan:
+    """How what is added to the output of a module is quantized.
+
+    Args:
+        adding: Module path of what adds; empty for the whole network.
+        bits: Bits of the other summand.
+        input_group: Layers of this group read it too and lend their quantizer; ``None``: it has its own.
+    """
+
+    adding: str
+    bits: int
+    input_group: int | None
+
+
+@dataclass(frozen=True)
 class QuantizationPlan:
     """What was folded, and how each layer is quantized.
 
@@ -60,12 +76,19 @@ class QuantizationPlan:
         baked: Layers whose weight became what their own forward had made of it.
         layers: Quantized layers by module path, in call order.
         float_layers: Layers that stay float, with the reason.
+        skips: How other summands are quantized, by the path of the module to whose output they are added.
     """
 
     folded: tuple[tuple[str, str], ...] = ()
     layers: dict[str, LayerPlan] = field(default_factory=dict)
     float_layers: dict[str, str] = field(default_factory=dict)
     baked: tuple[str, ...] = ()
+    skips: dict[str, SkipPlan] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return plain values; skips go unsaid where there are none."""
+        values = dataclasses.asdict(self)
+        return {key: value for key, value in values.items() if key != "skips" or value}
 
 
 def plan_layers(model: nn.Module, trace: Trace, config: RepAPQConfig) -> tuple[dict[str, LayerPlan], dict[str, str]]:

@@ -47,7 +47,9 @@ REFUSED = "the file is refused"
 FLOAT = "the layer runs in float"
 WRONG = "the file is read as other numbers"
 
-FEWER = "Grids of fewer than 8 bits are carried in 8-bit integers, behind a Clip: they save accuracy tests, no time."
+FEWER = (
+    "Grids of fewer than 8 bits are carried in 8-bit integers, behind a Clip: a file of them is as large and as fast."
+)
 ROUNDED = "It rounds biases to int32 at the product of both scales, and each result to the next grid."
 
 COMMON = (
@@ -119,6 +121,7 @@ _ALL = (
         "tensorrt",
         signed_activations=True,
         symmetric_activations=True,
+        quantizes_residuals=True,
         quantized_operators=("Add",),
         shared_grid_operators=("Concat",),
         max_opset=24,
@@ -138,7 +141,7 @@ _ALL = (
             Rule("activation_granularity", REFUSED, TENSORRT_QDQ),
             Rule("weight_type", REFUSED, TENSORRT_TYPES),
             Rule("weight_zero_point", REFUSED, TENSORRT_ZERO),
-            Rule("weight_range", "codes of -128 have no mirror image", NARROW),
+            Rule("weight_range", "the code -128 lies outside the symmetric range", NARROW),
             Rule("weight_axis", REFUSED, TENSORRT_QDQ),
             Rule("layer_input", FLOAT, TENSORRT_QDQ),
             Rule("layer_weight", FLOAT, TENSORRT_QDQ),
@@ -250,7 +253,7 @@ _ALL = (
             Rule("activation_type", FLOAT, COREML),
             Rule("activation_zero_point", FLOAT, COREML),
             Rule("activation_granularity", FLOAT, COREML),
-            Rule("weight_range", "codes of -128 have no mirror image", NARROW),
+            Rule("weight_range", "the code -128 lies outside the symmetric range", NARROW),
             Rule("weight_axis", FLOAT, COREML_WEIGHTS),
         ),
     ),

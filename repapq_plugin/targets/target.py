@@ -45,6 +45,16 @@ RULES: Mapping[str, str] = {
 """What a rule demands, by its key; each key has a check in `repapq_plugin.export.check`."""
 
 
+FLAGS = (
+    *("signed_activations", "symmetric_activations", "weights_per_channel", "power_of_two_scales"),
+    "quantizes_residuals",
+)
+"""Values of a target that are true or false."""
+
+IMPLIED = "it is not what the target says of itself"
+"""Effect of a broken rule that only follows from a target's other values."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """One rule of a target.
@@ -82,6 +92,7 @@ class Target:
         symmetric_activations: Their zero point is 0; only with signed ones.
         weights_per_channel: Weights have a scale for each output channel; otherwise one scale for the whole tensor.
         power_of_two_scales: Every scale is a power of two; only with symmetric activations.
+        quantizes_residuals: Of the two inputs of an addition behind a layer, the skipping one is quantized.
         bias: How biases are stored: ``"float"``, ``"int32"`` at the product of both scales, or ``"either"``.
         quantized_operators: ONNX operators that are quantized beside layers with weights.
         shared_grid_operators: ONNX operators whose inputs have to share one grid.
@@ -93,7 +104,7 @@ class Target:
         weight_types: Integer types of weights that it reads in files of others.
         file: What to give it.
         notes: What it computes that a float simulation does not, and what else to know, in sentences.
-        rules: What `repapq check` tests.
+        rules: What `repapq check` tests, besides what the other values imply (`tested`).
 
     Raises:
         ConfigError: A value is not allowed, or two contradict each other.
@@ -104,6 +115,7 @@ class Target:
     symmetric_activations: bool = False
     weights_per_channel: bool = True
     power_of_two_scales: bool = False
+    quantizes_residuals: bool = False
     bias: str = "float"
     quantized_operators: tuple[str, ...] = ()
     shared_grid_operators: tuple[str, ...] = ()
@@ -128,7 +140,7 @@ class Target:
         object.__setattr__(self, "rules", rules)
         if not isinstance(self.name, str) or not self.name:
             raise self._refused("name", self.name, "a text")
-        for key in ("signed_activations", "symmetric_activations", "weights_per_channel", "power_of_two_scales"):
+        for key in FLAGS:
             if not isinstance(getattr(self, key), bool):
                 raise self._refused(key, getattr(self, key), "True or False")
         if self.bias not in BIASES:
@@ -166,6 +178,29 @@ class Target:
         if "name" not in values:
             raise ConfigError("target.name is missing; give the target a name.")
         return cls(**values)
+
+    @property
+    def tested(self) -> tuple[Rule, ...]:
+        """All rules that are tested: those of `rules`, and those that the other values imply."""
+        implied = [
+            key
+            for key, wanted in (
+                *(
+                    (key, not self.rules)
+                    for key in ("opset", "activation_type", "weight_type", "scale", "pairs", "bias")
+                ),
+                ("activation_zero_point", self.symmetric_activations),
+                ("weight_granularity", not self.weights_per_channel),
+                ("power_of_two", self.power_of_two_scales),
+                ("residual", self.quantizes_residuals),
+                ("shared_grid", bool(self.shared_grid_operators)),
+                ("float_operator", bool(self.float_operators)),
+            )
+            if wanted
+        ]
+        given = {rule.key for rule in self.rules}
+        own = (Rule(key, IMPLIED, f"the target {self.name!r}") for key in implied if key not in given)
+        return (*self.rules, *own)
 
     @property
     def folds_exactly(self) -> bool:

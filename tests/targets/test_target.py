@@ -38,6 +38,21 @@ def test_every_rule_is_one_of_some_target_or_of_ones_own() -> None:
     assert set(RULES) - used == {"weight_granularity", "power_of_two"}
 
 
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_a_target_of_the_table_states_all_that_its_values_imply(target: Target) -> None:
+    assert target.tested == target.rules
+
+
+def test_a_target_of_ones_own_is_tested_for_what_it_says_of_itself() -> None:
+    own = Target("own", signed_activations=True, symmetric_activations=True, power_of_two_scales=True)
+    assert {rule.key for rule in own.tested} == {
+        *("opset", "activation_type", "weight_type", "scale", "pairs", "bias"),
+        *("activation_zero_point", "power_of_two"),
+    }
+    stricter = dataclasses.replace(TARGETS["rknn"], name="older rknn", weights_per_channel=False)
+    assert [rule.key for rule in stricter.tested] == [*(rule.key for rule in stricter.rules), "weight_granularity"]
+
+
 def test_the_default_is_the_grid_of_before() -> None:
     config = RepAPQConfig()
     assert config.target == GENERIC and config.runs_on is TARGETS[GENERIC]
