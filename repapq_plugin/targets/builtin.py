@@ -75,6 +75,7 @@ def _own(rules: tuple[Rule, ...], *own: Rule) -> tuple[Rule, ...]:
 _ALL = (
     Target(
         GENERIC,
+        bias="either",
         notes=("Any runtime that reads affine activations and signed weights per channel.", FEWER),
         rules=(*COMMON, Rule("weight_axis", FLOAT, ONNXRUNTIME), Rule("activation_granularity", FLOAT, ONNXRUNTIME)),
     ),
@@ -241,6 +242,7 @@ _ALL = (
         "coreml",
         signed_activations=True,
         symmetric_activations=True,
+        bias="either",
         activation_types=("int8",),
         file="what coremltools converts; the ONNX file shows grids and codes",
         notes=(
