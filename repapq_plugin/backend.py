@@ -278,9 +278,7 @@ class PlainBackend(Backend[R]):
             self._plans.pop(name)
             layer, original = float_layer(self.layers[name]), teacher.get_submodule(name)
             layer._parameters.update(copy.deepcopy(original)._parameters)
-        lost = [
-            giver for giver in self._skips if any(name == giver or name.startswith(f"{giver}.") for name in left_float)
-        ]
+        lost = [giver for giver, plan in self._skips.items() if plan.layer in left_float]
         remove_skips(self.student, lost)
         self._skips = {giver: plan for giver, plan in self._skips.items() if giver not in lost}
         for quantizer in self._added.values():

@@ -58,11 +58,13 @@ class SkipPlan:
 
     Args:
         adding: Module path of what adds; empty for the whole network.
+        layer: Module path of the layer whose output it is added to.
         bits: Bits of the other summand.
         input_group: Layers of this group read it too and lend their quantizer; ``None``: it has its own.
     """
 
     adding: str
+    layer: str
     bits: int
     input_group: int | None
 

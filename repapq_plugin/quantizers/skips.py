@@ -39,34 +39,46 @@ class _Additions(FunctionWatch):
         super().__init__()
         self.running: list[str] = []
         self.givers: TensorNotes[str] = TensorNotes()
-        """The outermost module that has returned a tensor."""
-        self.from_layers: TensorNotes[int] = TensorNotes()
-        """How many layers had run before the one whose output a tensor is."""
-        self.found: dict[str, tuple[set[str], list[Tensor]]] = {}
-        """By the module that gives one summand: the modules that add it, and the other summands."""
+        """The last module that has returned a tensor: the layer, an identity behind it, or what holds both."""
+        self.from_layers: TensorNotes[tuple[int, str]] = TensorNotes()
+        """The layer whose output a tensor is, behind how many had run before it; until it is changed in place."""
+        self.read: dict[int, int | None] = {}
+        """Group of the layers that read a tensor, by its identity."""
+        self.kept: list[Tensor] = []  # so that identities stay unique
+        self.found: dict[str, tuple[str, set[str], set[int | None]]] = {}
+        """By the module that gives one summand: its layer, the modules that add it, and groups that read the other."""
 
     def before(self, name: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         if name in ADDITIONS and self.running:
             pair = [value for value in args[:2] if isinstance(value, Tensor)]
             if len(pair) == 2 and pair[0].shape == pair[1].shape and pair[0].is_floating_point():
                 self._note(pair)
-        return None
+        return [value._version if isinstance(value, Tensor) else 0 for value in args]
 
     def _note(self, pair: list[Tensor]) -> None:
-        turns = [(turn, place) for place, value in enumerate(pair) if (turn := self.from_layers.get(value)) is not None]
+        # Of two layers' outputs, a shortcut is the one that other layers read, or else the one that was made later.
+        turns = [
+            (id(value) in self.read, turn, place)
+            for place, value in enumerate(pair)
+            if (turn := self.from_layers.get(value)) is not None
+        ]
         if not turns:
             return
-        _, place = min(turns)  # of two layers, the later one is the shortcut of a residual block
+        _, (_, layer), place = min(turns)
         giver = self.givers.get(pair[place])
         if giver is not None:
-            adding, others = self.found.setdefault(giver, (set(), []))
+            _, adding, others = self.found.setdefault(giver, (layer, set(), set()))
             adding.add(self.running[-1])
-            others.append(pair[1 - place])
+            others.add(self.read.get(id(pair[1 - place])))
 
     def after(
-        self, name: str, args: tuple[object, ...], kwargs: Mapping[str, object], result: object, note: object
+        self, name: str, args: tuple[object, ...], kwargs: Mapping[str, object], result: object, note: list[int]
     ) -> None:
-        pass
+        """What was changed in place is no layer's output any more."""
+        for value, version in zip(args, note, strict=True):
+            if isinstance(value, Tensor) and value._version != version:
+                self.from_layers.forget(value)
+                self.read.pop(id(value), None)
 
 
 def find_skips(model: nn.Module, run: Callable[[], object], plans: Mapping[str, LayerPlan]) -> dict[str, SkipPlan]:
@@ -79,8 +91,7 @@ def find_skips(model: nn.Module, run: Callable[[], object], plans: Mapping[str, 
         run: Makes one forward pass of it.
         plans: Layers that are quantized, by module path.
     """
-    watch, read = _Additions(), dict[int, int | None]()
-    kept: list[Tensor] = []  # so that identities stay unique
+    watch = _Additions()
     turns = itertools.count()
 
     def starts(name: str) -> Callable[..., None]:
@@ -88,8 +99,8 @@ def find_skips(model: nn.Module, run: Callable[[], object], plans: Mapping[str, 
             watch.running.append(name)
             x = args[0] if args else None
             if name in plans and isinstance(x, Tensor):
-                kept.append(x)
-                read[id(x)] = plans[name].input_group
+                watch.kept.append(x)
+                watch.read[id(x)] = plans[name].input_group
 
         return hook
 
@@ -99,7 +110,7 @@ def find_skips(model: nn.Module, run: Callable[[], object], plans: Mapping[str, 
             if isinstance(output, Tensor):
                 watch.givers.put(output, name)
                 if name in plans:
-                    watch.from_layers.put(output, next(turns))
+                    watch.from_layers.put(output, (next(turns), name))
 
         return hook
 
@@ -111,15 +122,13 @@ def find_skips(model: nn.Module, run: Callable[[], object], plans: Mapping[str, 
             run()
     modules = dict(model.named_modules())
     skips: dict[str, SkipPlan] = {}
-    for giver, (places, others) in watch.found.items():
+    for giver, (layer, places, groups) in watch.found.items():
         adding = places.pop()
         inside = giver.startswith(f"{adding}.") if adding else bool(giver)
         if places or not inside or not may_become(modules[adding]):
             continue
-        groups = {read.get(id(other)) for other in others}
         group = groups.pop() if len(groups) == 1 else None
-        layer = next(name for name in plans if name == giver or name.startswith(f"{giver}."))
-        skips[giver] = SkipPlan(adding, plans[layer].activation_bits, group)
+        skips[giver] = SkipPlan(adding, layer, plans[layer].activation_bits, group)
     return skips
 
 
@@ -140,6 +149,8 @@ class _Rounding(TorchFunctionMode):
                 if quantizer is not None and isinstance(other, Tensor) and other.shape == args[position].shape:
                     args = self._with_rounded(quantizer, args, 1 - position, in_place=name == "add_")
                     break
+            if name == "add_":
+                self.outputs.forget(args[0])  # it is a sum now
         return func(*args, **(kwargs or {}))
 
     def _with_rounded(
@@ -151,7 +162,7 @@ class _Rounding(TorchFunctionMode):
         hat = cast(Tensor, quantizer(x))
         if hat is x:
             return args
-        if changed:
+        if changed and not torch.onnx.is_in_onnx_export():  # which makes a sum of its own of it anyway
             args[0].copy_(hat)
             return args
         return (args[0], hat, *args[2:]) if position else (hat, *args[1:])

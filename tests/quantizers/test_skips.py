@@ -95,8 +95,8 @@ def test_the_skipping_summand_has_the_quantizer_of_the_layer_that_reads_it_or_it
     result = quantized(Residual(), batches(2))
     plans, skips = result.plan.layers, result.plan.skips
     assert skips == {
-        "stage.0.second": SkipPlan("stage.0", 6, plans["stage.0.first"].input_group),
-        "stage.1.second": SkipPlan("stage.1", 6, None),  # made by `down`, which nothing else reads
+        "stage.0.second": SkipPlan("stage.0", "stage.0.second", 6, plans["stage.0.first"].input_group),
+        "stage.1.second": SkipPlan("stage.1", "stage.1.second", 6, None),  # made by `down`, which nothing else reads
     }
     first, second = result.model.stage
     assert isinstance(first, SkippingModule) and isinstance(second, SkippingModule)
@@ -181,6 +181,46 @@ def test_without_it_modules_are_what_they_were() -> None:
     assert type(result.model.stage[0]) is Block and "skip_fake_quants" not in result.model.stage[0]._modules
 
 
+def test_a_folded_norm_and_an_idle_dropout_between_a_layer_and_its_sum_make_no_difference() -> None:
+    class Between(Residual):
+        def __init__(self) -> None:
+            super().__init__()
+            for block in self.stage:
+                block.second = nn.Sequential(block.second, nn.BatchNorm2d(8), nn.Dropout(0.5))
+
+    result = quantized(Between(), batches(1))
+    assert {plan.layer for plan in result.plan.skips.values()} == {"stage.0.second.0", "stage.1.second.0"}
+    assert list(result.plan.skips) == ["stage.0.second", "stage.1.second"]
+
+
+class InPlace(Residual):
+    """Blocks that add and rectify in place, one behind the other: a sum is the very tensor that a layer made."""
+
+    def __init__(self) -> None:
+        super().__init__(in_place_of_the_layer)
+        self.stage.append(Block(8, 1, in_place_of_the_layer))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu_()
+        for block in self.stage:
+            y = block.second(block.first(x).relu_())
+            y += x if block.down is None else block.down(x)
+            x = y.relu_()
+        return self.head(x)
+
+
+def test_a_sum_in_place_of_a_layers_output_is_not_taken_for_it_later(tmp_path: Path) -> None:
+    data = batches(1)
+    result = quantized(InPlace(), data)
+    assert list(result.plan.skips) == [f"stage.{number}.second" for number in range(3)]
+    assert {plan.adding for plan in result.plan.skips.values()} == {""}  # the network adds
+    assert check_onnx(export_onnx(result, data[0], tmp_path / "model.onnx").path, "tensorrt") == []
+    with torch.inference_mode():
+        first = result.model(data[0])
+    with torch.no_grad():
+        assert torch.equal(result.model(data[0]), first)
+
+
 def test_an_unfinished_quantizer_stops_the_export(tmp_path: Path) -> None:
     data = batches(1)
     result = quantized(Residual(), data)
@@ -191,6 +231,6 @@ def test_an_unfinished_quantizer_stops_the_export(tmp_path: Path) -> None:
 
 def test_a_plan_without_skips_is_written_as_ever() -> None:
     assert "skips" not in QuantizationPlan().to_dict()
-    assert QuantizationPlan(skips={"a": SkipPlan("", 8, 0)}).to_dict()["skips"] == {
-        "a": {"adding": "", "bits": 8, "input_group": 0}
+    assert QuantizationPlan(skips={"a": SkipPlan("", "b", 8, 0)}).to_dict()["skips"] == {
+        "a": {"adding": "", "layer": "b", "bits": 8, "input_group": 0}
     }
