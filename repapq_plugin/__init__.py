@@ -14,6 +14,7 @@ from repapq_plugin.observers import MAEObserver, MinMaxObserver, MSEObserver, Pe
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
 from repapq_plugin.reparam.branches import Branch, BranchSpec, register_branches
 from repapq_plugin.result import CalibrationResult
+from repapq_plugin.targets import Target
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "Progress",
     "RepAPQConfig",
     "RepAPQError",
+    "Target",
     "UnitResult",
     "export_onnx",
     "export_openvino",

@@ -20,14 +20,15 @@ from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.copies import plain_copy
 from repapq_plugin.core.fingerprints import Fingerprint, fingerprint
 from repapq_plugin.core.running import Batch, ForwardFn
-from repapq_plugin.method.learners import LayerLearner, Learner
+from repapq_plugin.method.learners import LayerLearner, Learner, SkipLearner
 from repapq_plugin.method.qpr import attach_affine, fold_affine
 from repapq_plugin.method.sites import ActivationSite, Quantizer, Sites, WeightSite
 from repapq_plugin.observers import RangeObserver
 from repapq_plugin.policy import observer_class
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
 from repapq_plugin.quantizers.layers import QuantizedLayer, float_layer, weight_of
-from repapq_plugin.quantizers.plan import LayerPlan, insert_quantizers
+from repapq_plugin.quantizers.plan import LayerPlan, SkipPlan, insert_quantizers
+from repapq_plugin.quantizers.skips import SKIPS, find_skips, insert_skips, remove_skips
 from repapq_plugin.quantizers.trace import Trace
 from repapq_plugin.result import Calibrated, CalibrationResult
 
@@ -115,6 +116,11 @@ class Backend(ABC, Generic[R]):
     def plans(self) -> dict[str, LayerPlan]:
         """How each layer of `student` is really quantized, by module path."""
 
+    @property
+    def skips(self) -> dict[str, SkipPlan]:
+        """How what is added to layers' outputs is quantized; nothing, unless a backend places such quantizers."""
+        return {}
+
     @abstractmethod
     def attach_affine(self) -> None:
         """Put QPR's affine layer, an identity, behind each layer that can take it in again."""
@@ -177,6 +183,11 @@ class OwnQuantizer(Quantizer):
         """See `Quantizer`."""
         return self.fake_quantize.ch_axis if self.fake_quantize.per_channel else None
 
+    @property
+    def power_of_two(self) -> bool:
+        """See `Quantizer`."""
+        return self.fake_quantize.power_of_two
+
     def observer(self, name: str, **arguments: float) -> RangeObserver:
         """See `Quantizer`."""
         grid = self.fake_quantize
@@ -217,20 +228,41 @@ class PlainBackend(Backend[R]):
         for parameter in self.student.parameters():
             parameter.requires_grad_(False)
         self._plans = dict(task.plans)
+        self._folds_exactly = task.config.runs_on.folds_exactly
+        self._skips = self._found_skips(task)
         self.layers: dict[str, QuantizedLayer] = insert_quantizers(self.student, task.plans, task.config)
+        self._added = insert_skips(self.student, self._skips, task.plans, self.layers, task.config)
+
+    def _found_skips(self, task: Placing) -> dict[str, SkipPlan]:
+        if not task.config.runs_on.quantizes_residuals:
+            return {}
+        return find_skips(task.teacher, lambda: task.forward(task.teacher, task.batches[0]), task.plans)
+
+    @property
+    def skips(self) -> dict[str, SkipPlan]:
+        """See `Backend`."""
+        return dict(self._skips)
+
+    @property
+    def _own_added(self) -> dict[str, LearnableFakeQuantize]:
+        """Quantizers of summands that no layer reads, by the path of the module to whose output they are added."""
+        of_layers = {layer.input_fake_quant for layer in self.layers.values()}
+        return {giver: quantizer for giver, quantizer in self._added.items() if quantizer not in of_layers}
 
     @property
     def sites(self) -> Sites:
         """See `Backend`."""
         inputs: dict[LearnableFakeQuantize, str] = {}
         for name, layer in self.layers.items():
-            inputs.setdefault(layer.input_fake_quant, name)
+            inputs.setdefault(layer.input_fake_quant, f"The input of {name!r}")
+        for giver, quantizer in self._own_added.items():
+            inputs[quantizer] = f"What is added to the output of {giver!r}"
         return Sites(
             {
                 name: WeightSite(name, layer, OwnQuantizer(layer.weight_fake_quant), layer.float_forward)
                 for name, layer in self.layers.items()
             },
-            tuple(ActivationSite(f"The input of {name!r}", OwnQuantizer(each)) for each, name in inputs.items()),
+            tuple(ActivationSite(where, OwnQuantizer(each)) for each, where in inputs.items()),
         )
 
     @property
@@ -243,11 +275,16 @@ class PlainBackend(Backend[R]):
         owners = Counter(id(p) for layer in self.layers.values() for p in (weight_of(layer), layer.bias))
         for layer in self.layers.values():
             if owners[id(weight_of(layer))] == 1 and owners[id(layer.bias)] == 1:
-                attach_affine(layer)
+                attach_affine(layer, inside=not self._folds_exactly)
 
     def learners(self) -> dict[str, Learner]:
         """See `Backend`."""
-        return {name: LayerLearner(layer) for name, layer in self.layers.items()}
+        learners: dict[str, Learner] = {name: LayerLearner(layer) for name, layer in self.layers.items()}
+        for giver, quantizer in self._own_added.items():
+            adding = self._skips[giver].adding
+            name = ".".join(part for part in (adding, SKIPS, giver) if part)
+            learners[name] = SkipLearner(self.student.get_submodule(adding), quantizer)
+        return learners
 
     def fold(self, teacher: nn.Module, left_float: Mapping[str, str]) -> None:
         """Fold the affine layers, lay weights on their grid, and give failed layers their float weights back."""
@@ -255,12 +292,22 @@ class PlainBackend(Backend[R]):
             self._plans.pop(name)
             layer, original = float_layer(self.layers[name]), teacher.get_submodule(name)
             layer._parameters.update(copy.deepcopy(original)._parameters)
+        lost = [giver for giver, plan in self._skips.items() if plan.layer in left_float]
+        remove_skips(self.student, lost)
+        self._skips = {giver: plan for giver, plan in self._skips.items() if giver not in lost}
+        for quantizer in self._added.values():
+            _finish(quantizer)
         for layer in dict.fromkeys(layer for name, layer in self.layers.items() if name not in left_float):
             fold_affine(layer)
             for quantizer in (layer.weight_fake_quant, layer.input_fake_quant):
-                quantizer.enable_observer(False)
-                quantizer.enable_fake_quant(True)  # a stage that stays float may share one with these
-                quantizer.activation_post_process.reset_min_max_vals()
+                _finish(quantizer)
+
+
+def _finish(quantizer: LearnableFakeQuantize) -> None:
+    """Leave a quantizer as it is delivered."""
+    quantizer.enable_observer(False)
+    quantizer.enable_fake_quant(True)  # a stage that stays float may share one with these
+    quantizer.activation_post_process.reset_min_max_vals()
 
 
 class OwnBackend(PlainBackend[CalibrationResult]):

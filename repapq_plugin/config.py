@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from repapq_plugin.errors import ConfigError
+from repapq_plugin.targets import TARGETS, Target, find_target
+from repapq_plugin.targets.target import GENERIC
 
 T = TypeVar("T")
 
@@ -101,8 +103,13 @@ class RepAPQConfig:
     """How a network is quantized and calibrated.
 
     Args:
-        weight_bits: Bits of the weights, 2 to 8; per output channel, symmetric, narrow range.
-        activation_bits: Bits of the activations, 2 to 8; per tensor, affine, unsigned.
+        target: Where the network will run: the name of one of `repapq_plugin.targets.TARGETS`, or a `Target` of one's
+            own. It says whether activations are affine or symmetric, signed or not, and whether weights have a scale
+            for each output channel.
+        weight_bits: Bits of the weights, 2 to 8; symmetric, narrow range, per output channel unless the target says
+            otherwise.
+        activation_bits: Bits of the activations, 2 to 8; per tensor, affine and unsigned unless the target says
+            otherwise.
         first_last_bits: Bits of the layers that read the network's input or write its output;
             ``None`` treats them like the others.
         reduce_range: Use 7 bits of each 8-bit weight: processors without VNNI add pairs of 8-bit products in 16
@@ -144,6 +151,7 @@ class RepAPQConfig:
         ConfigError: A value is not allowed; the message names key, value and what is allowed.
     """
 
+    target: str | Target = GENERIC
     weight_bits: int = 8
     activation_bits: int = 8
     first_last_bits: int | None = 8
@@ -172,6 +180,7 @@ class RepAPQConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
+        object.__setattr__(self, "target", _target(self.target))
         _check_name("activation_observer", self.activation_observer, [*OBSERVER_NAMES, "auto"])
         _check_name("weight_observer", self.weight_observer, WEIGHT_OBSERVER_NAMES)
         _check_bits("weight_bits", self.weight_bits)
@@ -251,8 +260,9 @@ class RepAPQConfig:
         return _build(cls, values, "")
 
     def to_dict(self) -> dict[str, object]:
-        """Return plain values from which `from_dict` builds an equal configuration."""
-        return dataclasses.asdict(self)
+        """Return plain values from which `from_dict` builds an equal configuration; the usual target goes unsaid."""
+        values = dataclasses.asdict(self)
+        return {key: value for key, value in values.items() if (key, value) != ("target", GENERIC)}
 
     def plain(self) -> RepAPQConfig:
         """Return plain PTQ on the same grids, to compare with: min-max ranges, nothing prepared, nothing learned."""
@@ -274,17 +284,34 @@ class RepAPQConfig:
         return min(bits, MAX_BITS - 1) if self.reduce_range else bits
 
     @property
+    def runs_on(self) -> Target:
+        """Return what ``target`` names."""
+        return find_target(self.target) if isinstance(self.target, str) else self.target
+
+    @property
     def scheme(self) -> str:
         """One line that says what is compared when two results are compared."""
         ranges = ", constant channels folded" if self.fold_constants else ""
         ranges += ", channels equalized" if self.equalize else ""
         ranges += ", weights of 8 bits use 7" if self.reduce_range else ""
         ends = "" if self.first_last_bits is None else f", first and last layers {self.first_last_bits} bit"
+        target = self.runs_on
         return (
-            f"W{self.weight_bits}A{self.activation_bits}: weights per channel symmetric narrow range "
-            f"({self.weight_observer}), activations per tensor affine unsigned "
-            f"({self.activation_observer}){ranges}{ends}"
+            f"W{self.weight_bits}A{self.activation_bits}: weights {target.weight_scheme} "
+            f"({self.weight_observer}), activations {target.activation_scheme} "
+            f"({self.activation_observer}){ranges}{ends}{target.scheme}"
         )
+
+
+def _target(value: object) -> str | Target:
+    """Return a target as a configuration keeps it: by name if it comes with the package."""
+    if isinstance(value, Mapping):
+        value = Target.from_dict(value)
+    if isinstance(value, Target):
+        return value.name if TARGETS.get(value.name) == value else value
+    if not isinstance(value, str):
+        raise _reject("target", value, f"the name of a target ({', '.join(TARGETS)}) or a Target")
+    return find_target(value).name
 
 
 def _build(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:

@@ -150,6 +150,7 @@ class Job(Generic[R]):
             state.batches = self.backend.join(teacher, state.batches)
         state.trace = trace_network(teacher, lambda: self.forward(teacher, state.batches[0]))
         state.plans, state.float_layers = plan_layers(teacher, state.trace, self.config)
+        state.notes += self.config.runs_on.remarks({bits for plan in state.plans.values() for bits in plan.bits})
 
     def condition(self, state: State) -> None:
         """Bring channels into a form that suits integers; the float network goes on computing what it did."""
@@ -279,7 +280,7 @@ class Job(Generic[R]):
         return Calibrated(
             model=self.backend.student,
             config=self.config,
-            plan=QuantizationPlan(state.merged.folded, plans, float_layers, state.merged.baked),
+            plan=QuantizationPlan(state.merged.folded, plans, float_layers, state.merged.baked, self.backend.skips),
             units=tuple(state.units),
             merges=state.merged.records,
             seconds=seconds,

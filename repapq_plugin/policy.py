@@ -60,6 +60,24 @@ def reason_for_float(name: str, layer: nn.Module, config: RepAPQConfig) -> str:
     return NO_CHANNEL_AXIS if isinstance(layer, nn.ConvTranspose2d) and layer.groups > 1 else ""
 
 
+def check_target(config: RepAPQConfig, host: str, targets: Collection[str]) -> None:
+    """Refuse a target whose grids a host does not have.
+
+    Args:
+        config: Names the target.
+        host: What to call it in a message.
+        targets: Names of the targets that it serves.
+
+    Raises:
+        ConfigError: The configuration names another one.
+    """
+    if config.target not in targets:
+        raise ConfigError(
+            f"target={config.runs_on.name!r} is not allowed with {host}, whose integers are those of "
+            f"{', '.join(map(repr, targets))}; choose one of these, or quantize with quantize_model."
+        )
+
+
 def check_names(config: RepAPQConfig, modules: Collection[str], layers: Collection[str]) -> None:
     """Refuse a configuration that names what a network has not.
 
@@ -103,8 +121,15 @@ def observer_class(name: str, *, per_channel: bool) -> Callable[..., RangeObserv
     Args:
         name: ``"mse"``, or any name that `register_observer` was given.
         per_channel: Whether each channel gets a range of its own.
+
+    Raises:
+        ConfigError: No observer of this name gives such a range.
     """
-    return OBSERVERS[f"per_channel_{name}" if per_channel else name]
+    registered = f"per_channel_{name}" if per_channel else name
+    if registered not in OBSERVERS:
+        kind = "each channel" if per_channel else "a whole tensor"
+        raise ConfigError(f"The observer {name!r} finds no range of {kind}; register one as {registered!r}.")
+    return OBSERVERS[registered]
 
 
 def observer_arguments(name: str, config: RepAPQConfig) -> dict[str, float]:

@@ -22,7 +22,8 @@ from repapq_plugin.errors import MergeError, ResultError
 from repapq_plugin.method.unit_result import UnitResult
 from repapq_plugin.quantizers.layers import weight_of
 from repapq_plugin.quantizers.own_forward import baked_layer
-from repapq_plugin.quantizers.plan import LayerPlan, QuantizationPlan, insert_quantizers
+from repapq_plugin.quantizers.plan import LayerPlan, QuantizationPlan, SkipPlan, insert_quantizers
+from repapq_plugin.quantizers.skips import insert_skips
 from repapq_plugin.reparam.fold import fold_named_pairs
 from repapq_plugin.reparam.merge import MergeRecord, merge_branches
 from repapq_plugin.reparam.parametrized import bake_parametrizations
@@ -71,7 +72,7 @@ class Calibrated:
         return {
             "scheme": self.config.scheme,
             "config": self.config.to_dict(),
-            "plan": dataclasses.asdict(self.plan),
+            "plan": self.plan.to_dict(),
             "units": [_finite(dataclasses.asdict(unit)) for unit in self.units],
             "merges": [_finite(dataclasses.asdict(record)) for record in self.merges],
             "seconds": self.seconds,
@@ -141,7 +142,8 @@ def rebuild(model: nn.Module, plan: QuantizationPlan, merges: Sequence[MergeReco
         baked_layer(layer, weight_of(layer))  # in its place: what was made is loaded later
     merged, _ = merge_branches(copied, inplace=True, verify=False, skip=skip)
     fold_named_pairs(merged, plan.folded)
-    insert_quantizers(merged, plan.layers, config)
+    layers = insert_quantizers(merged, plan.layers, config)
+    insert_skips(merged, plan.skips, plan.layers, layers, config)
     return merged
 
 
@@ -216,15 +218,26 @@ def _plan(saved: dict[str, Any]) -> QuantizationPlan:
         layers={name: _layer_plan(values) for name, values in saved["layers"].items()},
         float_layers=dict(saved["float_layers"]),
         baked=tuple(saved.get("baked", ())),
+        skips={name: _skip_plan(values) for name, values in saved.get("skips", {}).items()},
     )
 
 
 def _layer_plan(saved: dict[str, Any]) -> LayerPlan:
     plan = LayerPlan(**saved)
-    for bits in (plan.weight_bits, plan.activation_bits):
+    _check_bits(*plan.bits)
+    return plan
+
+
+def _skip_plan(saved: dict[str, Any]) -> SkipPlan:
+    plan = SkipPlan(**saved)
+    _check_bits(plan.bits)
+    return plan
+
+
+def _check_bits(*numbers: object) -> None:
+    for bits in numbers:
         if not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
             raise ValueError(f"{bits!r} is no number of bits from {MIN_BITS} to {MAX_BITS}")
-    return plan
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

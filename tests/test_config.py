@@ -13,13 +13,16 @@ from hypothesis import strategies as st
 
 from repapq_plugin.config import LearningRates, RepAPQConfig
 from repapq_plugin.errors import ConfigError, RepAPQError
+from repapq_plugin.targets import TARGETS, Target
 
 NAN, INFINITY = float("nan"), float("inf")
 
 bit_widths = st.integers(2, 8)
 shares = st.floats(0, 1)
 patterns = st.lists(st.text(min_size=1, max_size=8), max_size=3)
+own_target = Target("own", signed_activations=True, symmetric_activations=True, weights_per_channel=False)
 allowed: dict[str, st.SearchStrategy[object]] = {
+    "target": st.sampled_from([*TARGETS, own_target]),
     "weight_bits": bit_widths,
     "activation_bits": bit_widths,
     "first_last_bits": st.none() | bit_widths,

@@ -28,6 +28,7 @@ from tests.support.source import (
 # A module may import what stands above it. Modules of one line do not import each other.
 ORDER = [
     ("errors",),
+    ("targets",),
     ("config",),
     ("core",),
     ("observers",),

@@ -44,6 +44,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         CalibrationError,
         "NaN or Inf",
     ),
+    "target": ({"repapq": FAST.replace(target="tensorrt")}, ConfigError, r"target='tensorrt'.*NNCF.*'openvino'"),
     "subset": ({"subset_size": 0}, ConfigError, "subset_size=0"),
     "scope": (
         {"ignored_scope": nncf.IgnoredScope(names=["nowhere/conv2d/0"])},

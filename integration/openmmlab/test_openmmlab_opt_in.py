@@ -20,9 +20,12 @@ import repapq_plugin.hosts.openmmlab as host
 from integration.openmmlab.scenes import CLASSIFIER, DETECTOR, FEW_ITEMS, FEW_SCENES, ROOT
 from integration.openmmlab.tools import run_tool
 from repapq_plugin import RepAPQConfig
+from repapq_plugin.cli.options import pairs
+from repapq_plugin.errors import ConfigError
 from repapq_plugin.hosts.openmmlab.scopes import register_scopes
 from repapq_plugin.hosts.openmmlab.settings import settings_of
 from repapq_plugin.hosts.openmmlab.workbench import open_config
+from repapq_plugin.targets import Target
 
 SCOPED = "repapq_plugin::_base_/repapq_w4a4.py"
 PRESETS = {"w8a8": (8, 8), "w6a6": (6, 6), "w4a4": (4, 4), "mixed": (4, 8), "paper-w6a6": (6, 6)}
@@ -84,6 +87,20 @@ def test_a_preset_of_the_paper_is_passed_on_as_it_is(tmp_path: Path) -> None:
     assert settings_of(open_config(config)).quantizer == paper
     plain = open_config(CLASSIFIER)
     assert settings_of(plain, quantizer={"preset": "paper-w6a6"}).quantizer == paper
+
+
+def test_a_target_is_named_in_a_config_and_overridden_on_the_command_line(tmp_path: Path) -> None:
+    config = tmp_path / "config.py"
+    base = f"_base_ = [{str(CLASSIFIER)!r}, 'repapq_plugin::_base_/repapq_w6a6.py']\n"
+    config.write_text(base + "repapq = dict(quantizer=dict(target='tensorrt'))\n")
+    cfg = open_config(config)
+    quantizer = settings_of(cfg).quantizer
+    assert (quantizer.target, quantizer.activation_bits) == ("tensorrt", 6)
+    assert settings_of(cfg, quantizer=pairs(["target=litert"], "-q")).quantizer.target == "litert"
+    own = settings_of(cfg, quantizer={"target": {"name": "own", "weights_per_channel": False}}).quantizer.runs_on
+    assert own == Target("own", weights_per_channel=False)
+    with pytest.raises(ConfigError, match="target='tensort'.*Did you mean 'tensorrt'"):
+        settings_of(cfg, quantizer={"target": "tensort"})
 
 
 def test_a_pure_python_config_imports_it_among_its_bases(tmp_path: Path) -> None:

@@ -18,8 +18,18 @@ from rich.console import Console
 from repapq_plugin.cli.devices import accelerators, device_named
 from repapq_plugin.cli.display import Display, show_diagnosis
 from repapq_plugin.cli.options import Common, PathArgument, common_options, device_option, pairs
-from repapq_plugin.cli.texts import CLI_HELP, DOCTOR_HELP, EVAL_HELP, EXPORT_HELP, QUANTIZE_HELP
+from repapq_plugin.cli.targets import report, target_list, target_page
+from repapq_plugin.cli.texts import (
+    CHECK_HELP,
+    CLI_HELP,
+    DOCTOR_HELP,
+    EVAL_HELP,
+    EXPORT_HELP,
+    QUANTIZE_HELP,
+    TARGETS_HELP,
+)
 from repapq_plugin.errors import ConfigError, HostError, RepAPQError
+from repapq_plugin.targets import find_target
 
 if TYPE_CHECKING:
     from repapq_plugin.core.checkpoints import Checkpoints
@@ -277,6 +287,32 @@ def export(
             exported = quantized.export(kind, bench.example, target.with_suffix(""))
     for path in exported.files:
         display.line(f"wrote {path}")
+
+
+@cli.command(help=TARGETS_HELP)
+@click.argument("name", required=False)
+def targets(name: str | None) -> None:
+    """List the targets, or say all of one."""
+    for line in target_list() if name is None else target_page(find_target(name)):
+        click.echo(line)
+
+
+@cli.command(help=CHECK_HELP)
+@click.argument("file", type=PathArgument)
+@click.option("--target", "name", default="generic", show_default=True, help="Whose rules are tested.")
+@click.option(
+    "--shown", type=click.IntRange(min=1), default=5, show_default=True, help="Findings of a rule told in full."
+)
+def check(file: Path, name: str, shown: int) -> None:
+    """Test the rules of a target on an ONNX file."""
+    from repapq_plugin.export.check import check_onnx
+
+    target = find_target(name)
+    findings = check_onnx(file, target)
+    for line in report(findings, target, shown):
+        click.echo(line)
+    if findings:
+        raise click.exceptions.Exit(1)
 
 
 @cli.command(help=DOCTOR_HELP)

@@ -7,6 +7,8 @@ Post-training quantization of reparameterized networks (RepAPQ) for OpenMMLab co
   repapq quantize CONFIG [CHECKPOINT]   float in, INT8 files and a comparison out
   repapq eval     CONFIG RESULT         score a result, simulated or on a runtime
   repapq export   CONFIG RESULT         write a result as ONNX or OpenVINO
+  repapq targets  [NAME]                what runtimes can compute, with sources
+  repapq check    FILE --target NAME    whether an ONNX file keeps a target's rules
   repapq doctor                         what is installed and works together
 
 CONFIG is any mmdet, mmyolo, mmpretrain or mmseg config of a model with a training set and a test set. Scores are
@@ -73,6 +75,19 @@ Write RESULT (a repapq.safetensors) as QDQ ONNX or as OpenVINO IR, or NNCF's nnc
 
 The file holds the network part of the model of CONFIG: preprocessed images in, raw outputs of the head out. Its image
 size is that of the config's calibration images; the batch size stays open.
+"""
+
+TARGETS_HELP = """\
+List the targets that a network can be quantized for (`-q target=tensorrt`), or say all of one.
+"""
+
+CHECK_HELP = """\
+Test the rules of a target on FILE, a quantized ONNX file, whoever made it.
+
+Each finding names the node, the rule, what the target does to a file that breaks it, what to do, and where the rule is
+published. Nothing is run.
+
+Exit codes: 0 the file keeps all rules, 1 it breaks one.
 """
 
 DOCTOR_HELP = """\

@@ -16,9 +16,10 @@ CONTAINERS = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
 """Integer types that carry a grid of 2 to 8 bits, and the smallest and largest code of each."""
 
 
-def activation_bounds(num_bits: int) -> tuple[int, int]:
-    """Return ``(quant_min, quant_max)`` of an unsigned grid: 0 to ``2**b - 1``."""
-    return 0, 2**num_bits - 1
+def activation_bounds(num_bits: int, *, signed: bool = False) -> tuple[int, int]:
+    """Return ``(quant_min, quant_max)``: 0 to ``2**b - 1``, or ``-2**(b-1)`` to ``2**(b-1) - 1`` of a signed grid."""
+    low = -(2 ** (num_bits - 1)) if signed else 0
+    return low, low + 2**num_bits - 1
 
 
 def weight_bounds(num_bits: int) -> tuple[int, int]:
@@ -63,6 +64,13 @@ def choose_qparams(
     scale = ((high - low) / (quant_max - quant_min)).clamp(min=EPS)
     zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
     return scale, zero_point.to(torch.int64)
+
+
+def powers_around(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest power of two that is not above each scale, and its double, exactly, in the scales' shape."""
+    mantissa, _ = torch.frexp(scale)  # from a half to one, and a power of two in front of it
+    low = scale / mantissa / 2
+    return low, 2 * low
 
 
 def grid_bounds(scale: Tensor | float, zero_point: Tensor | int, quant_min: int, quant_max: int) -> tuple[float, float]:

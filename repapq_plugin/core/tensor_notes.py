@@ -23,6 +23,10 @@ class TensorNotes(Generic[N]):
         """Note something of a tensor, in place of what was noted before."""
         self._notes[id(tensor)] = (weakref.ref(tensor), note)
 
+    def forget(self, tensor: object) -> None:
+        """Drop what was noted of a tensor."""
+        self._notes.pop(id(tensor), None)
+
     def get(self, tensor: object) -> N | None:
         """Return what was noted of a tensor, or ``None``."""
         found = self._notes.get(id(tensor))

@@ -31,6 +31,7 @@ from repapq_plugin.quantizers.layers import (
     weight_of,
 )
 from repapq_plugin.quantizers.own_forward import is_plain
+from repapq_plugin.quantizers.skips import SkippingModule, remove_skips
 
 __all__ = ["CONTAINERS", "DeployedLayer", "deployable", "without_quantizers"]
 
@@ -103,6 +104,44 @@ class NumericSizes(TorchFunctionMode):
         return result if axis % cast(Tensor, args[0]).dim() == 0 else int(cast(Tensor, result))
 
 
+def _carried(quantizer: LearnableFakeQuantize, where: str) -> tuple[Tensor, Tensor, tuple[float, float] | None]:
+    """Return scale, zero point in its container, and the range to clamp to where the grid has fewer than 8 bits."""
+    container = torch.uint8 if quantizer.quant_min >= 0 else torch.int8
+    low, high = CONTAINERS[container]
+    if quantizer.per_channel or quantizer.quant_min < low or quantizer.quant_max > high:
+        raise ExportError(
+            f"{where}: input grid [{quantizer.quant_min}, {quantizer.quant_max}], {quantizer.qscheme}, "
+            "is not per tensor in 8 bits; quantize activations per tensor with 2 to 8 bits."
+        )
+    scale, zero_point = quantizer.scale.detach().reshape(()), quantizer.zero_point.reshape(())
+    whole = (quantizer.quant_min, quantizer.quant_max) == (low, high)
+    bounds = None if whole else grid_bounds(scale, zero_point, quantizer.quant_min, quantizer.quant_max)
+    return scale.clone(), zero_point.to(container), bounds
+
+
+def _rounded(x: Tensor, scale: Tensor, zero_point: Tensor, clamp_range: tuple[float, float] | None) -> Tensor:
+    if clamp_range is not None:
+        x = torch.clamp(x, *clamp_range)
+    return cast(Tensor, QuantizeDequantize.apply(x, scale, zero_point))  # type: ignore[no-untyped-call]
+
+
+class DeployedSkip(nn.Module):
+    """The quantizer of what is added to a layer's output, in export form."""
+
+    input_scale: Tensor
+    input_zero_point: Tensor
+
+    def __init__(self, quantizer: LearnableFakeQuantize, where: str) -> None:
+        super().__init__()
+        scale, zero_point, self.clamp_range = _carried(quantizer, where)
+        self.register_buffer("input_scale", scale)
+        self.register_buffer("input_zero_point", zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round ``x``, float, any shape."""
+        return _rounded(x, self.input_scale, self.input_zero_point, self.clamp_range)
+
+
 class DeployedLayer(RunsOwnForward):
     """The role of a `QuantizedLayer` in export form: same output, but its weights are int8 codes.
 
@@ -154,18 +193,9 @@ class DeployedLayer(RunsOwnForward):
     @torch.no_grad()
     def _take_input(self, quantizer: LearnableFakeQuantize, where: str) -> None:
         """Store scale and zero point, and the range to clamp to where the grid has fewer than 8 bits."""
-        container = torch.uint8 if quantizer.quant_min >= 0 else torch.int8
-        low, high = CONTAINERS[container]
-        if quantizer.per_channel or quantizer.quant_min < low or quantizer.quant_max > high:
-            raise ExportError(
-                f"{where}: input grid [{quantizer.quant_min}, {quantizer.quant_max}], {quantizer.qscheme}, "
-                "is not per tensor in 8 bits; quantize activations per tensor with 2 to 8 bits."
-            )
-        scale, zero_point = quantizer.scale.detach().reshape(()), quantizer.zero_point.reshape(())
-        self.register_buffer("input_scale", scale.clone())
-        self.register_buffer("input_zero_point", zero_point.to(container))
-        if (quantizer.quant_min, quantizer.quant_max) != (low, high):
-            self.clamp_range = grid_bounds(scale, zero_point, quantizer.quant_min, quantizer.quant_max)
+        scale, zero_point, self.clamp_range = _carried(quantizer, where)
+        self.register_buffer("input_scale", scale)
+        self.register_buffer("input_zero_point", zero_point)
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:
         """Run the layer on the quantized input with dequantized integer weights."""
@@ -176,9 +206,7 @@ class DeployedLayer(RunsOwnForward):
             return self.float_forward(*args, **kwargs)
 
     def _quantized(self, x: Tensor) -> Tensor:
-        if self.clamp_range is not None:
-            x = torch.clamp(x, *self.clamp_range)
-        return cast(Tensor, QuantizeDequantize.apply(x, self.input_scale, self.input_zero_point))  # type: ignore[no-untyped-call]
+        return _rounded(x, self.input_scale, self.input_zero_point, self.clamp_range)
 
     def dequantized_weight(self) -> Tensor:
         """Return the float weight that the integer codes stand for."""
@@ -220,12 +248,29 @@ def _refuse_unfinished(quantized: QuantizedLayer, where: str) -> None:
             "before the export, as the end of a calibration does."
         )
     for name in ("input_fake_quant", "weight_fake_quant"):
-        quantizer = getattr(quantized, name)
-        if quantizer.quantizing and quantizer.observing:
-            raise ExportError(
-                f"{where}.{name} still observes, so its range moves with every batch; finish the "
-                "calibration, or call enable_observer(False) on it, before the export."
-            )
+        _refuse_observing(getattr(quantized, name), f"{where}.{name}")
+
+
+def _refuse_observing(quantizer: LearnableFakeQuantize, where: str) -> None:
+    if quantizer.quantizing and quantizer.observing:
+        raise ExportError(
+            f"{where} still observes, so its range moves with every batch; finish the "
+            "calibration, or call enable_observer(False) on it, before the export."
+        )
+
+
+def _deploy_skips(model: nn.Module) -> None:
+    """Bring quantizers of summands into export form, in place."""
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, SkippingModule):
+            continue
+        deployed: list[nn.Module] = []
+        for giver, quantizer in zip(module.skip_givers, module.skip_fake_quants, strict=True):
+            where = f"What is added to the output of {'.'.join(part for part in (name, giver) if part)!r}"
+            _refuse_observing(cast(LearnableFakeQuantize, quantizer), where)
+            of_skip = cast(LearnableFakeQuantize, quantizer)
+            deployed.append(DeployedSkip(of_skip, where) if of_skip.quantizing else nn.Identity())
+        module.skip_fake_quants = nn.ModuleList(deployed)
 
 
 def deployable(model: nn.Module) -> nn.Module:
@@ -240,6 +285,7 @@ def deployable(model: nn.Module) -> nn.Module:
         HostError: The model cannot be copied.
     """
     model = own_copy(model).eval()
+    _deploy_skips(model)
     for where, layer in _quantized_layers(model):
         if layer.input_fake_quant.quantizing or layer.weight_fake_quant.quantizing:
             deploy_layer(layer, where).eval()
@@ -255,6 +301,7 @@ def without_quantizers(model: nn.Module) -> nn.Module:
         HostError: The model cannot be copied.
     """
     model = own_copy(model).eval()
+    remove_skips(model)
     for _, layer in _quantized_layers(model):
         float_layer(layer)
     return model

@@ -18,7 +18,7 @@ from repapq_plugin.core.tensors import first_tensor, floating_tensors, tensors_o
 from repapq_plugin.errors import ExportError
 from repapq_plugin.export.blame import Running, explained, layer_with_operator
 from repapq_plugin.export.calls import Call
-from repapq_plugin.export.deploy import DeployedLayer
+from repapq_plugin.export.deploy import DeployedLayer, DeployedSkip
 from repapq_plugin.export.onnx_names import Axes, GraphNames
 from repapq_plugin.reparam.norms import is_norm
 
@@ -61,15 +61,19 @@ def run_once(deployed: nn.Module, call: Call) -> Expected:
     read: list[tuple[Tensor, Reading]] = []  # the tensors are kept, so that an id stays theirs
     calls = norms = 0
     layers = {name: m for name, m in deployed.named_modules() if isinstance(m, DeployedLayer)}
+    skips = [module for module in deployed.modules() if isinstance(module, DeployedSkip)]
 
     def note(layer: nn.Module, inputs: tuple[object, ...], kwargs: dict[str, object]) -> None:
         nonlocal calls
         layer = cast(DeployedLayer, layer)
         calls += layer.quantizes_weight
         if layer.quantizes_input:
-            x = cast(Tensor, first_tensor(inputs, kwargs))
-            grid = (float(layer.input_scale), int(layer.input_zero_point), layer.clamp_range)
-            read.append((x, (id(x), x._version, *grid)))
+            note_reading(layer, (cast(Tensor, first_tensor(inputs, kwargs)),))
+
+    def note_reading(reader: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x, reader = inputs[0], cast("DeployedLayer | DeployedSkip", reader)
+        grid = (float(reader.input_scale), int(reader.input_zero_point), reader.clamp_range)
+        read.append((x, (id(x), x._version, *grid)))
 
     def note_norm(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         nonlocal norms
@@ -78,6 +82,8 @@ def run_once(deployed: nn.Module, call: Call) -> Expected:
     with Hooks() as hooks:
         for layer in layers.values():
             hooks.before(layer, note, with_kwargs=True)
+        for skip in skips:
+            hooks.before(skip, note_reading)
         for module in deployed.modules():
             if is_norm(module):
                 hooks.before(module, note_norm)

@@ -48,7 +48,7 @@ class OpenVINOSummary:
         size_bytes: Size of both.
         integer_layers: Layers that have integer weights; ``None`` if a file was converted.
         kernels: Kernel of every convolution and matrix product by its name in the executed graph;
-            integer ones end in ``I8``.
+            integer ones end in ``I8``, or in ``i8`` where their input is signed.
         max_rel_difference: Largest difference between the compiled model's outputs on the example
             and the torch model's, relative to the largest output; ``None`` if a file was converted.
             Processors without VNNI add 8-bit products in 16 bits, which saturates where weights
@@ -166,9 +166,9 @@ def _from_model(ov: ModuleType, model: nn.Module, example: Example, xml: Path, d
             fixed = _from_model(ov, model, example, xml, dynamic_batch=False)
             return replace(fixed, notes=(note, *fixed.notes))
     summary = _summary(compiled, xml)
-    integer = sum(kernel.endswith("I8") for kernel in summary.kernels.values())
+    integer = sum(map(computes_integers, summary.kernels.values()))
     if integer < written.integer_layers:
-        others = [name for name, kernel in summary.kernels.items() if not kernel.endswith("I8")]
+        others = [name for name, kernel in summary.kernels.items() if not computes_integers(kernel)]
         notes += (
             f"{integer} of {written.integer_layers} layers with integer weights run in 8-bit integers on this "
             f"processor; these run in floating point: {', '.join(others)}.",
@@ -227,9 +227,14 @@ def layer_kernels(compiled_model: openvino.CompiledModel) -> dict[str, str]:
     return kernels
 
 
+def computes_integers(kernel: str) -> bool:
+    """Whether a kernel of `layer_kernels` computes in 8-bit integers, unsigned (``I8``) or signed (``i8``)."""
+    return kernel.lower().endswith("i8")
+
+
 def int8_layers(compiled_model: openvino.CompiledModel) -> dict[str, str]:
     """Return the entries of `layer_kernels` that compute in 8-bit integers."""
-    return {name: kernel for name, kernel in layer_kernels(compiled_model).items() if kernel.endswith("I8")}
+    return {name: kernel for name, kernel in layer_kernels(compiled_model).items() if computes_integers(kernel)}
 
 
 def check_int8(compiled_model: openvino.CompiledModel, expected: int) -> dict[str, str]:
@@ -243,7 +248,7 @@ def check_int8(compiled_model: openvino.CompiledModel, expected: int) -> dict[st
         ExportError: Some of them run in floating point; the message names what does.
     """
     kernels = layer_kernels(compiled_model)
-    integer = {name: kernel for name, kernel in kernels.items() if kernel.endswith("I8")}
+    integer = {name: kernel for name, kernel in kernels.items() if computes_integers(kernel)}
     if len(integer) < expected:
         others = {name: kernel for name, kernel in kernels.items() if name not in integer}
         raise ExportError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.files import write_atomically
 from repapq_plugin.core.onnx_weights import integer_layers
 from repapq_plugin.errors import ExportError
@@ -31,6 +32,8 @@ from repapq_plugin.export.onnx_verify import (
     relative_difference,
     verify,
 )
+from repapq_plugin.targets import TARGETS, Target
+from repapq_plugin.targets.target import GENERIC
 
 if TYPE_CHECKING:
     import onnx
@@ -129,7 +132,7 @@ def export_onnx(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     dynamic_batch: bool = True,
-    opset: int = 17,
+    opset: int | None = None,
 ) -> OnnxSummary:
     """Write a quantized model as ONNX, in the form that integer runtimes turn into integer kernels.
 
@@ -148,13 +151,14 @@ def export_onnx(
         output_names: Names of the outputs, in order; default ``output`` or ``output_0``...
         dynamic_batch: Leave the first dimension of inputs and outputs open, if the graph then computes
             what the model does for one sample more too; if not, the summary's notes say why.
-        opset: ONNX operator set, 13 or newer.
+        opset: ONNX operator set, 13 or newer; default: that of the target for which a result was made.
 
     Raises:
         ExportError: A package is missing, a layer is not ready for export, the model cannot be
             traced, the written graph failed a check, or the file cannot be written.
     """
     require_onnx()
+    opset = target_of(model_or_result).opset if opset is None else opset
     if opset < MIN_OPSET:
         raise ExportError(f"opset={opset} has no scales per channel; choose {MIN_OPSET} or newer.")
     model = quantized_module(model_or_result)
@@ -258,6 +262,12 @@ def quantized_module(model_or_result: object) -> nn.Module:
             f"Cannot export a {type(model_or_result).__name__}; give a torch module or a calibration result."
         )
     return model
+
+
+def target_of(model_or_result: object) -> Target:
+    """Return the target for which a result was made; `GENERIC` of what has no configuration."""
+    config = getattr(model_or_result, "config", None)
+    return config.runs_on if isinstance(config, RepAPQConfig) else TARGETS[GENERIC]
 
 
 def require_onnx() -> None:

@@ -19,6 +19,7 @@ from repapq_plugin.export.openvino import OpenVINOSummary, export_openvino
 from repapq_plugin.export.qdq_onnx import OnnxSummary, export_onnx
 from repapq_plugin.job import Job, Report
 from repapq_plugin.quantizers.layers import QuantizedLayer
+from repapq_plugin.quantizers.skips import SkippingModule
 from repapq_plugin.result import Calibrated, CalibrationResult
 
 logger = logging.getLogger(__name__)
@@ -96,8 +97,14 @@ def quantized_layers(network: nn.Module) -> dict[str, QuantizedLayer]:
     """Return the quantized layers of a calibrated network by each module path that they stand at.
 
     Raises:
-        HostError: It holds none.
+        HostError: It holds none, or adds rounded summands, which the toolbox would leave out.
     """
+    adding = next((name for name, module in network.named_modules() if isinstance(module, SkippingModule)), None)
+    if adding is not None:
+        raise HostError(
+            f"{adding or 'The network'!r} adds rounded summands, which this toolbox does not carry; quantize for a "
+            "target without them."
+        )
     named = network.named_modules(remove_duplicate=False)
     layers = {name: module for name, module in named if isinstance(module, QuantizedLayer)}
     if not layers:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from repapq_plugin.config import LearningRates
 from repapq_plugin.core.hooks import Hooks, unseen
+from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
 from repapq_plugin.quantizers.layers import ChannelAffine, QuantizedLayer
 
 
@@ -68,7 +69,7 @@ class LayerLearner:
             *learnables_of_layer(layer, step, magnitude, rates),
             Learnable(quantizer.log_scale, rates.scale / quantizer.quant_max),
             *learnables_of_affine(layer.affine, rates.affine / quantizer.quant_max, magnitude),
-            Learnable(of_input.log_scale, rates.scale / of_input.quant_max),
+            Learnable(of_input.log_scale, rates.scale / of_input.reach),
         ]
 
     def offsets(self) -> list[Tensor]:
@@ -87,6 +88,39 @@ class LayerLearner:
     def set_dropping(self, enabled: bool) -> None:
         """See `Learner`."""
         self.module.input_fake_quant.train(enabled)
+
+
+@dataclass(frozen=True)
+class SkipLearner:
+    """The quantizer of what is added to a layer's output, if it is no layer's own: its scale learns.
+
+    Args:
+        module: What adds.
+        quantizer: The quantizer.
+    """
+
+    module: nn.Module
+    quantizer: LearnableFakeQuantize
+
+    def learnables(self, magnitude: float, rates: LearningRates) -> list[Learnable]:
+        """See `Learner`."""
+        return [Learnable(self.quantizer.log_scale, rates.scale / self.quantizer.reach)]
+
+    def offsets(self) -> list[Tensor]:
+        """None."""
+        return []
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Learner`."""
+        return dict(self.quantizer.state_dict())
+
+    def set_quantizing(self, enabled: bool) -> None:
+        """See `Learner`."""
+        self.quantizer.enable_fake_quant(enabled)
+
+    def set_dropping(self, enabled: bool) -> None:
+        """See `Learner`."""
+        self.quantizer.train(enabled)
 
 
 def learnables_of_layer(layer: nn.Module, step: float, magnitude: float, rates: LearningRates) -> list[Learnable]:

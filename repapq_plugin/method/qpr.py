@@ -5,7 +5,11 @@ Source: arXiv:2402.16121 (abstract); parametrisation and fold are our choice.
 Before calibration the affine layer is the identity. During calibration gamma and beta learn faster
 than the weights and stretch the convolution's output. `fold_affine` then removes the layer without
 changing an integer: ``scale <- |gamma| * scale``, the sign of gamma into the integers (which is why
-their grid is symmetric), ``bias <- gamma * bias + beta``.
+their grid is symmetric), ``bias <- gamma * bias + beta``. Activations need not have a zero point for it: the bias
+alone takes beta in.
+
+A grid with one scale for all channels, or with scales that are powers of two, cannot take gamma in afterwards. There
+the affine layer acts on the real weight during calibration, so that what is learned is what is rounded (our choice).
 """
 
 from __future__ import annotations
@@ -31,18 +35,22 @@ from repapq_plugin.quantizers.layers import (
 logger = logging.getLogger(__name__)
 
 
-def attach_affine(layer: QuantizedLayer) -> None:
+def attach_affine(layer: QuantizedLayer, *, inside: bool = False) -> None:
     """Put an identity affine layer behind ``layer``; nothing changes until it learns.
+
+    Args:
+        layer: The quantized layer.
+        inside: Let it act on the real weight instead, for a grid that cannot take it in exactly.
 
     Raises:
         MergeError: The layer is a grouped transposed convolution, whose weight has no axis of output
             channels to fold into.
     """
-    layer.affine = affine_for(layer)
+    layer.affine = affine_for(layer, inside=inside)
 
 
-def affine_for(layer: nn.Module) -> ChannelAffine:
-    """Return the identity affine layer that fits behind a convolution or linear layer.
+def affine_for(layer: nn.Module, *, inside: bool = False) -> ChannelAffine:
+    """Return the identity affine layer that fits behind a convolution or linear layer, or inside it.
 
     Raises:
         MergeError: See `attach_affine`.
@@ -52,7 +60,7 @@ def affine_for(layer: nn.Module) -> ChannelAffine:
             f"A transposed convolution of {layer.groups} groups cannot take an affine layer in; "
             "keep it without one, or float."
         )
-    return ChannelAffine(output_channels(layer), affine_positions(layer), like=weight_of(layer))
+    return ChannelAffine(output_channels(layer), affine_positions(layer), like=weight_of(layer), inside=inside)
 
 
 def folded_scale(affine: ChannelAffine, scale: Tensor) -> Tensor:
@@ -85,12 +93,14 @@ def fold_affine(layer: QuantizedLayer) -> None:
     """Fold the affine layer into weight scale and bias, and leave the weights on their grid.
 
     Per-channel weights on a symmetric grid: the integers stay (their sign may flip), so the fold is
-    exact. Per-tensor weights have one scale for all channels and cannot absorb a gamma each, and a
-    flipped code may fall off an asymmetric grid: there gamma goes into the real weights, which are
-    quantized anew, and a warning says so.
+    exact. So is it for an affine layer inside. Otherwise per-tensor weights have one scale for all channels and
+    cannot absorb a gamma each, and a flipped code may fall off an asymmetric grid: there gamma goes into the real
+    weights, which are quantized anew, and a warning says so.
     """
     affine, layer.affine = layer.affine, None
-    _fold_gamma(layer, affine)
+    if affine is not None and affine.inside:
+        weight_of(layer).copy_(affine.scaled(weight_of(layer), output_channels_axis(layer)))
+    _fold_gamma(layer, None if affine is None or affine.inside else affine)
     if affine is not None:
         layer.bias = nn.Parameter(folded_bias(affine, bias_of(layer)), requires_grad=weight_of(layer).requires_grad)
 
@@ -105,7 +115,8 @@ def _fold_gamma(layer: QuantizedLayer, affine: ChannelAffine | None) -> None:
         output_axis = output_channels_axis(layer)
         shape = [1] * codes.dim()
         shape[output_axis] = -1
-        flipped = _flipped(codes, gamma.reshape(shape), zero_point, quantizer) if axis == output_axis else None
+        scales_freely = axis == output_axis and not quantizer.power_of_two
+        flipped = _flipped(codes, gamma.reshape(shape), zero_point, quantizer) if scales_freely else None
         if flipped is None:
             _requantize(layer, gamma.reshape(shape))
             return

@@ -29,6 +29,11 @@ class Quantizer(ABC):
     def ch_axis(self) -> int | None:
         """The axis along which each slice has a scale of its own; ``None``: one scale for all."""
 
+    @property
+    def power_of_two(self) -> bool:
+        """Whether scales are rounded to powers of two."""
+        return False
+
     @abstractmethod
     def observer(self, name: str, **arguments: float) -> RangeObserver:
         """Return a new observer of this grid, on its device.

@@ -12,7 +12,7 @@ from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.hooks import Hooks, unseen
 from repapq_plugin.core.losses import relative_loss
 from repapq_plugin.core.progress import Advance
-from repapq_plugin.core.quant_primitives import fake_quantize
+from repapq_plugin.core.quant_primitives import fake_quantize, powers_around
 from repapq_plugin.core.running import Batch
 from repapq_plugin.core.tensor_notes import TensorNotes
 from repapq_plugin.core.tensors import change_first_tensor, first_tensor
@@ -63,10 +63,22 @@ def set_starting_ranges(
 
 
 def set_weight_range(quantizer: Quantizer, weight: Tensor, config: RepAPQConfig) -> None:
-    """Give a weight's quantizer the range that ``config.weight_observer`` finds."""
+    """Give a weight's quantizer the range that ``config.weight_observer`` finds.
+
+    Of the powers of two around a scale, if it must be one, each channel gets the one of the smaller squared error.
+    """
     observer = quantizer.observer(config.weight_observer)
     observer(weight.detach())
-    quantizer.set_qparams(*observer.calculate_qparams())
+    scale, zero_point = observer.calculate_qparams()
+    if quantizer.power_of_two:
+        axis, errors = quantizer.ch_axis, []
+        for power in powers_around(scale):
+            hat = fake_quantize(weight, power, zero_point, *quantizer.bounds, axis)
+            rows = (hat - weight).square()
+            errors.append(rows.sum()[None] if axis is None else rows.movedim(axis, 0).flatten(1).sum(1))
+        low, high = powers_around(scale)
+        scale = torch.where(errors[0] < errors[1], low, high)
+    quantizer.set_qparams(scale, zero_point)
 
 
 @contextmanager
@@ -116,9 +128,20 @@ def _observe(
             run(batch)
             advance()
     return {
-        quantizer: {name: observer.calculate_qparams() for name, observer in by_name.items()}
+        quantizer: _allowed(quantizer, {name: observer.calculate_qparams() for name, observer in by_name.items()})
         for quantizer, by_name in observers.items()
         if all(observer.min_val.numel() for observer in by_name.values())
+    }
+
+
+def _allowed(quantizer: Quantizer, ranges: Ranges) -> Ranges:
+    """Return ranges, or where a scale must be one, both powers of two around that of each."""
+    if not quantizer.power_of_two:
+        return ranges
+    return {
+        f"{name} {side}": (power, zero_point)
+        for name, (scale, zero_point) in ranges.items()
+        for side, power in zip(("below", "above"), powers_around(scale), strict=True)
     }
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase
+from torch.autograd.function import FunctionCtx
 
+from repapq_plugin.core.quant_primitives import powers_around
 from repapq_plugin.errors import ConfigError
 from repapq_plugin.observers.base import RangeObserver, named_factory, refuse_pt2e
 from repapq_plugin.observers.min_max import MinMaxObserver, PerChannelMinMaxObserver
@@ -16,6 +18,26 @@ from repapq_plugin.observers.min_max import MinMaxObserver, PerChannelMinMaxObse
 _FLOAT = torch.finfo(torch.float32)
 LOG_LIMITS = (math.log(_FLOAT.tiny), math.log(_FLOAT.max) - 1)
 """Where the logarithm of a scale may go: beyond, float32 would make a zero or an infinity of it."""
+
+
+class _NearestPowerOfTwo(torch.autograd.Function):
+    """The power of two whose logarithm is nearest; gradients pass straight through."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, scale: Tensor) -> Tensor:
+        """Round ``scale``, float and positive."""
+        low, high = powers_around(scale)
+        return torch.where(scale < math.sqrt(2) * low, low, high)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> Tensor:
+        """Hand the gradient on."""
+        return gradients[0]
+
+
+def nearest_power_of_two(scale: Tensor) -> Tensor:
+    """Return powers of two, exactly, of the shape and dtype of positive scales."""
+    return cast(Tensor, _NearestPowerOfTwo.apply(scale))  # type: ignore[no-untyped-call]
 
 
 class LearnableFakeQuantize(FakeQuantizeBase):
@@ -35,6 +57,7 @@ class LearnableFakeQuantize(FakeQuantizeBase):
         is_dynamic: Must be false.
         drop_probability: While in training mode, the share of values that stay unquantized (QDrop,
             arXiv:2203.05740).
+        power_of_two: Use the power of two that is nearest to the learned scale; the learned one gets its gradient.
         **observer_kwargs: Handed to ``observer``.
 
     Raises:
@@ -53,6 +76,7 @@ class LearnableFakeQuantize(FakeQuantizeBase):
         quant_max: int | None = None,
         is_dynamic: bool = False,
         drop_probability: float = 0.0,
+        power_of_two: bool = False,
         **observer_kwargs: Any,
     ) -> None:
         super().__init__()
@@ -71,6 +95,7 @@ class LearnableFakeQuantize(FakeQuantizeBase):
         self.dtype, self.qscheme, self.ch_axis = watched.dtype, watched.qscheme, watched.ch_axis
         self.is_dynamic = is_dynamic
         self.drop_probability = drop_probability
+        self.power_of_two = power_of_two
         self.log_scale = nn.Parameter(torch.zeros(1))
         self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int64))
         # Python flags beside the buffers of the base class: reading a tensor in every forward
@@ -90,7 +115,14 @@ class LearnableFakeQuantize(FakeQuantizeBase):
     @property
     def scale(self) -> Tensor:
         """Step size, float, ``(1,)`` or ``(channels,)``, always positive."""
-        return self.log_scale.clamp(LOG_LIMITS[0], LOG_LIMITS[1]).exp()
+        scale = self.log_scale.clamp(LOG_LIMITS[0], LOG_LIMITS[1]).exp()
+        return nearest_power_of_two(scale) if self.power_of_two else scale
+
+    @property
+    def reach(self) -> int:
+        """How many steps the end of the range lies from where the grid is held: zero if symmetric, else its start."""
+        symmetric = self.activation_post_process.symmetric and self.quant_min < 0
+        return self.quant_max if symmetric else self.quant_max - self.quant_min
 
     @property
     def per_channel(self) -> bool:

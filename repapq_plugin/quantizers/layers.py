@@ -53,11 +53,13 @@ class ChannelAffine(nn.Module):
         channels: Number of channels.
         positions: Number of axes behind that of the channels: 2 for images, 0 behind a linear layer.
         like: Says dtype and device.
+        inside: Whether it acts on the real weight and the bias, before they are rounded: for a grid that cannot take
+            it in afterwards.
     """
 
-    def __init__(self, channels: int, positions: int, like: Tensor) -> None:
+    def __init__(self, channels: int, positions: int, like: Tensor, *, inside: bool = False) -> None:
         super().__init__()
-        self.positions = positions
+        self.positions, self.inside = positions, inside
         self.gamma = nn.Parameter(torch.ones(channels, dtype=like.dtype, device=like.device))
         self.beta = nn.Parameter(torch.zeros(channels, dtype=like.dtype, device=like.device))
 
@@ -65,6 +67,16 @@ class ChannelAffine(nn.Module):
         """Scale and shift each channel of ``x``."""
         shape = (-1, *[1] * self.positions)
         return self.gamma.reshape(shape) * x + self.beta.reshape(shape)
+
+    def scaled(self, weight: Tensor, axis: int) -> Tensor:
+        """Return a weight whose output channels, along ``axis``, are scaled by ``gamma``."""
+        shape = [1] * weight.dim()
+        shape[axis] = -1
+        return self.gamma.reshape(shape) * weight
+
+    def shifted(self, bias: Tensor | None) -> Tensor:
+        """Return ``gamma * bias + beta``, float ``(channels,)``."""
+        return self.beta if bias is None else self.gamma * bias + self.beta
 
 
 def affine_positions(layer: nn.Module) -> int:
@@ -109,14 +121,18 @@ class RunsOwnForward(nn.Module):
             return forward(*args, **kwargs)
 
     @contextmanager
-    def multiplying(self, weight: Tensor) -> Iterator[None]:
-        """Let the layer's own forward read ``weight`` as its ``weight`` for a while."""
+    def multiplying(self, weight: Tensor, bias: Tensor | None = None) -> Iterator[None]:
+        """Let the layer's own forward read ``weight`` as its ``weight`` for a while, and ``bias`` if there is one."""
         # Python looks here before it asks the module for its parameters, which stay as they are.
         vars(self)["weight"] = weight
+        if bias is not None:
+            vars(self)["bias"] = bias
         try:
             yield
         finally:
             vars(self).pop("weight", None)
+            if bias is not None:
+                vars(self).pop("bias", None)
 
 
 R = TypeVar("R", bound=RunsOwnForward)
@@ -147,6 +163,7 @@ def take_role(layer: nn.Module, role: type[R]) -> R:
 class QuantizedLayer(RunsOwnForward):
     """The role of a quantized layer: ``affine(forward(input_fake_quant(x)))``, with ``weight_fake_quant(weight)``.
 
+    An affine layer that is `ChannelAffine.inside` acts on weight and bias instead, before the weight is rounded.
     ``input_fake_quant`` may be shared with other layers that read the same tensor, ``weight_fake_quant`` with layers of
     the same weight. After the fold ``affine`` is ``None`` and the weights lie on their grid. Made by `quantize_layer`.
     """
@@ -158,9 +175,14 @@ class QuantizedLayer(RunsOwnForward):
     def forward(self, *args: object, **kwargs: object) -> Tensor:
         """Run the layer on the quantized input with quantized weights."""
         args, kwargs = change_first_tensor(args, kwargs, self.input_fake_quant)
+        affine = self.affine
+        if affine is not None and affine.inside:
+            weight = affine.scaled(weight_of(self), output_channels_axis(self))
+            with self.multiplying(self.weight_fake_quant(weight), affine.shifted(bias_of(self))):
+                return self.float_forward(*args, **kwargs)
         with self.multiplying(self.weight_fake_quant(weight_of(self))):
             y = self.float_forward(*args, **kwargs)
-        return y if self.affine is None else cast(Tensor, self.affine(y))
+        return y if affine is None else cast(Tensor, affine(y))
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
         try:

@@ -6,6 +6,7 @@ without running the network.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import cast
@@ -45,6 +46,28 @@ class LayerPlan:
     activation_bits: int
     input_group: int | None
 
+    @property
+    def bits(self) -> tuple[int, int]:
+        """``(weight_bits, activation_bits)``."""
+        return self.weight_bits, self.activation_bits
+
+
+@dataclass(frozen=True)
+class SkipPlan:
+    """How what is added to the output of a module is quantized.
+
+    Args:
+        adding: Module path of what adds; empty for the whole network.
+        layer: Module path of the layer whose output it is added to.
+        bits: Bits of the other summand.
+        input_group: Layers of this group read it too and lend their quantizer; ``None``: it has its own.
+    """
+
+    adding: str
+    layer: str
+    bits: int
+    input_group: int | None
+
 
 @dataclass(frozen=True)
 class QuantizationPlan:
@@ -55,12 +78,19 @@ class QuantizationPlan:
         baked: Layers whose weight became what their own forward had made of it.
         layers: Quantized layers by module path, in call order.
         float_layers: Layers that stay float, with the reason.
+        skips: How other summands are quantized, by the path of the module to whose output they are added.
     """
 
     folded: tuple[tuple[str, str], ...] = ()
     layers: dict[str, LayerPlan] = field(default_factory=dict)
     float_layers: dict[str, str] = field(default_factory=dict)
     baked: tuple[str, ...] = ()
+    skips: dict[str, SkipPlan] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return plain values; skips go unsaid where there are none."""
+        values = dataclasses.asdict(self)
+        return {key: value for key, value in values.items() if key != "skips" or value}
 
 
 def plan_layers(model: nn.Module, trace: Trace, config: RepAPQConfig) -> tuple[dict[str, LayerPlan], dict[str, str]]:
@@ -149,7 +179,7 @@ def insert_quantizers(
         if plan.input_group not in by_group:
             by_group[plan.input_group] = input_quantizer(plan.activation_bits, config)
         weight = weight_of(layer)
-        of_weight = by_weight.setdefault(id(weight), weight_quantizer(layer, plan.weight_bits))
+        of_weight = by_weight.setdefault(id(weight), weight_quantizer(layer, plan.weight_bits, config))
         if bias_of(layer) is None:  # calibration corrects means through it, and the fold needs its place
             layer.bias = nn.Parameter(weight.new_zeros(output_channels(layer)), requires_grad=weight.requires_grad)
         for quantizer in (of_weight, by_group[plan.input_group]):
@@ -160,20 +190,32 @@ def insert_quantizers(
 
 
 def input_quantizer(num_bits: int, config: RepAPQConfig) -> LearnableFakeQuantize:
-    """Return an activation quantizer, its scale not yet found."""
-    quant_min, quant_max = activation_bounds(num_bits)
+    """Return an activation quantizer on the grid of the target, its scale not yet found."""
+    target = config.runs_on
+    quant_min, quant_max = activation_bounds(num_bits, signed=target.signed_activations)
     return LearnableFakeQuantize(
-        dtype=torch.quint8,
-        qscheme=torch.per_tensor_affine,
+        dtype=torch.qint8 if target.signed_activations else torch.quint8,
+        qscheme=torch.per_tensor_symmetric if target.symmetric_activations else torch.per_tensor_affine,
         quant_min=quant_min,
         quant_max=quant_max,
         drop_probability=config.drop_probability,
+        power_of_two=target.power_of_two_scales,
     )
 
 
-def weight_quantizer(layer: nn.Module, num_bits: int) -> LearnableFakeQuantize:
-    """Return a weight quantizer per output channel, its scales not yet found."""
+def weight_quantizer(layer: nn.Module, num_bits: int, config: RepAPQConfig) -> LearnableFakeQuantize:
+    """Return a weight quantizer on the grid of the target, its scales not yet found."""
+    target = config.runs_on
     quant_min, quant_max = weight_bounds(num_bits)
-    return PerChannelLearnableFakeQuantize(
-        quant_min=quant_min, quant_max=quant_max, ch_axis=output_channels_axis(layer)
+    powers = target.power_of_two_scales
+    if target.weights_per_channel:
+        return PerChannelLearnableFakeQuantize(
+            quant_min=quant_min, quant_max=quant_max, ch_axis=output_channels_axis(layer), power_of_two=powers
+        )
+    return LearnableFakeQuantize(
+        dtype=torch.qint8,
+        qscheme=torch.per_tensor_symmetric,
+        quant_min=quant_min,
+        quant_max=quant_max,
+        power_of_two=powers,
     )

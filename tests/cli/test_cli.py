@@ -4,11 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 from rich.console import Console
 
 from repapq_plugin.cli import main
 from repapq_plugin.report.table import Row, comparison_table
+from repapq_plugin.targets import TARGETS
+from tests.support.checked_graphs import Clean
 
 
 @pytest.mark.parametrize("command", [[], ["quantize"], ["eval"], ["export"]])
@@ -74,3 +77,34 @@ def test_the_table_leaves_out_what_is_not_known() -> None:
     assert [cell in first for cell in ("0.6123", "92.13", "4.70 MB", "12.04 ms")] == [True] * 4
     assert second.count(" - ") == 3
     assert "47.0 kB" in second
+
+
+# -- targets ------------------------------------------------------------------------------------------------------
+
+
+def test_targets_are_listed_and_one_is_told_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["targets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(TARGETS)
+    assert "activations per tensor symmetric signed" in lines[3]
+    assert main(["targets", "tensorrt"]) == 0
+    page = capsys.readouterr().out
+    assert all(rule.key in page and rule.source in page for rule in TARGETS["tensorrt"].rules)
+    assert all(note in page for note in TARGETS["tensorrt"].notes)
+    assert main(["targets", "tensort"]) == 1
+    assert "Did you mean 'tensorrt'?" in capsys.readouterr().err
+
+
+def test_a_file_is_checked_against_a_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clean = Clean("uint8")
+    path = tmp_path / "model.onnx"
+    onnx.save(clean.model, path)
+    assert main(["check", str(path)]) == 0
+    assert capsys.readouterr().out.strip() == f"The file keeps all {len(TARGETS['generic'].rules)} rules of generic."
+    assert main(["check", str(path), "--target", "tensorrt", "--shown", "2"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("activations are uint8, not int8") == 2 and "'a0.q'" in out
+    assert "4 more findings of rule activation_type." in out
+    assert f"6 findings against {len(TARGETS['tensorrt'].rules)} rules of tensorrt." in out
+    assert main(["check", str(tmp_path / "none.onnx")]) == 1
+    assert "There is no file" in capsys.readouterr().err

@@ -3,6 +3,16 @@ import torch
 from repapq_plugin.core.tensor_notes import TensorNotes
 
 
+def test_what_is_forgotten_is_not_known_any_more() -> None:
+    notes: TensorNotes[int] = TensorNotes()
+    x, y = torch.zeros(1), torch.zeros(1)
+    notes.put(x, 1)
+    notes.put(y, 2)
+    notes.forget(x)
+    notes.forget("never noted")
+    assert notes.get(x) is None and notes.get(y) == 2
+
+
 def test_a_note_belongs_to_one_tensor_and_not_to_its_equals():
     notes: TensorNotes[str] = TensorNotes()
     x, y = torch.zeros(2), torch.zeros(2)

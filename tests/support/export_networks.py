@@ -6,9 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.quant_primitives import activation_bounds, weight_bounds
+from repapq_plugin.quantizers import plan
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
 from repapq_plugin.quantizers.layers import QuantizedLayer, output_channels_axis, quantize_layer
+from repapq_plugin.quantizers.plan import LayerPlan
+from repapq_plugin.quantizers.skips import SkippingModule, find_skips, insert_skips
+from repapq_plugin.targets import Target
 
 
 def input_quantizer(bits: int) -> LearnableFakeQuantize:
@@ -182,6 +187,32 @@ def make(kind: type[nn.Module], weight_bits: int, activation_bits: int) -> tuple
     torch.manual_seed(weight_bits * 10 + activation_bits)
     x = example(kind)
     return set_ranges(kind(weight_bits, activation_bits), x), x
+
+
+def make_for(kind: type[nn.Module], weight_bits: int, activation_bits: int, target: Target) -> tuple[nn.Module, Tensor]:
+    """Return what `make` does with all grids those of a target."""
+    torch.manual_seed(weight_bits * 10 + activation_bits)
+    config, x = RepAPQConfig(target=target), example(kind)
+    model, shared = kind(weight_bits, activation_bits), {}
+    for layer in [module for module in model.modules() if isinstance(module, QuantizedLayer)]:
+        layer.weight_fake_quant = plan.weight_quantizer(layer, weight_bits, config)
+        own = plan.input_quantizer(activation_bits, config)
+        layer.input_fake_quant = shared.setdefault(layer.input_fake_quant, own)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+    groups = {layer.input_fake_quant: number for number, layer in enumerate(layers.values())}
+    plans = {
+        name: LayerPlan(weight_bits, activation_bits, groups[layer.input_fake_quant]) for name, layer in layers.items()
+    }
+    if target.quantizes_residuals:
+        for layer in layers.values():
+            layer.input_fake_quant.enable_fake_quant(False)
+        insert_skips(model, find_skips(model, lambda: model(x), plans), plans, layers, config)
+        for module in model.modules():
+            if isinstance(module, SkippingModule):
+                module.skip_fake_quants.requires_grad_(False)
+                for quantizer in module.skip_fake_quants:
+                    quantizer.enable_observer(True)
+    return set_ranges(model, x), x
 
 
 def outputs_of(model: nn.Module, x: Tensor) -> list[Tensor]:

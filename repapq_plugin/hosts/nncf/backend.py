@@ -32,6 +32,7 @@ from repapq_plugin.hosts.nncf.quantizers import CorrectedBias, NNCFQuantizer, in
 from repapq_plugin.hosts.nncf.running import Call, counting_skipped, run_alone, watch_calls
 from repapq_plugin.method.learners import Learner
 from repapq_plugin.method.sites import ActivationSite, Sites, WeightSite
+from repapq_plugin.policy import check_target
 from repapq_plugin.quantizers.layers import QUANTIZABLE, ChannelAffine, bias_of
 from repapq_plugin.quantizers.plan import LayerPlan
 from repapq_plugin.result import Calibrated
@@ -74,7 +75,8 @@ class PlacedBackend(Backend[Calibrated]):
         self.student = student
 
     def check(self, model: nn.Module, batches: Sequence[Batch], config: RepAPQConfig) -> None:
-        """Refuse dropped quantization, and data that the model cannot be run on."""
+        """Refuse targets other than OpenVINO, dropped quantization, and data that the model cannot be run on."""
+        check_target(config, "NNCF", ("generic", "openvino"))
         if config.drop_probability:
             raise ConfigError(
                 f"drop_probability={config.drop_probability} is not allowed with NNCF, whose quantizers drop nothing; "

@@ -50,6 +50,7 @@ class LearnableFakeQuantize(core.LearnableFakeQuantize, FakeQuantizeBase):  # ty
         quant_max: int | None = None,
         is_dynamic: bool = False,
         drop_probability: float = 0.0,
+        power_of_two: bool = False,
         **observer_kwargs: object,
     ) -> None:
         inner = torch_ao_type(type(self), dtype)
@@ -61,7 +62,9 @@ class LearnableFakeQuantize(core.LearnableFakeQuantize, FakeQuantizeBase):  # ty
 
         if self.scheme is not None:
             observer_kwargs.setdefault("qscheme", self.scheme)
-        super().__init__(watch, quant_min, quant_max, is_dynamic, drop_probability, dtype=inner, **observer_kwargs)
+        super().__init__(
+            watch, quant_min, quant_max, is_dynamic, drop_probability, power_of_two, dtype=inner, **observer_kwargs
+        )
         self.dtype = dtype
 
     @classmethod
@@ -80,6 +83,7 @@ class LearnableFakeQuantize(core.LearnableFakeQuantize, FakeQuantizeBase):  # ty
             quant_min=learned.quant_min,
             quant_max=learned.quant_max,
             ch_axis=learned.ch_axis,
+            power_of_two=learned.power_of_two,
         )
         made.enable_observer(False)
         made.set_qparams(learned.scale, learned.zero_point)

@@ -12,6 +12,7 @@ from torchao.quantization.pt2e.quantizer import QuantizationSpec, Quantizer
 
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.quant_primitives import activation_bounds, weight_bounds
+from repapq_plugin.errors import ConfigError
 from repapq_plugin.hosts.pt2e._compat import annotate, is_annotated, module_path, quantizer_of_inductor
 from repapq_plugin.hosts.pt2e.fake_quantize import LearnableFakeQuantize, PerChannelLearnableFakeQuantize
 from repapq_plugin.hosts.pt2e.graph import ends, groups, layer_nodes, output_axis
@@ -84,25 +85,44 @@ def quantization_specs(
     """Return pt2e's specifications of an activation and of a weight, with our classes.
 
     Args:
-        config: Names the observers.
-        weight_bits: Bits of the weight, per channel, symmetric, narrow range.
-        activation_bits: Bits of the activation, per tensor, affine, unsigned.
+        config: Names the observers and the target: signed or not, symmetric or affine, per channel or per tensor.
+        weight_bits: Bits of the weight, symmetric, narrow range.
+        activation_bits: Bits of the activation, per tensor.
         ch_axis: Axis of the weight's output channels.
         is_qat: See `RepAPQQuantizer`.
+
+    Raises:
+        ConfigError: The target wants scales that are powers of two, and ``is_qat`` is false.
     """
-    name = lone_activation_observer(config)
+    target, name = config.runs_on, lone_activation_observer(config)
     extra = observer_arguments(name, config)
     observer: Callable[..., TorchaoObserver] = OBSERVERS[name]
-    weight_observer = OBSERVERS[f"per_channel_{config.weight_observer}"]
+    per_channel = target.weights_per_channel
+    weight_observer = OBSERVERS[f"per_channel_{config.weight_observer}" if per_channel else config.weight_observer]
     if is_qat:
-        activation = LearnableFakeQuantize.with_args(observer=partial(observer, **extra))
-        weight = PerChannelLearnableFakeQuantize.with_args(observer=weight_observer)
+        powers = target.power_of_two_scales
+        activation = LearnableFakeQuantize.with_args(observer=partial(observer, **extra), power_of_two=powers)
+        kind = PerChannelLearnableFakeQuantize if per_channel else LearnableFakeQuantize
+        weight = kind.with_args(observer=weight_observer, power_of_two=powers)
+    elif target.power_of_two_scales:
+        raise ConfigError(
+            f"target={target.name!r} is not allowed with is_qat=False: observers find no scales that are powers of "
+            "two; give is_qat=True, or carry over what quantize_model learned."
+        )
     else:
         activation, weight = OBSERVERS[name].with_args(**extra), weight_observer.with_args()
+    activation_grid = activation_bounds(activation_bits, signed=target.signed_activations)
     bounds = weight_bounds(config.weight_bits_used(weight_bits))
     return (
-        QuantizationSpec(torch.uint8, activation, *activation_bounds(activation_bits), torch.per_tensor_affine),
-        QuantizationSpec(torch.int8, weight, *bounds, torch.per_channel_symmetric, ch_axis),
+        QuantizationSpec(
+            torch.int8 if target.signed_activations else torch.uint8,
+            activation,
+            *activation_grid,
+            torch.per_tensor_symmetric if target.symmetric_activations else torch.per_tensor_affine,
+        ),
+        QuantizationSpec(torch.int8, weight, *bounds, torch.per_channel_symmetric, ch_axis)
+        if per_channel
+        else QuantizationSpec(torch.int8, weight, *bounds, torch.per_tensor_symmetric),
     )
 
 

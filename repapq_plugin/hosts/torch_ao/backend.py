@@ -14,6 +14,7 @@ from repapq_plugin.errors import ConfigError
 from repapq_plugin.hosts.hosted import HostedNetwork, converted_or_simulated
 from repapq_plugin.hosts.torch_ao.engines import checked_engine, integer_engine
 from repapq_plugin.hosts.torch_ao.fx import ENGINE, SIMULATED, convert_to_int8, note_of, prepare_learned
+from repapq_plugin.policy import check_target
 from repapq_plugin.result import Calibrated
 
 RANGE_BATCHES = 8
@@ -70,11 +71,12 @@ class TorchAOBackend(PlainBackend[HostedNetwork]):
         self.options = dict(options or {})
 
     def check(self, model: nn.Module, batches: Sequence[Batch], config: RepAPQConfig) -> None:
-        """Refuse options that torch.ao does not know.
+        """Refuse targets and options that torch.ao does not know.
 
         Raises:
-            ConfigError: An option is unknown, or torch has no such engine here.
+            ConfigError: An option is unknown, torch has no such engine here, or the target has other integers.
         """
+        check_target(config, "torch.ao", ("generic",))
         unknown = sorted(set(self.options) - {"backend"})
         if unknown:
             raise ConfigError(f"options.{unknown[0]} is not a key; known keys: backend.")

@@ -34,6 +34,7 @@ from repapq_plugin.hosts.torch_ao.engines import (
     checked_engine,
     exact_engine,
     integer_engine,
+    refuse_signed_inputs,
 )
 from repapq_plugin.hosts.torch_ao.grid import absorb_norms, grid_range, lay_bias_on_grid, lay_on_grid
 from repapq_plugin.hosts.torch_ao.islands import (
@@ -81,6 +82,7 @@ def prepare_learned_eager(
     """
     network, forward = quantized_module(model_or_result), forward_fn or call_model
     quantized = quantized_layers(network)
+    refuse_signed_inputs(quantized)
     batches = list(data)
     if not batches:
         raise CalibrationError("The data for the ranges of outputs holds no batch; give at least one.")

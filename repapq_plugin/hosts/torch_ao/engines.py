@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from repapq_plugin.core.quant_primitives import activation_bounds, weight_bounds
-from repapq_plugin.errors import ConfigError
+from repapq_plugin.errors import ConfigError, HostError
 from repapq_plugin.evaluation.processor import has_vnni
 from repapq_plugin.quantizers.layers import QuantizedLayer
 
@@ -86,6 +86,23 @@ def has_kernel(layer: QuantizedLayer, engine: str) -> bool:
     """Whether ``engine`` has an integer kernel for a layer, and its weight is quantized at all."""
     transposed = isinstance(layer, nn.ConvTranspose2d)
     return layer.weight_fake_quant.quantizing and not (transposed and engine in NO_TRANSPOSED_CHANNELS)
+
+
+def refuse_signed_inputs(layers: Mapping[str, QuantizedLayer]) -> None:
+    """Refuse layers that read signed integers: torch's kernels read unsigned ones.
+
+    Args:
+        layers: Quantized layers by module path.
+
+    Raises:
+        HostError: One reads signed integers.
+    """
+    for name, layer in layers.items():
+        if layer.input_fake_quant.quant_min < 0:
+            raise HostError(
+                f"{name!r} reads signed integers, and torch's kernels have unsigned inputs; quantize for the target "
+                "'generic', or take the network to pt2e."
+            )
 
 
 @contextmanager

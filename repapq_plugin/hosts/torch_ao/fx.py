@@ -35,6 +35,7 @@ from repapq_plugin.hosts.torch_ao.engines import (
     engine_for,
     exact_engine,
     integer_engine,
+    refuse_signed_inputs,
     saturates,
     warn_of_saturation,
 )
@@ -88,6 +89,7 @@ def prepare_learned(
     """
     model = quantized_module(model_or_result)
     quantized = quantized_layers(model)
+    refuse_signed_inputs(quantized)
     if not any(layer.weight_fake_quant.quantizing for layer in quantized.values()):
         raise HostError(f"{type(model).__name__} holds no quantized layer; quantize it with quantize_model first.")
     traced, origin = trace_layers(copy.deepcopy(model).eval())

@@ -25,6 +25,7 @@ from repapq_plugin.observers import OBSERVERS, RangeObserver
 from repapq_plugin.policy import (
     bits_of,
     check_patterns,
+    check_target,
     is_kept_float,
     lone_activation_observer,
     observer_arguments,
@@ -70,9 +71,10 @@ def repapq_qconfig(
         bits: ``(weight_bits, activation_bits)`` in place of the configuration's.
 
     Raises:
-        ConfigError: The preset is unknown.
+        ConfigError: The preset is unknown, or the target has other integers than torch.ao's engines.
     """
     config = repapq_config(config)
+    check_target(config, "torch.ao", ("generic",))
     weight_bits, activation_bits = bits or (config.weight_bits, config.activation_bits)
     name = lone_activation_observer(config)
     observer: Callable[..., RangeObserver] = OBSERVERS[name]

@@ -1,0 +1,39 @@
+"""Files of full-size networks of timm keep the rules of every target: residual, dense, depthwise and merged ones.
+
+Their weights are random; a rule is about the form of a file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from repapq_plugin import RepAPQConfig, export_onnx, quantize_model
+from repapq_plugin.export.check import check_onnx
+from repapq_plugin.targets import TARGETS
+
+NETWORKS = (
+    *("repvgg_a0", "mobileone_s0", "fastvit_t8", "resnet18", "resnet50", "resnext26ts"),
+    *("mobilenetv2_100", "efficientnet_lite0", "densenet121", "regnetx_002", "cspresnet50", "hrnet_w18_small"),
+)
+
+GRIDS = {"qnn": ("generic", "openvino", "qnn"), "litert": ("onnxruntime", "executorch", "litert", "rknn")} | {
+    name: (name,) for name in ("tensorrt", "coreml")
+}
+"""Which target a network is quantized for, and the targets whose rules its file then has to keep."""
+
+
+@pytest.mark.parametrize("made_for", GRIDS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_files_of_full_size_networks_have_no_findings(name: str, made_for: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, images = timm.create_model(name).eval(), torch.randn(2, 3, 64, 64)
+    config = RepAPQConfig(target=made_for).plain()
+    result = quantize_model(network, [images], config)
+    path = export_onnx(result, images[:1], tmp_path / "model.onnx", dynamic_batch=False).path
+    findings = {target: [str(finding) for finding in check_onnx(path, target)] for target in GRIDS[made_for]}
+    assert findings == {target: [] for target in GRIDS[made_for]}
+    assert set(TARGETS) == {target for targets in GRIDS.values() for target in targets}
