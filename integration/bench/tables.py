@@ -115,6 +115,26 @@ def bits_of(row: Row) -> str:
     return row["preset"].upper() + (", reduced range" if (row.get("config") or {}).get("reduce_range") else "")
 
 
+def targets_table() -> str:
+    """Return what symmetric activations cost against affine ones, and how the file does in integers."""
+    body = []
+    rows = rows_of("targets")
+    keys = ("model", "preset", "method", "steps", "images")
+    found = {(*(row[key] for key in keys), row["target"]): row for row in rows}
+    for model, preset, method, steps, images in dict.fromkeys(key[:5] for key in found):
+        pair = [found.get((model, preset, method, steps, images, target)) for target in ("executorch", "tensorrt")]
+        if None in pair:
+            continue
+        affine, symmetric = (row for row in pair if row is not None)
+        how = f"{method}, {steps} steps" if steps else method
+        figures = [affine["accuracy"], symmetric["accuracy"], symmetric["onnxruntime_integer"]]
+        gap = f"{symmetric['accuracy'] - affine['accuracy']:+.2f}"
+        shown = [CLASSIFIERS[model], preset.upper(), how, f"{images:,}"]
+        body.append([*shown, *(f"{figure:.2f}" for figure in figures), gap])
+    head = ["seed 0", "bits", "by", "images", "affine", "symmetric", "symmetric, in integers", "symmetric less affine"]
+    return markdown(head, body)
+
+
 def integers(row: Row) -> str:
     """Return how many of the layers with weights run in integers."""
     return f"{row['int8_layers']} of {row['layers']}"
@@ -235,6 +255,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "photographs": photographs_table,
     "runtimes": runtime_table,
     "overhead": overhead_table,
+    "targets": targets_table,
     "nncf": nncf_table,
     "kills": kills_table,
     "mimicnorm": training_table,
