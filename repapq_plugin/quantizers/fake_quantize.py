@@ -178,8 +178,10 @@ class LearnableFakeQuantize(FakeQuantizeBase):
                 values, scale, zero_point, self.ch_axis, self.quant_min, self.quant_max, 1.0
             )
         else:
+            # Moved to codes from 0 on, which gives the same values: of negative codes torch's kernel cuts the fraction
+            # off, not rounds it, and lets gradients through one step too low and not through the last one.
             hat = torch._fake_quantize_learnable_per_tensor_affine(
-                values, scale, zero_point, self.quant_min, self.quant_max, 1.0
+                values, scale, zero_point - self.quant_min, 0, self.quant_max - self.quant_min, 1.0
             )
         return hat.to(x.dtype)
 

@@ -63,8 +63,13 @@ COMMON = (
 )
 
 
+def _rules(effect: str, source: str, *keys: str) -> tuple[Rule, ...]:
+    """Return rules of one effect that stand in one source."""
+    return tuple(Rule(key, effect, source) for key in keys)
+
+
 def _symmetric_weights(source: str, effect: str = FLOAT) -> tuple[Rule, ...]:
-    return (Rule("weight_type", effect, source), Rule("weight_zero_point", effect, source))
+    return _rules(effect, source, "weight_type", "weight_zero_point")
 
 
 def _own(rules: tuple[Rule, ...], *own: Rule) -> tuple[Rule, ...]:
@@ -113,9 +118,7 @@ _ALL = (
         rules=(
             *COMMON,
             *_symmetric_weights(ONNXRUNTIME)[:1],
-            Rule("activation_type", FLOAT, ONNXRUNTIME),
-            Rule("activation_granularity", FLOAT, ONNXRUNTIME),
-            Rule("weight_axis", FLOAT, ONNXRUNTIME),
+            *_rules(FLOAT, ONNXRUNTIME, "activation_type", "activation_granularity", "weight_axis"),
         ),
     ),
     Target(
@@ -138,15 +141,12 @@ _ALL = (
             Rule("opset", REFUSED, TENSORRT_OPSET),
             Rule("format", REFUSED, TENSORRT_11),
             Rule("activation_type", WRONG, TENSORRT_TYPES),
-            Rule("activation_zero_point", REFUSED, TENSORRT_ZERO),
+            *_rules(REFUSED, TENSORRT_ZERO, "activation_zero_point", "weight_zero_point"),
             Rule("activation_granularity", REFUSED, TENSORRT_QDQ),
             Rule("weight_type", REFUSED, TENSORRT_TYPES),
-            Rule("weight_zero_point", REFUSED, TENSORRT_ZERO),
             Rule("weight_range", "the code -128 lies outside the symmetric range", NARROW),
-            Rule("weight_axis", REFUSED, TENSORRT_QDQ),
-            Rule("layer_input", FLOAT, TENSORRT_QDQ),
-            Rule("layer_weight", FLOAT, TENSORRT_QDQ),
-            Rule("bias", REFUSED, TENSORRT_QDQ),
+            *_rules(REFUSED, TENSORRT_QDQ, "weight_axis", "bias"),
+            *_rules(FLOAT, TENSORRT_QDQ, "layer_input", "layer_weight"),
             Rule("residual", "the addition and the layer before it write floats", TENSORRT_RESIDUAL),
             Rule("shared_grid", "the inputs are scaled again one by one", TENSORRT_QDQ),
         ),
@@ -163,11 +163,8 @@ _ALL = (
         rules=_own(
             COMMON,
             *_symmetric_weights(XNNPACK),
-            Rule("activation_type", FLOAT, XNNPACK_QUANTIZER),
+            *_rules(FLOAT, XNNPACK_QUANTIZER, "activation_type", "weight_range", "weight_axis", "bias"),
             Rule("activation_granularity", FLOAT, XNNPACK),
-            Rule("weight_range", FLOAT, XNNPACK_QUANTIZER),
-            Rule("weight_axis", FLOAT, XNNPACK_QUANTIZER),
-            Rule("bias", FLOAT, XNNPACK_QUANTIZER),
             Rule("shared_grid", "the inputs are quantized again", XNNPACK),
             Rule("float_operator", "the pair around it is computed for nothing", XNNPACK),
         ),
@@ -189,13 +186,17 @@ _ALL = (
         rules=_own(
             COMMON,
             *_symmetric_weights(LITERT, REFUSED),
-            Rule("activation_type", REFUSED, LITERT),
-            Rule("activation_granularity", REFUSED, LITERT),
+            *_rules(
+                REFUSED,
+                LITERT,
+                "activation_type",
+                "activation_granularity",
+                "weight_axis",
+                "bias",
+                "shared_grid",
+                "float_operator",
+            ),
             Rule("weight_range", WRONG, LITERT),
-            Rule("weight_axis", REFUSED, LITERT),
-            Rule("bias", REFUSED, LITERT),
-            Rule("shared_grid", REFUSED, LITERT),
-            Rule("float_operator", REFUSED, LITERT),
         ),
     ),
     Target(
@@ -208,12 +209,8 @@ _ALL = (
         notes=("The HTP backend computes nothing in float32: give it as much as it takes in pairs.", ROUNDED, FEWER),
         rules=_own(
             COMMON,
-            Rule("activation_type", FLOAT, QNN_CONFIG),
-            Rule("activation_granularity", FLOAT, QNN_CONFIG),
-            Rule("weight_type", FLOAT, QNN_CONFIG),
-            Rule("weight_axis", FLOAT, QNN_CONFIG),
-            Rule("layer_input", FLOAT, QNN),
-            Rule("layer_weight", FLOAT, QNN),
+            *_rules(FLOAT, QNN_CONFIG, "activation_type", "activation_granularity", "weight_type", "weight_axis"),
+            *_rules(FLOAT, QNN, "layer_input", "layer_weight"),
         ),
     ),
     Target(
@@ -234,8 +231,7 @@ _ALL = (
             *_symmetric_weights(RKNN),
             Rule("opset", REFUSED, RKNN_OPSET),
             Rule("activation_type", REFUSED, RKNN),
-            Rule("activation_granularity", REFUSED, RKNN_LOADED),
-            Rule("weight_axis", REFUSED, RKNN_LOADED),
+            *_rules(REFUSED, RKNN_LOADED, "activation_granularity", "weight_axis"),
         ),
     ),
     Target(
@@ -252,9 +248,7 @@ _ALL = (
         rules=_own(
             COMMON,
             *_symmetric_weights(COREML_WEIGHTS),
-            Rule("activation_type", FLOAT, COREML),
-            Rule("activation_zero_point", FLOAT, COREML),
-            Rule("activation_granularity", FLOAT, COREML),
+            *_rules(FLOAT, COREML, "activation_type", "activation_zero_point", "activation_granularity"),
             Rule("weight_range", "the code -128 lies outside the symmetric range", NARROW),
             Rule("weight_axis", FLOAT, COREML_WEIGHTS),
         ),

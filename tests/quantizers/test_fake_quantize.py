@@ -61,6 +61,24 @@ def test_values_are_those_of_the_primitive(seed: int, bits: int) -> None:
     assert quantizer.num_bits == bits
 
 
+@given(seed=seeds, bits=st.integers(2, 8))
+def test_a_signed_grid_gives_values_and_gradients_of_the_unsigned_one(seed: int, bits: int) -> None:
+    torch.manual_seed(seed)
+    scale, zero_point, shift = float(torch.rand(()) + 0.01), int(torch.randint(0, 2**bits, ())), 2 ** (bits - 1)
+    unsigned = per_tensor(scale, zero_point, bits)
+    signed = LearnableFakeQuantize(dtype=torch.qint8, quant_min=-shift, quant_max=shift - 1)
+    ready(signed, torch.tensor([scale]), torch.tensor([zero_point - shift]))
+    x, upstream = torch.randn(40, 7) * 3, torch.randn(40, 7)
+    found = []
+    for quantizer in (unsigned, signed):
+        given = x.clone().requires_grad_()
+        quantizer.log_scale.requires_grad_(True)
+        hat = quantizer(given)
+        hat.backward(upstream)
+        found.append((hat.detach(), given.grad, quantizer.log_scale.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 @given(seed=seeds, ch_axis=st.integers(0, 3))
 def test_values_per_channel_are_those_of_the_primitive(seed: int, ch_axis: int) -> None:
     torch.manual_seed(seed)
