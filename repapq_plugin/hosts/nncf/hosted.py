@@ -183,7 +183,6 @@ def quantize_network(
     config: RepAPQConfig,
     progress: Report | None,
     options: Mapping[str, object],
-    *,
     checkpoints: Checkpoints | None = None,
 ) -> NNCFNetwork:
     """Quantize a network on prepared images with NNCF's placement.

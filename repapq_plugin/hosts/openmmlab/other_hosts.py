@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
 from torch import Tensor, nn
 
-from repapq_plugin.config import RepAPQConfig
-from repapq_plugin.core.checkpoints import Checkpoints
 from repapq_plugin.errors import ConfigError, HostError
 from repapq_plugin.hosts.hosted import QuantizedNetwork, RunnableNetwork
-from repapq_plugin.job import Report
 
 OWN = "RepAPQ"
 """The plugin's own quantizers, which need no other host."""
@@ -73,28 +70,17 @@ class LoadNetwork(Protocol):
         """
 
 
-class QuantizeNetwork(Protocol):
-    """Quantizes a network on preprocessed images."""
+QuantizeNetwork = Callable[..., QuantizedNetwork]
+"""``quantize(network, images, config, progress, options, checkpoints)`` quantizes a copy of a network.
 
-    def __call__(
-        self,
-        network: nn.Module,
-        images: Sequence[Tensor],
-        config: RepAPQConfig,
-        progress: Report | None,
-        options: Mapping[str, object],
-        checkpoints: Checkpoints | None = None,
-    ) -> QuantizedNetwork:
-        """Quantize a copy of ``network``.
-
-        Args:
-            network: Images, float ``(N, C, H, W)``, to a tuple of tensors.
-            images: Calibration batches of them.
-            config: Bits, ranges and calibration.
-            progress: Called as the work goes on.
-            options: What else the config says to the host.
-            checkpoints: Keeps what is finished. A host that does without this argument keeps nothing.
-        """
+Args:
+    network: Images, float ``(N, C, H, W)``, to a tuple of tensors.
+    images: Calibration batches of them.
+    config: A `RepAPQConfig`: bits, ranges and calibration.
+    progress: A `Report` or ``None``; called as the work goes on.
+    options: A mapping: what else the config says to the host.
+    checkpoints: A `Checkpoints`, by name; keeps what is finished. A host that does without this argument keeps nothing.
+"""
 
 
 def formats_of(name: str) -> tuple[str, ...]:
