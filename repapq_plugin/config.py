@@ -191,10 +191,8 @@ class RepAPQConfig:
         _check_number("stage_weight", self.stage_weight, 0.0)
         _check_number("drop_probability", self.drop_probability, 0.0, 1.0)
         _check_number("guard_fraction", self.guard_fraction, 0.0, 0.5)
-        _check_count("steps", self.steps, 0)
-        _check_count("network_steps", self.network_steps, 0)
-        _check_count("cache_bytes", self.cache_bytes, 0)
-        _check_count("seed", self.seed, 0)
+        for key in ("steps", "network_steps", "cache_bytes", "seed"):
+            _check_count(key, getattr(self, key), 0)
         if isinstance(self.learning_rates, Mapping):
             rates = _build(LearningRates, self.learning_rates, "learning_rates.")
             object.__setattr__(self, "learning_rates", rates)

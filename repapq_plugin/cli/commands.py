@@ -15,19 +15,11 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
+from repapq_plugin.cli import texts
 from repapq_plugin.cli.devices import accelerators, device_named
 from repapq_plugin.cli.display import Display, show_diagnosis
 from repapq_plugin.cli.options import Common, PathArgument, common_options, device_option, pairs
 from repapq_plugin.cli.targets import report, target_list, target_page
-from repapq_plugin.cli.texts import (
-    CHECK_HELP,
-    CLI_HELP,
-    DOCTOR_HELP,
-    EVAL_HELP,
-    EXPORT_HELP,
-    QUANTIZE_HELP,
-    TARGETS_HELP,
-)
 from repapq_plugin.errors import ConfigError, HostError, RepAPQError
 from repapq_plugin.targets import find_target
 
@@ -99,13 +91,13 @@ def _kind_of(result: Path) -> str:
     raise ConfigError(f"{result.name} is not a result; give a file ending in {', '.join(BACKEND_OF)}.")
 
 
-@click.group(help=CLI_HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(help=texts.CLI_HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="repapq-plugin", prog_name="repapq")
 def cli() -> None:
     """Post-training quantization for OpenMMLab configs."""
 
 
-@cli.command(help=QUANTIZE_HELP)
+@cli.command(help=texts.QUANTIZE_HELP)
 @click.argument("config", type=PathArgument)
 @click.argument("checkpoint", required=False)
 @click.option(
@@ -212,7 +204,7 @@ def quantize(
     display.comparison(done.record, done.notes)
 
 
-@cli.command("eval", help=EVAL_HELP)
+@cli.command("eval", help=texts.EVAL_HELP)
 @click.argument("config", type=PathArgument)
 @click.argument("result", type=PathArgument)
 @click.option(
@@ -250,7 +242,7 @@ def evaluate(
         display.line(f"note: {note}")
 
 
-@cli.command(help=EXPORT_HELP)
+@cli.command(help=texts.EXPORT_HELP)
 @click.argument("config", type=PathArgument)
 @click.argument("result", type=PathArgument)
 @click.option("--format", "kind", type=click.Choice(("onnx", "openvino")), default="onnx", show_default=True)
@@ -289,7 +281,7 @@ def export(
         display.line(f"wrote {path}")
 
 
-@cli.command(help=TARGETS_HELP)
+@cli.command(help=texts.TARGETS_HELP)
 @click.argument("name", required=False)
 def targets(name: str | None) -> None:
     """List the targets, or say all of one."""
@@ -297,7 +289,7 @@ def targets(name: str | None) -> None:
         click.echo(line)
 
 
-@cli.command(help=CHECK_HELP)
+@cli.command(help=texts.CHECK_HELP)
 @click.argument("file", type=PathArgument)
 @click.option("--target", "name", default="generic", show_default=True, help="Whose rules are tested.")
 @click.option(
@@ -307,26 +299,22 @@ def check(file: Path, name: str, shown: int) -> None:
     """Test the rules of a target on an ONNX file."""
     from repapq_plugin.export.check import check_onnx
 
-    target = find_target(name)
-    findings = check_onnx(file, target)
+    findings = check_onnx(file, target := find_target(name))
     for line in report(findings, target, shown):
         click.echo(line)
     if findings:
         raise click.exceptions.Exit(1)
 
 
-@cli.command(help=DOCTOR_HELP)
+@cli.command(help=texts.DOCTOR_HELP)
 def doctor() -> None:
     """Look at the installed packages and judge them."""
     from repapq_plugin.cli.doctor import examine
-    from repapq_plugin.evaluation.processor import adds_in_16_bits
+    from repapq_plugin.evaluation.processor import how_sums_are_made
 
     diagnosis = examine()
-    saturates = (
-        "no VNNI; 8-bit sums can saturate in OpenVINO here, unless a network is quantized with reduce_range=True"
-    )
-    processor = saturates if adds_in_16_bits() else "computes sums of 8-bit products exactly"
-    show_diagnosis(diagnosis, processor, accelerators() if "any PyTorch model" in diagnosis.works else {})
+    devices = accelerators() if "any PyTorch model" in diagnosis.works else {}
+    show_diagnosis(diagnosis, how_sums_are_made(), devices)
     if not diagnosis.healthy:
         raise click.exceptions.Exit(1)
 

@@ -39,3 +39,10 @@ def saturation_note(reduce_range: bool) -> str:
         "this processor has no VNNI, so sums of 8-bit products can saturate in OpenVINO here and its score can be "
         "lower than the simulated one; the key reduce_range=True avoids that, a processor with VNNI does not need it."
     )
+
+
+def how_sums_are_made() -> str:
+    """Return in a sentence what this processor makes of sums of 8-bit products."""
+    if adds_in_16_bits():
+        return "no VNNI; 8-bit sums can saturate in OpenVINO here, unless a network is quantized with reduce_range=True"
+    return "computes sums of 8-bit products exactly"
