@@ -65,10 +65,13 @@ def by_nncf(merged: nn.Module, eight: Case) -> nn.Module:
     return nncf.quantize(merged, eight.dataset, subset_size=64)
 
 
-def test_the_signature_is_nncfs_and_one_more() -> None:
+OWN_ARGUMENTS = {"repapq", "checkpoint_dir", "resume"}
+
+
+def test_the_signature_is_nncfs_and_a_few_more() -> None:
     theirs, ours = inspect.signature(nncf.quantize).parameters, inspect.signature(quantize).parameters
-    assert set(theirs) - {"mode"} == set(ours) - {"repapq"}  # mode is FP8's, which NNCF refuses for PyTorch
-    assert all(ours[key].default == theirs[key].default for key in set(ours) - {"repapq"})
+    assert set(theirs) - {"mode"} == set(ours) - OWN_ARGUMENTS  # mode is FP8's, which NNCF refuses for PyTorch
+    assert all(ours[key].default == theirs[key].default for key in set(ours) - OWN_ARGUMENTS)
 
 
 def test_the_result_is_nncfs_with_nncfs_own_placement(by_nncf: nn.Module, eight: Case) -> None:
