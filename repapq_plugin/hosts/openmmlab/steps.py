@@ -120,7 +120,7 @@ def quantize(
         result = calibrate(model, batches, settings.quantizer, progress, checkpoints)
         return QuantizedModel(result.model, result)
     host = find_host(settings.host)
-    hosted = calibrate_on_host(host, model, batches, settings.quantizer, progress, settings.options, checkpoints)
+    hosted = calibrate_on_host(host, model, batches, settings.quantizer, settings.options, progress, checkpoints)
     return QuantizedModel(model, hosted.result, hosted.network, hosted)
 
 

@@ -115,8 +115,8 @@ def calibrate_on_host(
     model: nn.Module,
     batches: Sequence[object],
     config: RepAPQConfig,
-    progress: Report | None,
     options: Mapping[str, object],
+    progress: Report | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> QuantizedNetwork:
     """Let another host quantize a toolbox model's network part; the model is not changed.
