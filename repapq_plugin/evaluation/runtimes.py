@@ -73,7 +73,7 @@ class OnnxRuntimeNetwork(RuntimeNetwork):
             raise ExportError(
                 "This needs the packages onnx and onnxruntime: pip install 'repapq-plugin[export]'"
             ) from error
-        path = _existing_file(path)
+        path = existing_file(path)
         options = onnxruntime.SessionOptions()
         if threads is not None:
             options.intra_op_num_threads = threads
@@ -130,7 +130,7 @@ class OpenVINONetwork(RuntimeNetwork):
             import openvino
         except ImportError as error:
             raise ExportError("This needs the openvino package: pip install 'repapq-plugin[export]'") from error
-        path = _existing_file(path)
+        path = existing_file(path)
         options: dict[str, str | int] = {"PERFORMANCE_HINT": hint}
         if precision is not None:
             options["INFERENCE_PRECISION_HINT"] = precision
@@ -154,8 +154,13 @@ class OpenVINONetwork(RuntimeNetwork):
         return [results[port].copy() for port in self.compiled.outputs]
 
 
-def _existing_file(path: str | os.PathLike[str]) -> Path:
+def existing_file(path: str | os.PathLike[str]) -> Path:
+    """Return a path.
+
+    Raises:
+        ExportError: There is no such file.
+    """
     path = Path(path)
     if not path.is_file():
-        raise ExportError(f"There is no file {path}; write it with export_onnx or export_openvino first.")
+        raise ExportError(f"There is no file {path}; write it with an export first.")
     return path

@@ -81,8 +81,7 @@ def export_executorch(
     from executorch.exir import to_edge_transform_and_lower
 
     program = program_of(source, example, batches)
-    unrounded = set(program.float_outputs)
-    lowered_from = with_weights(program, _float_where(unrounded, program.graph))
+    lowered_from = with_weights(program, _float_weight(set(program.float_outputs)))
     with warnings.catch_warnings(), flatc_found(), torch.no_grad():
         warnings.simplefilter("ignore")
         with explained("ExecuTorch cannot take the network", "Export the part of it that maps tensors to tensors."):
@@ -112,7 +111,7 @@ def export_executorch(
     )
 
 
-def _float_where(names: set[str], graph: GraphModule) -> Callable[[GraphModule, Node, Tensor], Node | None]:
+def _float_weight(names: set[str]) -> Callable[[GraphModule, Node, Tensor], Node | None]:
     """Return what makes float weights of layers of these names: XNNPACK takes integer ones for integer results only."""
 
     def make(copied: GraphModule, node: Node, weight: Tensor) -> Node | None:
