@@ -121,7 +121,11 @@ def _grid_of(reader: DeployedLayer | DeployedSkip) -> Grid:
 
 
 def quantized_program(
-    model_or_result: object, example: Example, *, batches: Sequence[Example] | None = None
+    model_or_result: object,
+    example: Example,
+    *,
+    batches: Sequence[Example] | None = None,
+    round_biases: bool = True,
 ) -> QuantizedProgram:
     """Write a quantized model as a ``torch.export`` graph on the very grids that it was calibrated to.
 
@@ -133,6 +137,9 @@ def quantized_program(
         example: See `export_onnx`; the graph is for its shapes alone.
         batches: Inputs like the example. Where they are given, outputs of layers that nothing rounds get an 8-bit grid
             over the range met, so that integer kernels can write them. This rounds more than the calibration did.
+        round_biases: Round biases of layers that compute in integers to multiples of input scale times weight scale, as
+            the runtimes do when they read a float one. The graph then computes what they do; without it, what the
+            calibrated network does.
 
     Raises:
         ExportError: A layer is not ready for export, or ``torch.export`` cannot follow the model.
@@ -161,8 +168,11 @@ def quantized_program(
         round_outputs(graph, [tuple(Call.of(batch, deployed).tensors) for batch in batches])
         round_sources(graph)
     join_clamps(graph)
+    if round_biases:
+        _round_biases(graph)
     dequantize_for_each(graph)
-    return _described(graph, inputs)
+    # Copies: an example may be a view of far more, all of which would be saved.
+    return _described(graph, tuple(x.detach().clone() for x in inputs))
 
 
 def load_program(path: str | os.PathLike[str]) -> QuantizedProgram:
@@ -216,6 +226,24 @@ def with_weights(
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return replace(program, graph=graph)
+
+
+def _round_biases(graph: GraphModule) -> None:
+    """Round the biases of layers whose input, weight and output are rounded, in place."""
+    unrounded = float_outputs(graph)
+    for number, layer in enumerate(layer_calls(graph)):
+        bias = layer.args[2] if len(layer.args) > 2 else None
+        if layer in unrounded or bias is None:
+            continue
+        source, weight = cast(Node, layer.args[0]), cast(Node, layer.args[1])
+        of_weight = weight.args[1]
+        step = _attribute(graph, of_weight) if isinstance(of_weight, Node) else torch.tensor(of_weight)
+        unit = cast(float, source.args[1]) * step.double()
+        value = _attribute(graph, bias)
+        rounded = (torch.round(value.double() / unit) * unit).to(value.dtype)
+        with graph.graph.inserting_before(layer):
+            layer.update_arg(2, constant(graph, f"rounded_bias_{number}", rounded))
+    graph.recompile()
 
 
 def constant(graph: GraphModule, name: str, value: Tensor) -> Node:
