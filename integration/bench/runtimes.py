@@ -5,10 +5,10 @@
     python -m integration.bench.runtimes score FOLDER executorch     # where executorch is installed
     python -m integration.bench.runtimes score FOLDER litert         # where litert-torch is installed
 
-The first command quantizes and writes what the runtimes are given, the images and the simulated outputs. The others need
-neither the toolboxes nor the network's code, so they run in environments of their own. A simulation is the calibrated
-network with what the runtime rounds beside it: biases, and in the form "all rounded" also outputs of layers that the
-calibration left unrounded, so that integer kernels can write them. Results go to ``results/runtimes.json``.
+The first command quantizes and writes what the runtimes are given, the images and the simulated outputs. The others
+need neither the toolboxes nor the network's code, so they run in environments of their own. A simulation is the
+calibrated network with what the runtime rounds beside it: biases, and in the form "all rounded" also outputs of layers
+that the calibration left unrounded, so that integer kernels can write them. Results go to ``results/runtimes.json``.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from integration.bench.reference import RESULTS, write_result
 from repapq_plugin.core.tensors import tensors_of
 
 KEYS = ("model", "preset", "runtime", "form")
+INTEGER_OPERATORS = ("QLinearConv", "QGemm", "MatMulIntegerToFloat", "QLinearMatMul")
+"""onnxruntime's layers with integer weights and integer inputs, in the graph that it has optimized."""
+
 BATCH = 50
 """Images of one run; files for phones take no other number."""
 
@@ -119,7 +122,7 @@ def run_onnxruntime(stem: Path, folder: Path, form: str) -> tuple[nn.Module, int
     options.log_severity_level = 3
     onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     graph = onnx.load(options.optimized_model_filepath).graph
-    integer = sum(node.op_type in ("QLinearConv", "QGemm", "MatMulIntegerToFloat", "QLinearMatMul") for node in graph.node)
+    integer = sum(node.op_type in INTEGER_OPERATORS for node in graph.node)
     network = OnnxRuntimeNetwork(path, threads=1, arithmetic="integer" if form == "integers" else "exact")
     return network, integer if form == "integers" else 0, len(integer_layers(onnx.load(path).graph))
 
@@ -139,7 +142,8 @@ def run_executorch(stem: Path, folder: Path, form: str) -> tuple[nn.Module, int,
     from repapq_plugin.evaluation.mobile import ExecuTorchNetwork
     from repapq_plugin.export.executorch import export_executorch
 
-    written = export_executorch(folder / f"{stem.name}_{FORMS[form]}.pt2", None, folder / f"{stem.name}_{FORMS[form]}.pte")
+    base = folder / f"{stem.name}_{FORMS[form]}"
+    written = export_executorch(base.with_suffix(".pt2"), None, base.with_suffix(".pte"))
     return ExecuTorchNetwork(written.path), written.integer_layers, written.layers
 
 
@@ -148,7 +152,8 @@ def run_litert(stem: Path, folder: Path, form: str) -> tuple[nn.Module, int, int
     from repapq_plugin.evaluation.mobile import LiteRTNetwork
     from repapq_plugin.export.litert import export_litert
 
-    written = export_litert(folder / f"{stem.name}_{FORMS[form]}.pt2", None, folder / f"{stem.name}_{FORMS[form]}.tflite")
+    base = folder / f"{stem.name}_{FORMS[form]}"
+    written = export_litert(base.with_suffix(".pt2"), None, base.with_suffix(".tflite"))
     return LiteRTNetwork(written.path, threads=1), written.integer_layers, written.layers
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -83,9 +84,7 @@ class LiteRTNetwork(RuntimeNetwork):
         path = existing_file(path)
         resolver = OpResolverType.AUTO if delegate else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
         try:
-            self._interpreter = Interpreter(
-                str(path), num_threads=threads, experimental_op_resolver_type=resolver
-            )
+            self._interpreter = Interpreter(str(path), num_threads=threads, experimental_op_resolver_type=resolver)
             self._interpreter.allocate_tensors()
         except (RuntimeError, ValueError) as error:
             raise ExportError(f"LiteRT cannot load {path}: {error}") from error
@@ -106,13 +105,13 @@ class LiteRTNetwork(RuntimeNetwork):
         return [_values(self._interpreter.get_tensor(place["index"]), *_grid(place)) for place in places]
 
 
-def _grid(place: dict[str, object]) -> tuple[float, int] | tuple[()]:
+def _grid(place: Mapping[str, Any]) -> tuple[float, int] | tuple[()]:
     """Return scale and zero point of an input or output; nothing where it is no int8 tensor."""
     import numpy as np
 
     if place["dtype"] is not np.int8:
         return ()
-    scale, zero_point = place["quantization"]  # type: ignore[misc]
+    scale, zero_point = place["quantization"]
     return float(scale), int(zero_point)
 
 

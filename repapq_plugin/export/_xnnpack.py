@@ -64,8 +64,9 @@ def flatc_found() -> Iterator[None]:
 
 def xnnpack_layers(graph: GraphModule) -> tuple[list[XnnpackLayer], int]:
     """Return the operators with weights that a lowered graph hands to XNNPACK, and in how many partitions."""
-    lowered = [module for _, module in graph.named_children() if hasattr(module, "processed_bytes")]
-    return [layer for module in lowered for layer in _layers_of(bytes(module.processed_bytes))], len(lowered)
+    payloads = [getattr(module, "processed_bytes", None) for _, module in graph.named_children()]
+    handed = [payload for payload in payloads if isinstance(payload, bytes)]
+    return [layer for payload in handed for layer in _layers_of(payload)], len(handed)
 
 
 def _layers_of(payload: bytes) -> Iterator[XnnpackLayer]:
@@ -78,8 +79,8 @@ def _layers_of(payload: bytes) -> Iterator[XnnpackLayer]:
     for node in described["xnodes"]:
         if node["xnode_union_type"].lstrip("_") in LAYERS:
             own = node["xnode_union"]
-            ids = (own["input1_id"], own["filter_id"], own["output_id"])
-            yield XnnpackLayer(node["xnode_union_type"], tuple(types[each] for each in ids))  # type: ignore[arg-type]
+            source, weight, result = (types[own[key]] for key in ("input1_id", "filter_id", "output_id"))
+            yield XnnpackLayer(node["xnode_union_type"], (source, weight, result))
 
 
 def _read(payload: bytes) -> Mapping[str, Any]:

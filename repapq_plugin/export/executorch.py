@@ -132,8 +132,8 @@ def _notes(program: QuantizedProgram) -> tuple[str, ...]:
     if not program.float_outputs:
         return ()
     return (
-        f"XNNPACK's integer kernels write integers, and nothing rounds what these layers return, so it computes them in "
-        f"floating point: {', '.join(program.float_outputs)}. Give batches=... to round it to 8 bits.",
+        "XNNPACK's integer kernels write integers, and nothing rounds what these layers return, so it computes them "
+        f"in floating point: {', '.join(program.float_outputs)}. Give batches=... to round it to 8 bits.",
     )
 
 

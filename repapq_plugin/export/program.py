@@ -1,8 +1,8 @@
 """A quantized network as a ``torch.export`` graph in torch's own quantize and dequantize operators.
 
-Compilers for phones read these: ``quantized_decomposed.quantize_per_tensor``, its inverse, and ``dequantize_per_channel``
-on int8 weights. Activations are written as int8 whatever grid a result has: uint8 codes are shifted by 128, which is the
-same grid.
+Compilers for phones read these: ``quantized_decomposed.quantize_per_tensor``, its inverse, and
+``dequantize_per_channel`` on int8 weights. Activations are written as int8 whatever grid a result has: uint8 codes are
+shifted by 128, which is the same grid.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from repapq_plugin.export.program_grids import (
     join_clamps,
     keep_pooled,
     layer_calls,
+    read_instead,
     round_outputs,
     round_sources,
     share_roundings,
@@ -54,8 +55,8 @@ class QuantizedProgram:
         graph: Computes what the deployed network does, for inputs of the example's shapes.
         inputs: The example's tensors, in the order of the graph's inputs.
         layers: Module paths of layers that read integers and have integer weights, one entry for each call.
-        float_outputs: Those of them whose output nothing rounds: a runtime whose integer kernels write integers computes
-            them in floating point.
+        float_outputs: Those of them whose output nothing rounds: a runtime whose integer kernels write integers
+            computes them in floating point.
     """
 
     graph: GraphModule
@@ -222,7 +223,7 @@ def with_weights(
         with graph.graph.inserting_after(node):
             made = make(graph, node, weight)
         if made is not None:
-            node.replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)
+            read_instead(node, made)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return replace(program, graph=graph)
@@ -259,7 +260,7 @@ def _attribute(graph: GraphModule, node: object) -> Tensor:
 
 def _unlifted(exported: torch.export.ExportedProgram) -> GraphModule:
     """Return a graph that holds its weights, without the checks of its inputs."""
-    module = cast(GraphModule, exported.module())
+    module = exported.module()
     for node in list(module.graph.nodes):
         if node.op == "call_module" and str(node.target).startswith("_guards"):
             module.graph.erase_node(node)

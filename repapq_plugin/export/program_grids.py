@@ -1,4 +1,4 @@
-"""Where a program rounds: shared, repeated and added pairs of quantize and dequantize operators in a ``torch.fx`` graph.
+"""Where a program rounds: shared, repeated and added quantize and dequantize operators in a ``torch.fx`` graph.
 
 A *rounding* is such a pair, behind a clamp where its grid has fewer than 8 bits.
 """
@@ -62,7 +62,7 @@ class Grid:
     clamp_range: tuple[float, float] | None = None
 
     @property
-    def arguments(self) -> tuple[object, ...]:
+    def arguments(self) -> tuple[float, int, int, int, torch.dtype]:
         """What both operators take behind the tensor."""
         return self.scale, self.zero_point, *CODES, torch.int8
 
@@ -114,6 +114,13 @@ def roundings(graph: Graph) -> Iterator[Rounding]:
         yield Rounding(source, first, last, Grid(cast(float, last.args[1]), cast(int, last.args[2]), clamp))
 
 
+def read_instead(node: Node, made: Node) -> None:
+    """Let all that reads a node read another, but for that one."""
+    for reader in list(node.users):
+        if reader is not made:
+            reader.replace_input_with(node, made)
+
+
 def share_roundings(module: GraphModule) -> None:
     """Let all readers of a tensor on one grid read the same rounding, in place."""
     kept: dict[tuple[Node, Grid], Node] = {}
@@ -125,7 +132,7 @@ def share_roundings(module: GraphModule) -> None:
 
 
 def round_sources(module: GraphModule) -> None:
-    """Repeat each rounding in front of operators that only move values, in place; nothing changes but where codes are."""
+    """Repeat each rounding in front of operators that only move values, in place; no value changes."""
     for rounding in reversed(list(roundings(module.graph))):
         source = rounding.source
         if source.target not in MOVING or {user for user in source.users} != {rounding.first}:
@@ -163,7 +170,7 @@ def keep_pooled(module: GraphModule) -> None:
             continue
         with module.graph.inserting_after(node):
             flat = module.graph.call_function(aten.reshape.default, (node, list(node.meta["val"].shape)))
-        node.replace_all_uses_with(flat, delete_user_cb=lambda user, flat=flat: user is not flat)
+        read_instead(node, flat)
         node.args = (node.args[0], [2, 3], True)
     _clean(module)
 
@@ -180,11 +187,16 @@ def dequantize_for_each(module: GraphModule) -> None:
     _clean(module)
 
 
+def _path_of(weight: Node) -> str:
+    """Return the module path of the layer whose weight an operator makes."""
+    return str(cast(Node, weight.args[0]).target).removesuffix(".weight_codes").removeprefix("model.")
+
+
 def layer_calls(module: GraphModule) -> dict[Node, str]:
     """Return the calls of layers that read integers and have integer weights, with the layers' module paths."""
     rounded = {rounding.last for rounding in roundings(module.graph)}
     return {
-        node: str(cast(Node, cast(Node, node.args[1]).args[0]).target).removesuffix(".weight_codes").removeprefix("model.")
+        node: _path_of(cast(Node, node.args[1]))
         for node in module.graph.nodes
         if node.target in LAYERS and cast(Node, node.args[1]).target in WEIGHTS and node.args[0] in rounded
     }
@@ -261,5 +273,4 @@ class _Ranges(Interpreter):
 
 def _clean(module: GraphModule) -> None:
     module.graph.eliminate_dead_code()
-    module.graph.lint()
     module.recompile()
