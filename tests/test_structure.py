@@ -56,8 +56,8 @@ SHARED_BY_HOSTS = {"hosted"}
 
 # What belongs to one host, or to one runtime, and is loaded only by who uses it.
 FOREIGN = {
-    "matplotlib", "mmcv", "mmdet", "mmengine", "mmpretrain", "mmseg", "mmyolo", "nncf", "onnx", "onnxruntime",
-    "onnxscript", "openvino", "timm", "torchao", "torchvision",
+    "ai_edge_litert", "executorch", "litert_torch", "matplotlib", "mmcv", "mmdet", "mmengine", "mmpretrain", "mmseg",
+    "mmyolo", "nncf", "onnx", "onnxruntime", "onnxscript", "openvino", "timm", "torchao", "torchvision",
 }  # fmt: skip
 
 

@@ -78,6 +78,7 @@ def prepare(folder: Path, names: Sequence[str], presets: Sequence[str], steps: i
     from repapq_plugin.hosts.openmmlab.network import TensorPath
 
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "steps.json").write_text(json.dumps(steps or RepAPQConfig().steps))
     for name in names:
         model = load_classifier(name)
         images, labels = images_and_labels("test", "full", model)
@@ -195,7 +196,12 @@ def score(folder: Path, runtimes: Sequence[str]) -> None:
                 calibrated = reference["calibrated"]
                 found |= {"calibrated": compared(calibrated, calibrated, data["labels"])["accuracy"]}
                 key = (model, preset, runtime, form)
-                rows[key] = {**dict(zip(KEYS, key, strict=True)), **found, "integer": integer, "layers": layers}
+                found |= {
+                    "integer": integer,
+                    "layers": layers,
+                    "steps": json.loads((folder / "steps.json").read_text()),
+                }
+                rows[key] = {**dict(zip(KEYS, key, strict=True)), **found}
                 click.echo(json.dumps(rows[key]))
     environments = {**kept["environments"], **{runtime: environment() for runtime in runtimes}}
     write_result("runtimes", {"environments": environments, "rows": list(rows.values())})

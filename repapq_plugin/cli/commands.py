@@ -18,6 +18,7 @@ from rich.console import Console
 from repapq_plugin.cli import texts
 from repapq_plugin.cli.devices import accelerators, device_named
 from repapq_plugin.cli.display import Display, show_diagnosis
+from repapq_plugin.cli.lowering import format_of, lower
 from repapq_plugin.cli.options import Common, PathArgument, common_options, device_option, pairs
 from repapq_plugin.cli.targets import report, target_list, target_page
 from repapq_plugin.errors import ConfigError, HostError, RepAPQError
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
 BACKEND_OF = {".safetensors": "simulated", ".pth": "simulated", ".onnx": "onnxruntime", ".xml": "openvino"}
 """What runs a result unless somebody says otherwise, by the suffix of its file."""
+
+
+FORMATS = ("onnx", "openvino", "executorch", "litert", "program")
+"""What `export` writes; a program is for `lower`."""
 
 
 @contextlib.contextmanager
@@ -245,18 +250,13 @@ def evaluate(
 @cli.command(help=texts.EXPORT_HELP)
 @click.argument("config", type=PathArgument)
 @click.argument("result", type=PathArgument)
-@click.option("--format", "kind", type=click.Choice(("onnx", "openvino")), default="onnx", show_default=True)
-@click.option(
-    "-o",
-    "--out",
-    type=PathArgument,
-    help="File to write, .onnx or .xml. [default: repapq.onnx or .xml beside RESULT]",
-)
+@click.option("--format", "kind", type=click.Choice(FORMATS), help="[default: by the suffix of --out, else onnx]")
+@click.option("-o", "--out", type=PathArgument, help=texts.OUT_HELP)
 @common_options
 def export(
     config: Path,
     result: Path,
-    kind: str,
+    kind: str | None,
     out: Path | None,
     cfg_options: tuple[str, ...],
     work_dir: Path | None,
@@ -265,6 +265,7 @@ def export(
     """Write a result for a runtime."""
     from repapq_plugin.hosts.openmmlab.work import SUFFIXES
 
+    kind = kind or format_of(out)
     if _kind_of(result) != "simulated":
         raise ConfigError(f"{result.name} is exported already; give the .safetensors or .pth result.")
     target = out or result.with_suffix(SUFFIXES[kind])
@@ -279,6 +280,9 @@ def export(
             exported = quantized.export(kind, bench.example, target.with_suffix(""))
     for path in exported.files:
         display.line(f"wrote {path}")
+
+
+cli.add_command(lower)
 
 
 @cli.command(help=texts.TARGETS_HELP)

@@ -71,10 +71,22 @@ first when it is scored on a runtime.
 """
 
 EXPORT_HELP = """\
-Write RESULT (a repapq.safetensors) as QDQ ONNX or as OpenVINO IR, or NNCF's nncf.pth as OpenVINO IR.
+Write RESULT (a repapq.safetensors) as QDQ ONNX, as OpenVINO IR or for phones, or NNCF's nncf.pth as OpenVINO IR.
 
 The file holds the network part of the model of CONFIG: preprocessed images in, raw outputs of the head out. Its image
-size is that of the config's calibration images; the batch size stays open.
+size is that of the config's calibration images. The batch size stays open, but for phones it is 1.
+"""
+
+OUT_HELP = (
+    "File to write: .onnx, .xml, .pte (executorch), .tflite (litert) or .pt2 (program, for `repapq lower`). "
+    "[default: repapq.onnx and the like beside RESULT]"
+)
+
+LOWER_HELP = """\
+Write PROGRAM (a .pt2 of `repapq export --format program`) for phones: OUT.pte for ExecuTorch, OUT.tflite for LiteRT.
+
+This needs executorch or litert-torch, and neither a toolbox nor the network's code, so that it also works where these
+packages do not go together with the toolboxes.
 """
 
 TARGETS_HELP = """\

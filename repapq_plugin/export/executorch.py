@@ -26,8 +26,8 @@ from repapq_plugin.export.program_grids import layer_calls
 
 logger = logging.getLogger(__name__)
 
-INSTALL = "pip install 'executorch>=1.3.1,<1.4'"
-"""What to install: these files' Python runtime is built for one version of torch, this one for 2.12."""
+INSTALL = "pip install 'executorch>=1.3.1,<1.4' (for torch 2.12)"
+"""What to install: each version of ExecuTorch is built for one of torch, and its runtime refuses others."""
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def _notes(program: QuantizedProgram, file: LiteRTFile) -> tuple[str, ...]:
     if lost:
         notes.append(
             f"LiteRT's converter left out {lost} of {len(_grids(program))} grids of activations: it drops the rounding "
-            "between two operators that it computes in floating point. Give batches=... to keep all."
+            "between two operators that it computes in floating point, and the second of two roundings of one tensor."
         )
     return tuple(notes)
 

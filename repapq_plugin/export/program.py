@@ -33,6 +33,7 @@ from repapq_plugin.export.program_grids import (
     join_clamps,
     keep_pooled,
     layer_calls,
+    merge_grids,
     read_instead,
     round_outputs,
     round_sources,
@@ -45,6 +46,19 @@ operators = torch.ops.quantized_decomposed
 
 NARROW = (-127, 127)
 """Codes that weights keep to."""
+
+
+@dataclass(frozen=True)
+class ProgramSummary:
+    """What was written.
+
+    Args:
+        path: The ``.pt2`` file.
+        size_bytes: Its size.
+    """
+
+    path: Path
+    size_bytes: int
 
 
 @dataclass(frozen=True)
@@ -69,7 +83,7 @@ class QuantizedProgram:
         with torch.no_grad():
             return torch.export.export(self.graph, self.inputs)
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: str | os.PathLike[str]) -> ProgramSummary:
         """Write a ``.pt2`` file, which `load_program` reads where neither the toolbox nor the network's code is.
 
         Raises:
@@ -81,7 +95,7 @@ class QuantizedProgram:
                 torch.export.save(self.exported(), file)
         except OSError as error:
             raise unwritable(target, error) from error
-        return target
+        return ProgramSummary(target, target.stat().st_size)
 
 
 class _ProgramLayer(DeployedLayer):
@@ -137,7 +151,8 @@ def quantized_program(
         model_or_result: The quantized module, or anything that holds it as ``.model``.
         example: See `export_onnx`; the graph is for its shapes alone.
         batches: Inputs like the example. Where they are given, outputs of layers that nothing rounds get an 8-bit grid
-            over the range met, so that integer kernels can write them. This rounds more than the calibration did.
+            over the range met, so that integer kernels can write them, and what layers read on several grids of 8 bits
+            gets one. This rounds more than the calibration did.
         round_biases: Round biases of layers that compute in integers to multiples of input scale times weight scale, as
             the runtimes do when they read a float one. The graph then computes what they do; without it, what the
             calibrated network does.
@@ -166,6 +181,8 @@ def quantized_program(
     keep_pooled(graph)
     round_sources(graph)
     if batches is not None:
+        merge_grids(graph)
+        round_sources(graph)
         round_outputs(graph, [tuple(Call.of(batch, deployed).tensors) for batch in batches])
         round_sources(graph)
     join_clamps(graph)
@@ -211,6 +228,7 @@ def with_weights(
             operator and returns it, or ``None`` to leave it.
     """
     graph = copy.deepcopy(program.graph)
+    graph.training = False
     for node in {cast(Node, layer.args[1]): None for layer in layer_calls(graph)}:
         codes, scale = _attribute(graph, node.args[0]), node.args[1]
         if isinstance(scale, Node):

@@ -149,6 +149,25 @@ def round_sources(module: GraphModule) -> None:
     share_roundings(module)
 
 
+def merge_grids(module: GraphModule) -> None:
+    """Let all that reads a tensor on several grids of 8 bits read it on one, in place.
+
+    That of a concatenation goes first, since all its inputs need it, and otherwise the widest. Rounding twice in a row,
+    which the others would do, is what LiteRT's converter cannot write.
+    """
+    by_source: dict[Node, list[Rounding]] = {}
+    for rounding in roundings(module.graph):
+        if rounding.grid.clamp_range is None:
+            by_source.setdefault(rounding.source, []).append(rounding)
+    for found in by_source.values():
+        joined = [each for each in found if any(user.target is aten.cat.default for user in each.last.users)]
+        kept = max(joined or found, key=lambda each: each.grid.scale)
+        for other in found:
+            if other is not kept and other not in joined:
+                other.last.replace_all_uses_with(kept.last)
+    _clean(module)
+
+
 def join_clamps(module: GraphModule) -> None:
     """Make one clamp of a ReLU and the clamp of a rounding behind it, in place: compilers take one, not two."""
     for rounding in list(roundings(module.graph)):
@@ -162,8 +181,10 @@ def join_clamps(module: GraphModule) -> None:
 
 
 def keep_pooled(module: GraphModule) -> None:
-    """Let means over both axes of images keep these, and be reshaped then, in place: the form that compilers take."""
+    """Write pooling in the form that compilers take, in place: strides said, means over images keeping their axes."""
     for node in list(module.graph.nodes):
+        if node.target is aten.max_pool2d.default and len(node.args) == 2:
+            node.args = (*node.args, node.args[1])
         axes = [axis % 4 for axis in cast("list[int]", node.args[1])] if node.target is aten.mean.dim else []
         kept = len(node.args) > 2 and bool(node.args[2])
         if sorted(axes) != [2, 3] or kept or node.meta["val"].dim() != 2:

@@ -15,7 +15,10 @@ from repapq_plugin.backend import Backend
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.checkpoints import Checkpoints
 from repapq_plugin.errors import ExportError, HostError
+from repapq_plugin.export.executorch import ExecuTorchSummary, export_executorch
+from repapq_plugin.export.litert import LiteRTSummary, export_litert
 from repapq_plugin.export.openvino import OpenVINOSummary, export_openvino
+from repapq_plugin.export.program import ProgramSummary, quantized_program
 from repapq_plugin.export.qdq_onnx import OnnxSummary, export_onnx
 from repapq_plugin.job import Job, Report
 from repapq_plugin.quantizers.layers import QuantizedLayer
@@ -28,6 +31,10 @@ SAVED_AS = "repapq.safetensors"
 """Name of the saved calibration in a folder."""
 
 
+Summary = OnnxSummary | OpenVINOSummary | ExecuTorchSummary | LiteRTSummary | ProgramSummary
+"""What an exporter says of the file that it wrote."""
+
+
 class RunnableNetwork(Protocol):
     """A network in the form in which a host runs it."""
 
@@ -35,11 +42,11 @@ class RunnableNetwork(Protocol):
     def network(self) -> nn.Module:
         """What the host runs: images, float ``(N, C, H, W)``, to the raw outputs."""
 
-    def export(self, kind: str, example: Tensor, path: Path) -> OnnxSummary | OpenVINOSummary:
+    def export(self, kind: str, example: Tensor, path: Path) -> Summary:
         """Write the network for a runtime.
 
         Args:
-            kind: ``'onnx'`` or ``'openvino'``.
+            kind: ``'onnx'``, ``'openvino'``, or another kind that the host knows.
             example: Images, float ``(N, C, H, W)``.
             path: File to write, without suffix.
 
@@ -75,22 +82,29 @@ class HostedNetwork:
         """Write the calibration into ``folder``; return the files."""
         return [self.result.save(folder / SAVED_AS)]
 
-    def export(self, kind: str, example: Tensor, path: Path) -> OnnxSummary | OpenVINOSummary:
+    def export(self, kind: str, example: Tensor, path: Path) -> Summary:
         """Write the calibrated network for a runtime.
 
         Args:
-            kind: ``'onnx'`` or ``'openvino'``.
+            kind: ``'onnx'``, ``'openvino'``, ``'executorch'``, ``'litert'``, or ``'program'`` for a file that the last
+                two are made of.
             example: Images, float ``(N, C, H, W)``.
             path: File to write, without suffix.
 
         Raises:
-            ExportError: There is no such kind, or see `export_onnx` and `export_openvino`.
+            ExportError: There is no such kind, or see what writes the file.
         """
         if kind == "onnx":
             return export_onnx(self.result, example, path.with_name(f"{path.name}.onnx"))
         if kind == "openvino":
             return export_openvino(self.result, example, path.with_name(f"{path.name}.xml"))
-        raise ExportError(f"kind={kind!r} is not allowed; choose onnx or openvino.")
+        if kind == "executorch":
+            return export_executorch(self.result, example, path.with_name(f"{path.name}.pte"))
+        if kind == "litert":
+            return export_litert(self.result, example, path.with_name(f"{path.name}.tflite"))
+        if kind == "program":
+            return quantized_program(self.result, example).save(path.with_name(f"{path.name}.pt2"))
+        raise ExportError(f"kind={kind!r} is not allowed; choose onnx, openvino, executorch, litert or program.")
 
 
 def quantized_layers(network: nn.Module) -> dict[str, QuantizedLayer]:

@@ -19,8 +19,8 @@ from repapq_plugin.errors import HostError
 from repapq_plugin.evaluation.latency import measure_latency
 from repapq_plugin.evaluation.runtimes import OnnxRuntimeNetwork, OpenVINONetwork
 from repapq_plugin.export.openvino import OpenVINOSummary, export_openvino, layer_kernels
-from repapq_plugin.export.qdq_onnx import OnnxSummary, export_onnx
-from repapq_plugin.hosts.hosted import SAVED_AS, QuantizedNetwork
+from repapq_plugin.export.qdq_onnx import export_onnx
+from repapq_plugin.hosts.hosted import SAVED_AS, QuantizedNetwork, Summary
 from repapq_plugin.hosts.openmmlab.network import TensorPath, preprocess, run_batch, serving_points
 from repapq_plugin.hosts.openmmlab.other_hosts import QuantizeNetwork, keeps_checkpoints
 from repapq_plugin.job import Job, Report
@@ -29,7 +29,7 @@ from repapq_plugin.result import CalibrationResult
 RESULT_FILE = SAVED_AS
 """Name of the saved result in a work folder."""
 
-SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "program": ".pt2", "executorch": ".pte", "litert": ".tflite"}
 """What the main file of each export format ends in."""
 
 
@@ -65,10 +65,10 @@ class Exported:
     """
 
     files: tuple[Path, ...]
-    summary: OnnxSummary | OpenVINOSummary
+    summary: Summary
 
     @classmethod
-    def of(cls, summary: OnnxSummary | OpenVINOSummary) -> Exported:
+    def of(cls, summary: Summary) -> Exported:
         """Return what a summary speaks of."""
         weights = (summary.weights_path,) if isinstance(summary, OpenVINOSummary) else ()
         return cls((summary.path, *weights), summary)
