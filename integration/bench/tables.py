@@ -135,6 +135,29 @@ def targets_table() -> str:
     return markdown(head, body)
 
 
+def devices_table() -> str:
+    """Return what each runtime scores beside the simulation of what it computes, and how alike the outputs are."""
+    body = []
+    for row in rows_of("runtimes"):
+        figures = [f"{row[key]:.2f}" for key in ("calibrated", "simulated", "accuracy", "same_class", "equal")]
+        name = {"onnxruntime": "onnxruntime", "openvino": "OpenVINO", "executorch": "ExecuTorch", "litert": "LiteRT"}
+        shown = [CLASSIFIERS[row["model"]], row["preset"].upper(), name[row["runtime"]], row["form"]]
+        body.append([*shown, *figures, f"{row['integer']} of {row['layers']}"])
+    head = [
+        "",
+        "bits",
+        "runtime",
+        "form",
+        "calibrated",
+        "simulated",
+        "runtime's",
+        "same class, %",
+        "equal, %",
+        "INT8 layers",
+    ]
+    return markdown(head, body)
+
+
 def integers(row: Row) -> str:
     """Return how many of the layers with weights run in integers."""
     return f"{row['int8_layers']} of {row['layers']}"
@@ -256,6 +279,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "runtimes": runtime_table,
     "overhead": overhead_table,
     "targets": targets_table,
+    "devices": devices_table,
     "nncf": nncf_table,
     "kills": kills_table,
     "mimicnorm": training_table,

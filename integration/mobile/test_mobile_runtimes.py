@@ -37,16 +37,26 @@ class Network(nn.Module):
         return self.last(self.third(y).relu().mean((2, 3)))
 
 
+class Chain(Network):
+    """The same layers with nothing that is read twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.depthwise(self.stem(x).relu()).relu()).relu()
+        return self.last(self.third(torch.cat([x, x], 1)).relu().mean((2, 3)))
+
+
 def batches() -> list[Tensor]:
     torch.manual_seed(0)
     return [torch.randn(8, 3, 16, 16) for _ in range(4)]
 
 
-def program_of(preset: str, rounded: bool = True) -> tuple[nn.Module, QuantizedProgram]:
+def program_of(
+    preset: str, rounded: bool = True, network: type[nn.Module] = Network
+) -> tuple[nn.Module, QuantizedProgram]:
     torch.manual_seed(1)
     data = batches()
     config = RepAPQConfig.from_preset(preset, target="executorch", steps=5)
-    model = quantize_model(Network().eval(), data, config).model
+    model = quantize_model(network().eval(), data, config).model
     return model, quantized_program(model, data[0], batches=data if rounded else None)
 
 
@@ -68,15 +78,24 @@ def test_executorch_computes_every_layer_in_integers_as_simulated(preset: str, t
     assert equal > 0.95 and steps < 1.01
 
 
-@pytest.mark.parametrize("preset", ["w8a8", "w4a4"])
+@pytest.mark.parametrize(("preset", "network"), [("w8a8", Network), ("w8a8", Chain), ("w4a4", Chain)])
 @pytest.mark.parametrize("delegate", [True, False])
-def test_litert_computes_every_layer_in_integers_as_simulated(preset: str, delegate: bool, tmp_path: Path) -> None:
-    _, program = program_of(preset)
+def test_litert_computes_every_layer_in_integers_as_simulated(
+    preset: str, network: type[nn.Module], delegate: bool, tmp_path: Path
+) -> None:
+    _, program = program_of(preset, network=network)
     summary = export_litert(program, None, tmp_path / "model.tflite")
     assert (summary.integer_layers, summary.layers, summary.float_layers) == (5, 5, ())
     assert summary.integer_inputs and summary.integer_outputs
     equal, steps = shares(LiteRTNetwork(summary.path, threads=1, delegate=delegate), program)
     assert equal > 0.9 and steps < 1.01
+
+
+def test_litert_refuses_a_pooled_tensor_on_two_grids_of_few_bits(tmp_path: Path) -> None:
+    _, program = program_of("w4a4")
+    with pytest.raises(ExportError, match="LiteRT's converter cannot take the network"):
+        export_litert(program, None, tmp_path / "model.tflite")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_executorch_computes_in_float_what_nothing_rounds_and_says_so(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.ao.quantization.fx import _decomposed as _decomposed  # defines the operators
+from torch.ao.quantization import quantize_fx as quantize_fx  # defines the operators
 from torch.fx import GraphModule, Node
 
 from repapq_plugin.core.files import atomically, unwritable
@@ -36,6 +36,7 @@ from repapq_plugin.export.program_grids import (
     merge_grids,
     read_instead,
     round_outputs,
+    round_results,
     round_sources,
     share_roundings,
 )
@@ -185,6 +186,7 @@ def quantized_program(
         round_sources(graph)
         round_outputs(graph, [tuple(Call.of(batch, deployed).tensors) for batch in batches])
         round_sources(graph)
+    round_results(graph)
     join_clamps(graph)
     if round_biases:
         _round_biases(graph)

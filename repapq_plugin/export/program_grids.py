@@ -11,7 +11,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.ao.quantization.fx import _decomposed as _decomposed  # defines the operators
+from torch.ao.quantization import quantize_fx as quantize_fx  # defines the operators
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from repapq_plugin.core.quant_primitives import CONTAINERS, choose_qparams
@@ -146,6 +146,23 @@ def round_sources(module: GraphModule) -> None:
                 moving.replace_input_with(given, rounding.grid.round_node(module.graph, given))
                 if given.target in MOVING and len(given.users) == 1:
                     pending.append(given)
+    share_roundings(module)
+
+
+def round_results(module: GraphModule) -> None:
+    """Round again what operators give that only move values of one grid, in place: they compute in integers then."""
+    for node in list(module.graph.nodes):
+        given = node.all_input_nodes
+        if node.target not in MOVING or any(each.target is not DEQUANTIZE for each in given):
+            continue
+        grids = {each.args[1:] for each in given}
+        if len(grids) != 1 or {user.args[1:] for user in node.users if user.target is QUANTIZE} == grids:
+            continue
+        readers = [user for user in node.users if user.target is not QUANTIZE or user.args[1:] not in grids]
+        scale, zero_point, *_ = grids.pop()
+        rounded = Grid(cast(float, scale), cast(int, zero_point)).round_node(module.graph, node)
+        for reader in readers:
+            reader.replace_input_with(node, rounded)
     share_roundings(module)
 
 

@@ -158,7 +158,7 @@ _ALL = (
         shared_grid_operators=("Concat",),
         float_operators=("Sigmoid", "Softmax", "HardSigmoid", "Exp", "LogSoftmax"),
         activation_types=("int8",),
-        file="a graph of torchao's pt2e, lowered to XNNPACK",
+        file="a .pte of export_executorch",
         notes=("XNNPACK quantizes biases itself, from float ones.", ROUNDED, FEWER),
         rules=_own(
             COMMON,
@@ -177,7 +177,7 @@ _ALL = (
         shared_grid_operators=("Concat",),
         float_operators=("Sigmoid", "Softmax", "LogSoftmax", "Tanh"),
         activation_types=("int8",),
-        file="a converter's .tflite; the ONNX file shows grids and codes",
+        file="a .tflite of export_litert",
         notes=(
             "Sigmoid, softmax and tanh have fixed output grids there: they stay float in a network of ours.",
             ROUNDED,
