@@ -143,7 +143,7 @@ def learnables_of_affine(affine: ChannelAffine | None, rate: float, magnitude: f
 def parameter_groups(
     learners: Mapping[str, Learner], magnitudes: Mapping[str, float], rates: LearningRates
 ) -> list[dict[str, object]]:
-    """Return Adam's parameter groups of all ``learners``; what several share learns once.
+    """Return Adam's parameter groups of all ``learners``, one for each rate; what several share learns once.
 
     Args:
         learners: What learns, by module path.
@@ -154,7 +154,10 @@ def parameter_groups(
     for name, learner in learners.items():
         for learnable in learner.learnables(magnitudes[name], rates):
             found.setdefault(learnable.parameter, learnable.rate)
-    return [{"params": [parameter], "lr": rate} for parameter, rate in found.items()]
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for parameter, rate in found.items():
+        by_rate.setdefault(rate, []).append(parameter)
+    return [{"params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
 
 
 @torch.no_grad()

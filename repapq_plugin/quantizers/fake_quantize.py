@@ -14,6 +14,7 @@ from repapq_plugin.core.quant_primitives import powers_around
 from repapq_plugin.errors import ConfigError
 from repapq_plugin.observers.base import RangeObserver, named_factory, refuse_pt2e
 from repapq_plugin.observers.min_max import MinMaxObserver, PerChannelMinMaxObserver
+from repapq_plugin.quantizers.rounding import round_to_grid
 
 _FLOAT = torch.finfo(torch.float32)
 LOG_LIMITS = (math.log(_FLOAT.tiny), math.log(_FLOAT.max) - 1)
@@ -45,7 +46,7 @@ class LearnableFakeQuantize(FakeQuantizeBase):
 
     The scale is kept as its logarithm, so a step of any optimizer leaves it positive. Rounding
     passes gradients straight through; the scale's gradient is that of learned step sizes (LSQ,
-    arXiv:1902.08153), as torch's own learnable kernels compute it.
+    arXiv:1902.08153); see `repapq_plugin.quantizers.rounding`.
 
     While observing, inputs go to the observer; once quantizing starts, its range is turned into the
     starting scale and zero point.
@@ -171,18 +172,14 @@ class LearnableFakeQuantize(FakeQuantizeBase):
 
     def quantize_dequantize(self, x: Tensor) -> Tensor:
         """Round ``x`` to the grid, whatever the state of the flags; computed in float32."""
-        # torch's learnable kernels have gradients in float32 (and, by chance of version, bfloat16) only.
-        values, scale, zero_point = x.float(), self.scale.float(), self.zero_point.float()
-        if self.per_channel:
-            hat = torch._fake_quantize_learnable_per_channel_affine(
-                values, scale, zero_point, self.ch_axis, self.quant_min, self.quant_max, 1.0
-            )
-        else:
-            # Moved to codes from 0 on, which gives the same values: of negative codes torch's kernel cuts the fraction
-            # off, not rounds it, and lets gradients through one step too low and not through the last one.
-            hat = torch._fake_quantize_learnable_per_tensor_affine(
-                values, scale, zero_point - self.quant_min, 0, self.quant_max - self.quant_min, 1.0
-            )
+        hat = round_to_grid(
+            x.float(),
+            self.scale.float(),
+            self.zero_point.float(),
+            self.quant_min,
+            self.quant_max,
+            self.ch_axis if self.per_channel else None,
+        )
         return hat.to(x.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

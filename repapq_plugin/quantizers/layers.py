@@ -163,7 +163,7 @@ def take_role(layer: nn.Module, role: type[R]) -> R:
 class QuantizedLayer(RunsOwnForward):
     """The role of a quantized layer: ``affine(forward(input_fake_quant(x)))``, with ``weight_fake_quant(weight)``.
 
-    An affine layer that is `ChannelAffine.inside` acts on weight and bias instead, before the weight is rounded.
+    The affine layer acts on weight and bias; one that is `ChannelAffine.inside` does before the weight is rounded.
     ``input_fake_quant`` may be shared with other layers that read the same tensor, ``weight_fake_quant`` with layers of
     the same weight. After the fold ``affine`` is ``None`` and the weights lie on their grid. Made by `quantize_layer`.
     """
@@ -176,13 +176,16 @@ class QuantizedLayer(RunsOwnForward):
         """Run the layer on the quantized input with quantized weights."""
         args, kwargs = change_first_tensor(args, kwargs, self.input_fake_quant)
         affine = self.affine
+        weight, bias = cast(Tensor, weight_of(self)), None
         if affine is not None and affine.inside:
-            weight = affine.scaled(weight_of(self), output_channels_axis(self))
-            with self.multiplying(self.weight_fake_quant(weight), affine.shifted(bias_of(self))):
-                return self.float_forward(*args, **kwargs)
-        with self.multiplying(self.weight_fake_quant(weight_of(self))):
-            y = self.float_forward(*args, **kwargs)
-        return y if affine is None else cast(Tensor, affine(y))
+            weight = affine.scaled(weight, output_channels_axis(self))
+        weight = self.weight_fake_quant(weight)
+        if affine is not None:
+            # On the weight, not on the output: the same function, and a weight is small.
+            weight = weight if affine.inside else affine.scaled(weight, output_channels_axis(self))
+            bias = affine.shifted(bias_of(self))
+        with self.multiplying(weight, bias):
+            return self.float_forward(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
         try:
