@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypedDict
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from repapq_plugin.backend import OwnBackend
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.checkpoints import Checkpoints
+from repapq_plugin.core.origin import Origin
 from repapq_plugin.errors import HostError
 from repapq_plugin.evaluation.latency import measure_latency
 from repapq_plugin.evaluation.runtimes import OnnxRuntimeNetwork, OpenVINONetwork
 from repapq_plugin.export.openvino import OpenVINOSummary, export_openvino, layer_kernels
+from repapq_plugin.export.origins import write_origin
 from repapq_plugin.export.qdq_onnx import OnnxSummary, export_onnx
 from repapq_plugin.hosts.hosted import SAVED_AS, QuantizedNetwork
 from repapq_plugin.hosts.openmmlab.network import TensorPath, preprocess, run_batch, serving_points
@@ -77,6 +79,16 @@ class Exported:
     def path(self) -> Path:
         """The file that a runtime opens."""
         return self.files[0]
+
+    def made_by(self, origin: Origin) -> Exported:
+        """Write into the files how they were made, whoever wrote them, and return this with their new size.
+
+        Raises:
+            ExportError: They cannot be written.
+        """
+        write_origin(self.path, origin)
+        size = sum(file.stat().st_size for file in self.files)
+        return replace(self, summary=replace(self.summary, size_bytes=size))
 
 
 def writable_folder(path: str | Path) -> Path:

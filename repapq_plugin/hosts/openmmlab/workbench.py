@@ -71,6 +71,7 @@ class Workbench:
         need_scores: Open the test data; an export does without.
         overrides: See `settings_of`.
         device: Where the model runs, and where it takes its batches; ``None`` leaves it where the toolbox puts it.
+        cfg_options: Overrides that the config was read with, to be noted.
 
     Raises:
         HostError: The config has no test set, the model cannot be built, the checkpoint is missing
@@ -89,7 +90,9 @@ class Workbench:
         need_scores: bool = True,
         overrides: Mapping[str, object] | None = None,
         device: torch.device | None = None,
+        cfg_options: Sequence[str] = (),
     ) -> None:
+        self.cfg_options = tuple(cfg_options)
         said = dict(overrides or {})
         if seed is not None:
             keys = said.get("quantizer")
