@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -15,10 +14,8 @@ from repapq_plugin.cli import texts
 from repapq_plugin.cli.display import Display
 from repapq_plugin.cli.opening import opened
 from repapq_plugin.cli.options import Common, PathArgument, common_options, device_option
+from repapq_plugin.core.origin import Origin
 from repapq_plugin.errors import ConfigError, ResultError
-
-if TYPE_CHECKING:
-    from repapq_plugin.core.origin import Origin
 
 BACKEND_OF = {".safetensors": "simulated", ".pth": "simulated", ".onnx": "onnxruntime", ".xml": "openvino"}
 """What runs a result unless somebody says otherwise, by the suffix of its file."""
@@ -159,13 +156,20 @@ def evaluate(
     "-o",
     "--out",
     type=PathArgument,
-    help="File to write, .onnx or .xml. [default: repapq.onnx or .xml beside RESULT]",
+    help="File to write, .onnx or .xml. [default: repapq.onnx or .xml beside RESULT; with decoding "
+    "repapq-detector.onnx or .xml]",
+)
+@click.option(
+    "--with-decoding",
+    is_flag=True,
+    help="Write the whole detector: one image in, boxes, scores and labels out, decoded and suppressed in float.",
 )
 @common_options
 def export(
     paths: tuple[Path, ...],
     kind: str,
     out: Path | None,
+    with_decoding: bool,
     cfg_options: tuple[str, ...],
     work_dir: Path | None,
     threads: int | None,
@@ -176,7 +180,10 @@ def export(
     it = named(paths, "export", cfg_options)
     if kind_of(it.result) != "simulated":
         raise ConfigError(f"{it.result.name} is exported already; give the .safetensors or .pth result.")
-    target = out or it.result.with_suffix(SUFFIXES[kind])
+    if with_decoding and it.result.suffix == ".pth":
+        raise ConfigError("--with-decoding is not allowed with NNCF's networks, which are not exported to ONNX.")
+    whole = "-detector" if with_decoding else ""
+    target = out or it.result.with_name(f"{it.result.stem}{whole}{SUFFIXES[kind]}")
     if target.suffix != SUFFIXES[kind]:
         raise ConfigError(f"--out {target.name!r} is not allowed with --format {kind}; end it in {SUFFIXES[kind]}.")
     display, common = Display(), Common(it.cfg_options, work_dir, threads)
@@ -188,6 +195,14 @@ def export(
         if origin is not None and len(paths) == 2:  # what was said goes before what the file says
             origin = replace(origin, config=str(it.config.resolve()), cfg_options=it.cfg_options)
         with display.step("export", f"Exporting {kind}"):
-            exported = quantized.export(kind, bench.example, target.with_suffix(""), origin)
+            if with_decoding:
+                from repapq_plugin.hosts.openmmlab.detectors import export_detector
+
+                known = origin or Origin(None if quantized.result is None else quantized.result.config)
+                known = replace(known, config=str(it.config.resolve()), cfg_options=it.cfg_options)
+                path = target.with_suffix("")
+                exported = export_detector(quantized, bench.example, bench.image_shape, path, kind, known)
+            else:
+                exported = quantized.export(kind, bench.example, target.with_suffix(""), origin)
     for path in exported.files:
         display.line(f"wrote {path}")

@@ -49,4 +49,5 @@ def score_result(
     if backend == "openvino" and config is not None:
         notes.append(saturation_note(config.reduce_range))
     with step("score", f"Scoring {path.name} ({backend})") as report:
-        return bench.score(model, network, report), [note for note in notes if note]
+        decoding = None if origin is None else origin.decoding
+        return bench.score(model, network, report, decoding), [note for note in notes if note]
