@@ -19,8 +19,8 @@ from repapq_plugin.errors import ExportError, ResultError
 if TYPE_CHECKING:
     import onnx
 
-ENTRY = f"{KEY}/origin.json"
-"""What a file of `torch.save`, which is an archive, keeps its origin under."""
+ENTRY = f"{KEY}_origin.json"
+"""What a file of `torch.save`, which is an archive, keeps its origin under, in the one folder that it has."""
 
 
 def read_origin(path: Path) -> Origin | None:
@@ -129,16 +129,22 @@ def _into_safetensors(path: Path, partial: Path, text: str) -> None:
 
 def _from_archive(path: Path) -> str | None:
     with zipfile.ZipFile(path) as archive:
-        return archive.read(ENTRY).decode() if ENTRY in archive.namelist() else None
+        entry = _entry(archive)
+        return archive.read(entry).decode() if entry in archive.namelist() else None
 
 
 def _into_archive(path: Path, partial: Path, text: str) -> None:
-    with zipfile.ZipFile(path) as archive:
-        if ENTRY in archive.namelist():
-            raise OSError(f"{path.name} says already how it was made")
     shutil.copyfile(path, partial)
     with zipfile.ZipFile(partial, "a") as archive:
-        archive.writestr(ENTRY, text)
+        entry = _entry(archive)
+        if entry in archive.namelist():
+            raise OSError("it says already how it was made")
+        archive.writestr(entry, text)
+
+
+def _entry(archive: zipfile.ZipFile) -> str:
+    names = archive.namelist()
+    return f"{names[0].partition('/')[0]}/{ENTRY}" if names else ENTRY
 
 
 READERS: Mapping[str, Callable[[Path], str | None]] = {

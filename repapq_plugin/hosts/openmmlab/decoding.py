@@ -1,4 +1,4 @@
-"""A dense head's own decoding as a module that can be traced: raw outputs in, boxes, scores and labels out.
+"""A dense head's own decoding as a module to be traced: raw outputs in, boxes, scores and labels out.
 
 Nothing of a head is written anew. Its ``predict_by_feat`` runs as it stands. Three things that it calls, and that a
 graph cannot hold, are exchanged for the time of the call:
@@ -43,29 +43,26 @@ class _Graph(Protocol):
 
 
 class Suppression(torch.autograd.Function):
-    """Non-maximum suppression of boxes with scores above a threshold, as one ONNX node."""
+    """Non-maximum suppression of boxes with scores above a threshold, as one ONNX node.
+
+    It is there to be traced: in torch it only takes the best scores, of whatever boxes; nobody reads the values.
+    """
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, boxes: Tensor, scores: Tensor, iou_threshold: float, score_threshold: float, most: int
     ) -> Tensor:
-        """Return indices of what is kept, best score first.
+        """Return indices, int64, of what could be kept, best score first.
 
         Args:
             ctx: Not used.
             boxes: Float ``(n, 4)``.
             scores: Float ``(n,)``.
-            iou_threshold: Boxes that overlap a better one by more are left out.
-            score_threshold: So are those without a higher score.
+            iou_threshold: The node leaves out boxes that overlap a better one by more.
+            score_threshold: And those without a higher score.
             most: How many are kept at most.
         """
-        from mmcv.ops import nms
-
-        hopeful = (scores > score_threshold).nonzero().flatten()
-        if not len(hopeful):
-            return hopeful
-        _, kept = nms(boxes[hopeful].contiguous(), scores[hopeful].contiguous(), iou_threshold)
-        return hopeful[kept][:most]
+        return scores.topk(min(most, len(scores))).indices
 
     @staticmethod
     def symbolic(
@@ -112,15 +109,15 @@ class Traceable(TorchFunctionMode):
         """Run a function of torch."""
         kwargs = dict(kwargs or {})
         if func is Tensor.clamp_ and id(args[0]) in self._views:
-            _, base, index = self._views[id(args[0])]
+            _, base, taken = self._views[id(args[0])]
             bounds = dict(zip(("min", "max"), args[1:], strict=False)) | kwargs
-            _clamp_columns(base, index, bounds.get("min"), bounds.get("max"))
+            _clamp_columns(base, taken, bounds.get("min"), bounds.get("max"))
             return args[0]
         if func is Tensor.__getitem__ and _takes_a_column(args[1]):
             # By a slice: OpenVINO gets the shape wrong where several columns of one tensor are gathered.
             *others, column = cast("tuple[int, ...]", args[1])
-            part = func(args[0], (*others, slice(column, column + 1 or None)))
-            return cast(Tensor, part).squeeze(-1)
+            index = tuple([*others, slice(column, column + 1 or None)])
+            return cast(Tensor, args[0])[index].squeeze(-1)
         result = func(*args, **kwargs)
         if func is Tensor.__getitem__ and isinstance(result, Tensor):
             self._views[id(result)] = (result, cast(Tensor, args[0]), args[1])  # kept, so that an id stays its own
@@ -166,7 +163,7 @@ class Noting(dict[str, object]):
 
 
 class DecodedHead(nn.Module):
-    """The decoding of a head for one image of a fixed size.
+    """The decoding of a head for one image of a fixed size, to be traced; see `Suppression`.
 
     Args:
         head: A dense head of mmdet or mmyolo.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from repapq_plugin.core.files import write_atomically
 from repapq_plugin.core.origin import Origin
 from repapq_plugin.core.tensors import tensors_of, with_tensors
 from repapq_plugin.errors import ExportError, HostError
+from repapq_plugin.export.blame import brief
 from repapq_plugin.export.calls import Call
 from repapq_plugin.export.onnx_join import joined
 from repapq_plugin.export.onnx_names import GraphNames
@@ -42,7 +44,7 @@ NEAR = 1e-3
 """How far scores may be off, and boxes in proportion to the largest coordinate."""
 
 NOISE = 2.0
-"""Standard deviation of what is added to raw outputs, so that a check has something to find."""
+"""Standard deviation of the raw outputs of a check, drawn at random: there is much to find, and no scores are equal."""
 
 
 def export_detector(
@@ -133,23 +135,32 @@ def decoding_graph(decoded: DecodedHead, raw: Sequence[Tensor], opset: int) -> o
     Raises:
         ExportError: It cannot be traced, or finds something else.
     """
-    call = Call(tuple(raw), {})
     kind = type(decoded.head).__name__
     try:
-        found = decoded(*raw)  # also lets a head keep its priors, which are the same for each image
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        found = toolbox_detections(decoded, raw)  # lets a head keep its priors, which are the same for each image
+        names = GraphNames(raw, found, [f"raw_{index}" for index in range(len(raw))], list(OUTPUTS))
+        proto = trace(decoded, Call(tuple(raw), {}), names, {name: {0: "detections"} for name in OUTPUTS}, opset)
+        if has_onnxruntime():
+            values = _drawn(decoded, raw)
+            given = dict(zip(names.inputs, values, strict=True))
+            results = RuntimeCheck(proto.SerializeToString(), decoded).run(given)
+            _compare(results, toolbox_detections(decoded, values))
+    except (ExportError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ExportError(
-            f"The decoding of {kind} cannot be written: {type(error).__name__}: {error}. Leave --with-decoding out."
+            f"The decoding of {kind} cannot be written: {type(error).__name__}: {brief(error).rstrip('.')}. Leave "
+            "--with-decoding out: the toolbox decodes what the network part gives."
         ) from error
-    names = GraphNames(raw, found, [f"raw_{index}" for index in range(len(raw))], list(OUTPUTS))
-    proto = trace(decoded, call, names, {name: {0: "detections"} for name in OUTPUTS}, opset)
-    if has_onnxruntime():
-        check = RuntimeCheck(proto.SerializeToString(), decoded)
-        noise = torch.Generator().manual_seed(0)
-        for values in (raw, [value + NOISE * torch.randn(value.shape, generator=noise) for value in raw]):
-            wanted = toolbox_detections(decoded, values)
-            _compare(check.run(dict(zip(names.inputs, values, strict=True))), wanted, kind)
     return proto
+
+
+def _drawn(decoded: DecodedHead, raw: Sequence[Tensor]) -> list[Tensor]:
+    """Return raw outputs drawn at random, of which some hundredths of the scores are above the head's threshold."""
+    generator = torch.Generator().manual_seed(0)
+    threshold = min(max(decoded.threshold, 1e-3), 0.5)
+    low = math.log(threshold / (1 - threshold)) - 2 * NOISE
+    classes = int(cast(int, decoded.head.num_classes))
+    drawn = [NOISE * torch.randn(value.shape, generator=generator) for value in raw]
+    return [value + low if value.shape[1] % classes == 0 else value for value in drawn]
 
 
 def toolbox_detections(decoded: DecodedHead, raw: Sequence[Tensor]) -> list[Tensor]:
@@ -162,7 +173,7 @@ def toolbox_detections(decoded: DecodedHead, raw: Sequence[Tensor]) -> list[Tens
     return [getattr(boxes, "tensor", boxes), *others]
 
 
-def _compare(results: Sequence[Tensor], wanted: Sequence[Tensor], kind: str) -> None:
+def _compare(results: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
     """Make sure that detections are the same, whatever the order of equal scores.
 
     Raises:
@@ -177,6 +188,5 @@ def _compare(results: Sequence[Tensor], wanted: Sequence[Tensor], kind: str) -> 
     most = max(len(scores), len(wanted[1]))
     if same < SAME * most:
         raise ExportError(
-            f"The written decoding of {kind} finds {len(scores)} boxes where the toolbox finds {len(wanted[1])}, and "
-            f"{same} of them are the same. Export without --with-decoding."
+            f"The graph finds {len(scores)} boxes where the toolbox finds {len(wanted[1])}; {same} are the same."
         )
