@@ -73,10 +73,9 @@ def settled(network: nn.Module, size: int) -> tuple[nn.Module, list[Tensor]]:
     return network.eval(), batches
 
 
-def prepared(name: str, folder: Path, seed: int) -> Prepared:
+def prepared(name: str, folder: Path, seed: int, size: int) -> Prepared:
     """Make a network, merge it, quantize it for two targets, and write all files that candidates are made of."""
     torch.manual_seed(seed)
-    size = NETWORKS[name]
     network, batches = make_detector(size) if name == "yolov6_n" else make_network(name, size)
     image = batches[0][:1].clone()
     merged = merge_for_inference(network, lambda m: m(image)).network
@@ -97,7 +96,7 @@ def timed(candidates: Mapping[str, Candidate], rounds: int) -> dict[str, Any]:
     """Let candidates take turns; return times, ratios and what each of them ran in."""
     with torch.no_grad():
         report = measure_latency({name: candidate.run for name, candidate in candidates.items()}, rounds=rounds)
-    ours = [name for name in candidates if name.startswith("RepAPQ")]
+    ours = [name for name in candidates if name.startswith("RepAPQ") and candidates[name].against in candidates]
     others = [name for name, candidate in candidates.items() if candidate.rival]
     floats = [name for name in candidates if name.startswith("float")]
     slower = {f"{our} by {candidates[our].against}": report.ratios[our, candidates[our].against] for our in ours}
@@ -133,8 +132,17 @@ def show(network: str, runtime: str, row: Mapping[str, Any]) -> None:
 @click.option("--threads", default=2, show_default=True)
 @click.option("--rounds", default=60, show_default=True)
 @click.option("--seed", default=0, show_default=True)
+@click.option("--size", type=int, help="Height and width of the input, for a try. Default: that of the network.")
 @click.option("--dry", is_flag=True, help="Print only; write no result.")
-def main(networks: tuple[str, ...], runtimes: tuple[str, ...], threads: int, rounds: int, seed: int, dry: bool) -> None:
+def main(
+    networks: tuple[str, ...],
+    runtimes: tuple[str, ...],
+    threads: int,
+    rounds: int,
+    seed: int,
+    size: int | None,
+    dry: bool,
+) -> None:
     """Measure and write ``results/latency.json``."""
     torch.set_num_threads(threads)
     started = time.perf_counter()
@@ -147,11 +155,11 @@ def main(networks: tuple[str, ...], runtimes: tuple[str, ...], threads: int, rou
         content = {"rows": {}}
     for name in networks or NETWORKS:
         with tempfile.TemporaryDirectory() as folder:
-            made = prepared(name, Path(folder), seed)
+            made = prepared(name, Path(folder), seed, size or NETWORKS[name])
             for runtime in runtimes or RUNTIMES:
                 row = timed(RUNTIMES[runtime](made, threads), rounds)
                 row |= {
-                    "input": [1, 3, NETWORKS[name], NETWORKS[name]],
+                    "input": list(made.image.shape),
                     "scheme": made.result.config.scheme,
                     "threads": threads,
                     "seed": seed,
