@@ -273,10 +273,25 @@ def kills_table() -> str:
     return markdown(["same bits, nothing left", *schedules], body)
 
 
+def latency_table() -> str:
+    """Return how long one image takes in each form on each runtime, and what that form computes in."""
+    body = []
+    for network, runtimes in json.loads((RESULTS / "latency.json").read_text())["rows"].items():
+        for runtime, row in runtimes.items():
+            for name, median in row["median_ms"].items():
+                ratio = next((r for pair, r in row["ours_by_theirs"].items() if pair.startswith(f"{name} by ")), None)
+                shown = NOTHING if ratio is None else f"{ratio:.3f}"
+                body.append(
+                    [f"{network}, {row['input'][2]}", runtime, name, row["precision"][name], f"{median:.2f}", shown]
+                )
+    return markdown(["network, pixels", "runtime", "form", "precision", "ms", "ours by theirs"], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary_table,
     "photographs": photographs_table,
     "runtimes": runtime_table,
+    "latency": latency_table,
     "overhead": overhead_table,
     "targets": targets_table,
     "devices": devices_table,

@@ -22,6 +22,7 @@ from repapq_plugin import RepAPQConfig
 from repapq_plugin.core.tensors import floating_tensors
 from repapq_plugin.export.openvino import layer_kernels
 from repapq_plugin.hosts.nncf import RangeClamp, quantize
+from repapq_plugin.hosts.nncf.quantization import TARGET_OF, quantize_with_record
 from repapq_plugin.job import merge_for_inference
 from tests.support.networks import Chain, settle
 
@@ -288,6 +289,23 @@ def test_presets_devices_and_ignored_scopes_are_nncfs(chain: nn.Module) -> None:
     x = torch.randn(8, 3, 16, 16)
     wanted, got = outputs(chain, x)[0], outputs(model, x)[0]
     assert float((got - wanted).abs().mean()) < 0.3 * float(wanted.abs().mean())
+
+
+@pytest.mark.parametrize(
+    ("device", "said", "target"),
+    [
+        (nncf.TargetDevice.ANY, "generic", "generic"),
+        (nncf.TargetDevice.CPU, "generic", "openvino"),
+        (nncf.TargetDevice.GPU, "generic", "openvino"),
+        (nncf.TargetDevice.NPU, "openvino", "openvino"),
+    ],
+)
+def test_a_device_stands_for_a_target(chain: nn.Module, device: nncf.TargetDevice, said: str, target: str) -> None:
+    images = nncf.Dataset([torch.randn(1, 3, 16, 16) for _ in range(2)])
+    config = RepAPQConfig(steps=0, equalize=False, target=said)
+    made = quantize_with_record(chain, images, target_device=device, repapq=config)
+    assert made.config.runs_on.name == target
+    assert set(TARGET_OF) == {device for device in nncf.TargetDevice if device.name != "CPU_SPR"}
 
 
 def test_a_merged_network_is_taken_as_well(merged: nn.Module, eight: Case) -> None:

@@ -65,7 +65,7 @@ def test_quantize_scores_exports_times_and_records(quantized: tuple[Path, dict[s
 def _evaluate(capsys: pytest.CaptureFixture[str], folder: Path, file: str, *more: str) -> float:
     words = ["eval", str(DETECTOR_W6A6), str(folder / file), "-w", str(folder / "eval"), *more, *options(SCORED)]
     assert main(words) == 0
-    lines = dict(line.split(": ") for line in capsys.readouterr().out.splitlines() if ": " in line)
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
     return float(lines["coco/bbox_mAP"])
 
 

@@ -64,6 +64,12 @@ def test_every_host_from_the_command_line(
 
     assert command("eval", str(folder / "repapq.xml"), folder=tmp_path / "eval") == 0
     assert scores_of(capsys)["accuracy/top1"] == pytest.approx(top1["openvino"])
+    for name, scored in (("repapq.xml", "openvino"), (saved, "repapq")):  # each file alone says its config
+        assert main(["eval", str(folder / name), "-w", str(tmp_path / "eval")]) == 0
+        out = capsys.readouterr().out
+        assert f"quantized by {host}" in out
+        if scored == "openvino" or host == "NNCF":
+            assert f"accuracy/top1: {top1[scored]}" in out
     if saved == "nncf.pth":
         assert command("eval", str(folder / saved), folder=tmp_path / "eval") == 0
         assert scores_of(capsys)["accuracy/top1"] == pytest.approx(top1["repapq"])

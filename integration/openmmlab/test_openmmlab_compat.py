@@ -172,3 +172,26 @@ def test_mmengine_0_10_12_makes_its_test_loop_before_it_loads(tmp_path: Path) ->
     runner.load_or_resume = lambda: order.append("load")
     assert runner.test() == {}
     assert order[:2] == ["loop", "load"]
+
+
+def test_dense_heads_call_what_is_exchanged_and_get_it_back() -> None:
+    from mmdet.models.dense_heads import base_dense_head
+    from mmyolo.models.dense_heads import yolov5_head
+
+    filter_scores, suppress = _compat.dense_functions()
+    assert base_dense_head.filter_scores_and_topk is yolov5_head.filter_scores_and_topk is filter_scores
+    assert base_dense_head.batched_nms is suppress
+    assert base_dense_head.BaseDenseHead.__name__ == _compat.DENSE_HEAD
+    with pytest.raises(KeyError), _compat.everywhere(filter_scores, print), _compat.everywhere(suppress, len):
+        assert base_dense_head.filter_scores_and_topk is yolov5_head.filter_scores_and_topk is print
+        assert base_dense_head.batched_nms is len
+        raise KeyError
+    assert base_dense_head.filter_scores_and_topk is yolov5_head.filter_scores_and_topk is filter_scores
+    assert base_dense_head.batched_nms is suppress
+
+
+def test_an_export_is_hidden_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    with _compat.outside_of_export():
+        assert not torch.onnx.is_in_onnx_export()
+    assert torch.onnx.is_in_onnx_export()

@@ -7,8 +7,7 @@ understood; 130 interrupted, with nothing half written.
 from __future__ import annotations
 
 import contextlib
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,64 +15,18 @@ import click
 from rich.console import Console
 
 from repapq_plugin.cli import texts
-from repapq_plugin.cli.devices import accelerators, device_named
+from repapq_plugin.cli.devices import accelerators
 from repapq_plugin.cli.display import Display, show_diagnosis
-from repapq_plugin.cli.lowering import format_of, lower
+from repapq_plugin.cli.lowering import lower
+from repapq_plugin.cli.opening import opened
 from repapq_plugin.cli.options import Common, PathArgument, common_options, device_option, pairs
+from repapq_plugin.cli.results import evaluate, export
 from repapq_plugin.cli.targets import report, target_list, target_page
-from repapq_plugin.errors import ConfigError, HostError, RepAPQError
+from repapq_plugin.errors import RepAPQError
 from repapq_plugin.targets import find_target
 
 if TYPE_CHECKING:
     from repapq_plugin.core.checkpoints import Checkpoints
-    from repapq_plugin.hosts.openmmlab.workbench import Workbench
-
-BACKEND_OF = {".safetensors": "simulated", ".pth": "simulated", ".onnx": "onnxruntime", ".xml": "openvino"}
-"""What runs a result unless somebody says otherwise, by the suffix of its file."""
-
-
-FORMATS = ("onnx", "openvino", "executorch", "litert", "program")
-"""What `export` writes; a program is for `lower`."""
-
-
-@contextlib.contextmanager
-def _workbench(
-    display: Display,
-    config: Path,
-    common: Common,
-    checkpoint: str | None = None,
-    *,
-    seed: int | None = None,
-    need_weights: bool = True,
-    need_scores: bool = True,
-    overrides: Mapping[str, object] | None = None,
-) -> Iterator[Workbench]:
-    """Open config, model and work folder, with bars shown and the toolbox kept quiet until the end."""
-    # Before the toolboxes are imported, which takes seconds.
-    if not config.is_file():
-        raise HostError(f"The config {config} does not exist.")
-    import torch
-
-    from repapq_plugin.hosts.openmmlab.work import writable_folder
-    from repapq_plugin.hosts.openmmlab.workbench import Workbench, open_config
-
-    device = None if common.device is None else device_named(common.device)
-    if common.threads is not None:
-        torch.set_num_threads(common.threads)
-    folder = writable_folder(common.work_dir or Path("work_dirs") / config.stem)
-    with display.working(folder):
-        with display.step("load_model", "Loading the model"):
-            bench = Workbench(
-                open_config(config, common.cfg_options),
-                checkpoint,
-                folder,
-                seed=seed,
-                need_weights=need_weights,
-                need_scores=need_scores,
-                overrides=overrides,
-                device=device,
-            )
-        yield bench
 
 
 class Resumable(click.Abort):
@@ -88,12 +41,6 @@ def _resumable(checkpoints: Checkpoints) -> Iterator[None]:
         if not checkpoints.finished:
             raise
         raise Resumable(f"Finished parts of the calibration are kept: {len(checkpoints.finished)}.") from error
-
-
-def _kind_of(result: Path) -> str:
-    if result.suffix in BACKEND_OF:
-        return BACKEND_OF[result.suffix]
-    raise ConfigError(f"{result.name} is not a result; give a file ending in {', '.join(BACKEND_OF)}.")
 
 
 @click.group(help=texts.CLI_HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -196,7 +143,7 @@ def quantize(
     if resume:
         overrides["resume"] = True
     display, common = Display(), Common(cfg_options, work_dir, threads, device)
-    with _workbench(display, config, common, checkpoint, overrides=overrides, seed=seed) as bench:
+    with opened(display, config, common, checkpoint, overrides=overrides, seed=seed) as bench:
         # A host, which the package and its command must not load before they know that it is wanted.
         from repapq_plugin.hosts.openmmlab.steps import quantize_and_compare
 
@@ -209,79 +156,8 @@ def quantize(
     display.comparison(done.record, done.notes)
 
 
-@cli.command("eval", help=texts.EVAL_HELP)
-@click.argument("config", type=PathArgument)
-@click.argument("result", type=PathArgument)
-@click.option(
-    "--backend",
-    type=click.Choice(("simulated", "onnxruntime", "openvino")),
-    help="What runs the network part. [default: by the file: .onnx onnxruntime, .xml openvino, else simulated]",
-)
-@device_option
-@common_options
-def evaluate(
-    config: Path,
-    result: Path,
-    backend: str | None,
-    device: str | None,
-    cfg_options: tuple[str, ...],
-    work_dir: Path | None,
-    threads: int | None,
-) -> None:
-    """Score a result with the toolbox's own metric."""
-    kind = _kind_of(result)
-    backend = backend or kind
-    if backend == "simulated" and kind != "simulated":
-        raise ConfigError(f"--backend simulated needs a .safetensors or .pth result, not {result.name}.")
-    display, common = Display(), Common(cfg_options, work_dir, threads, device)
-    with (
-        tempfile.TemporaryDirectory() as temporary,
-        _workbench(display, config, common, need_weights=False) as bench,
-    ):
-        from repapq_plugin.hosts.openmmlab.steps import score_result
-
-        metrics, notes = score_result(bench, result, backend, display.step, Path(temporary))
-    for key, value in metrics.items():
-        display.line(f"{key}: {value}")
-    for note in notes:
-        display.line(f"note: {note}")
-
-
-@cli.command(help=texts.EXPORT_HELP)
-@click.argument("config", type=PathArgument)
-@click.argument("result", type=PathArgument)
-@click.option("--format", "kind", type=click.Choice(FORMATS), help="[default: by the suffix of --out, else onnx]")
-@click.option("-o", "--out", type=PathArgument, help=texts.OUT_HELP)
-@common_options
-def export(
-    config: Path,
-    result: Path,
-    kind: str | None,
-    out: Path | None,
-    cfg_options: tuple[str, ...],
-    work_dir: Path | None,
-    threads: int | None,
-) -> None:
-    """Write a result for a runtime."""
-    from repapq_plugin.hosts.openmmlab.work import SUFFIXES
-
-    kind = kind or format_of(out)
-    if _kind_of(result) != "simulated":
-        raise ConfigError(f"{result.name} is exported already; give the .safetensors or .pth result.")
-    target = out or result.with_suffix(SUFFIXES[kind])
-    if target.suffix != SUFFIXES[kind]:
-        raise ConfigError(f"--out {target.name!r} is not allowed with --format {kind}; end it in {SUFFIXES[kind]}.")
-    display, common = Display(), Common(cfg_options, work_dir, threads)
-    with _workbench(display, config, common, need_weights=False, need_scores=False) as bench:
-        from repapq_plugin.hosts.openmmlab.steps import load_quantized
-
-        quantized = load_quantized(result, bench.model, lambda: bench.example)
-        with display.step("export", f"Exporting {kind}"):
-            exported = quantized.export(kind, bench.example, target.with_suffix(""))
-    for path in exported.files:
-        display.line(f"wrote {path}")
-
-
+cli.add_command(evaluate)
+cli.add_command(export)
 cli.add_command(lower)
 
 

@@ -5,8 +5,8 @@ Post-training quantization of reparameterized networks (RepAPQ) for OpenMMLab co
 
 \b
   repapq quantize CONFIG [CHECKPOINT]   float in, INT8 files and a comparison out
-  repapq eval     CONFIG RESULT         score a result, simulated or on a runtime
-  repapq export   CONFIG RESULT         write a result as ONNX or OpenVINO
+  repapq eval     [CONFIG] RESULT       score a result, simulated or on a runtime
+  repapq export   [CONFIG] RESULT       write a result as ONNX or OpenVINO
   repapq targets  [NAME]                what runtimes can compute, with sources
   repapq check    FILE --target NAME    whether an ONNX file keeps a target's rules
   repapq doctor                         what is installed and works together
@@ -65,6 +65,9 @@ result.json holds:
 EVAL_HELP = """\
 Score RESULT with the toolbox's own metric on the test set of CONFIG.
 
+Without CONFIG the file says it: RESULT knows its config and the overrides it was read with, and how it was quantized,
+which is shown. Files of older versions and of others need CONFIG.
+
 RESULT is a repapq.safetensors, NNCF's nncf.pth, or an exported .onnx or .xml. A runtime takes the network part of the
 model; preprocessing, decoding and the metric stay the toolbox's. What is not exported yet goes to a temporary folder
 first when it is scored on a runtime.
@@ -72,6 +75,7 @@ first when it is scored on a runtime.
 
 EXPORT_HELP = """\
 Write RESULT (a repapq.safetensors) as QDQ ONNX, as OpenVINO IR or for phones, or NNCF's nncf.pth as OpenVINO IR.
+Without CONFIG, RESULT says which config it was made from.
 
 The file holds the network part of the model of CONFIG: preprocessed images in, raw outputs of the head out. Its image
 size is that of the config's calibration images. The batch size stays open, but for phones it is 1.
@@ -79,7 +83,7 @@ size is that of the config's calibration images. The batch size stays open, but 
 
 OUT_HELP = (
     "File to write: .onnx, .xml, .pte (executorch), .tflite (litert) or .pt2 (program, for `repapq lower`). "
-    "[default: repapq.onnx and the like beside RESULT]"
+    "[default: repapq.onnx and the like beside RESULT; with decoding repapq-detector.onnx or .xml]"
 )
 
 LOWER_HELP = """\

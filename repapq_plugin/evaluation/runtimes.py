@@ -147,6 +147,11 @@ class OpenVINONetwork(RuntimeNetwork):
             raise ExportError(f"OpenVINO cannot load {path}: {error}") from error
         self.request = self.compiled.create_infer_request()
 
+    @property
+    def precision(self) -> str:
+        """What layers that are not integer compute in here: ``f32``, ``bf16`` or ``f16``."""
+        return str(self.compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
+
     def run_arrays(self, arrays: list[npt.NDArray[np.generic]]) -> list[npt.NDArray[np.generic]]:
         """Run one batch."""
         # Copies: the request owns its output memory and writes the next batch over it.

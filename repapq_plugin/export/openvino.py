@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from repapq_plugin.core.copies import own_copy
 from repapq_plugin.core.files import unwritable
+from repapq_plugin.core.origin import origin_of
 from repapq_plugin.core.tensors import tensors_of
 from repapq_plugin.errors import ExportError
 from repapq_plugin.export.blame import explained, layer_in
@@ -24,6 +25,7 @@ from repapq_plugin.export.calls import Call, Example
 from repapq_plugin.export.deploy import without_quantizers
 from repapq_plugin.export.onnx_batch import parts_of, reason_against, run_second_batch
 from repapq_plugin.export.onnx_verify import relative_difference
+from repapq_plugin.export.origins import read_origin, write_origin
 from repapq_plugin.export.qdq_onnx import export_onnx, quantized_module
 
 if TYPE_CHECKING:
@@ -79,7 +81,7 @@ def export_openvino(
     """Write a quantized model as OpenVINO IR, ``path`` (``.xml``) and its ``.bin`` beside it.
 
     The IR is made from the same graph as `export_onnx` writes, and is run once on the example; an ONNX file is
-    converted without running it.
+    converted without running it. How the network was made stands in the IR's ``rt_info``.
 
     Args:
         model_or_result_or_onnx_path: The quantized module, anything that holds it as ``.model``, or
@@ -103,8 +105,12 @@ def export_openvino(
                 if not onnx_path.is_file():
                     raise ExportError(f"There is no ONNX file {onnx_path}; write it with export_onnx first.")
                 summary = _summary(_convert(ov, onnx_path, partial), path)
+                origin = read_origin(onnx_path) if onnx_path.suffix == ".onnx" else None
             else:
                 summary = _from_model(ov, quantized_module(source), example, partial, dynamic_batch)
+                origin = origin_of(source)
+            if origin is not None:
+                write_origin(partial, origin)
     except OSError as error:
         raise unwritable(path, error) from error
     for note in summary.notes:

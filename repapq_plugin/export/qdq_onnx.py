@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.files import write_atomically
 from repapq_plugin.core.onnx_weights import integer_layers
+from repapq_plugin.core.origin import Origin, origin_of
 from repapq_plugin.errors import ExportError
 from repapq_plugin.export.blame import explained, layer_in
 from repapq_plugin.export.calls import Call, Example
@@ -32,6 +33,7 @@ from repapq_plugin.export.onnx_verify import (
     relative_difference,
     verify,
 )
+from repapq_plugin.export.origins import set_properties
 from repapq_plugin.targets import TARGETS, Target
 from repapq_plugin.targets.target import GENERIC
 
@@ -93,6 +95,7 @@ class _Network:
         expected: What that does.
         names: Names of inputs and outputs.
         opset: ONNX operator set.
+        origin: How it was made; ``None`` where nobody knows.
     """
 
     model: nn.Module
@@ -101,6 +104,7 @@ class _Network:
     expected: Expected
     names: GraphNames
     opset: int
+    origin: Origin | None
 
     def named(self, call: Call) -> dict[str, Tensor]:
         """Return the tensors of a call by the names of the graph's inputs."""
@@ -139,7 +143,8 @@ def export_onnx(
     Weights are int8 initializers behind a DequantizeLinear; each activation that quantized layers
     read passes one QuantizeLinear/DequantizeLinear pair (behind a Clip where its grid has fewer
     than 8 bits). Nothing else is added to the float graph; this is checked before the file is
-    written. A model without quantized layers is written as the float graph that it is.
+    written. A model without quantized layers is written as the float graph that it is. A calibration result's bits,
+    target and versions stand in the file's properties (`repapq_plugin.core.origin`).
 
     Args:
         model_or_result: The quantized module, or anything that holds it as ``.model``.
@@ -166,7 +171,7 @@ def export_onnx(
     call = Call.of(example, deployed)
     expected = run_once(deployed, call)
     names = GraphNames(call.tensors, expected.outputs, input_names, output_names)
-    network = _Network(model, deployed, call, expected, names, opset)
+    network = _Network(model, deployed, call, expected, names, opset, origin_of(model_or_result))
     notes = []
     opened, reason = _with_open_batch(network) if dynamic_batch else (None, "")
     written = opened or _written(network, {})
@@ -230,6 +235,8 @@ def _written(network: _Network, axes: Mapping[str, Axes], second: SecondBatch | 
         plain = trace(float_model, call, network.names, axes, network.opset)
         tidy(plain.graph)
         unread = verify(proto, plain, expected, deployed, lambda: unread_calls(float_model, call, expected.weights))
+    if network.origin is not None:
+        set_properties(proto, network.origin.to_text())
     with explained("The graph does not fit into one file", "Export the model in parts below 2 GiB."):
         data = proto.SerializeToString()
     if not has_onnxruntime():

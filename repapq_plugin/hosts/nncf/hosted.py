@@ -24,7 +24,7 @@ from repapq_plugin.export.openvino import OpenVINOSummary, layer_kernels, requir
 from repapq_plugin.hosts.nncf._compat import QuantizationScheme
 from repapq_plugin.hosts.nncf.backend import NNCFBackend, NNCFOptions
 from repapq_plugin.hosts.nncf.data import forward
-from repapq_plugin.hosts.nncf.quantization import check
+from repapq_plugin.hosts.nncf.quantization import check, on_device
 from repapq_plugin.job import Job, Report
 from repapq_plugin.merging import merge_for_inference
 from repapq_plugin.result import Calibrated
@@ -209,6 +209,7 @@ def quantize_network(
         model_type=_member(nncf.ModelType, "model_type", options),
     )
     check(network, told, config)
+    config = on_device(config, told.target_device)
     return NNCFNetwork(Job(NNCFBackend(told), config, forward, progress, checkpoints).run(network, images))
 
 

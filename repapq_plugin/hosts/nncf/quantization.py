@@ -16,14 +16,18 @@ from repapq_plugin.hosts.nncf.backend import NNCFBackend, NNCFOptions
 from repapq_plugin.hosts.nncf.data import calibration_items, forward
 from repapq_plugin.job import Job, Report
 from repapq_plugin.result import Calibrated
+from repapq_plugin.targets.target import GENERIC
 
-TARGET_DEVICES = (
-    nncf.TargetDevice.ANY,
-    nncf.TargetDevice.CPU,
-    nncf.TargetDevice.GPU,
-    nncf.TargetDevice.NPU,
-)
-"""Devices that NNCF quantizes PyTorch models for."""
+TARGET_OF = {
+    nncf.TargetDevice.ANY: GENERIC,
+    nncf.TargetDevice.CPU: "openvino",
+    nncf.TargetDevice.GPU: "openvino",
+    nncf.TargetDevice.NPU: "openvino",
+}
+"""Which of our targets each device is that NNCF quantizes PyTorch models for: OpenVINO runs all of its files."""
+
+TARGET_DEVICES = tuple(TARGET_OF)
+"""Devices that NNCF quantizes PyTorch models for; ``CPU_SPR`` is not among them (NNCF 3.4 refuses it)."""
 
 
 def quantize(
@@ -54,7 +58,8 @@ def quantize(
         model: Any float model, branched or merged; it is not changed.
         calibration_dataset: Some hundred samples; items of few samples are joined where the model allows.
         preset: See `nncf.quantize`, as for the next six.
-        target_device: One of `TARGET_DEVICES`.
+        target_device: One of `TARGET_DEVICES`. Where ``repapq`` names no target, the one that the device stands for
+            (`TARGET_OF`) is in the record.
         subset_size: How many items of the dataset are used at most.
         fast_bias_correction: Must be true, the only one NNCF has for PyTorch.
         model_type: See `nncf.quantize`.
@@ -128,6 +133,7 @@ def quantize_with_record(
     options = NNCFOptions(preset, target_device, fast_bias_correction, model_type, ignored_scope, advanced_parameters)
     config = repapq or RepAPQConfig()
     check(model, options, config)
+    config = on_device(config, target_device)
     checkpoints = checkpoints_in(checkpoint_dir, resume)
     items = calibration_items(calibration_dataset, subset_size)
     return Job(NNCFBackend(options), config, forward, progress, checkpoints).run(model, items)
@@ -163,3 +169,13 @@ def check(model: nn.Module, options: NNCFOptions, config: RepAPQConfig) -> None:
         raise ConfigError(
             f"fast_bias_correction={options.fast_bias_correction!r} is not allowed for PyTorch models; choose True."
         )
+
+
+def on_device(config: RepAPQConfig, device: nncf.TargetDevice) -> RepAPQConfig:
+    """Return a configuration that names the target of a device, unless it names one already.
+
+    Args:
+        config: Bits, ranges and calibration.
+        device: One of `TARGET_DEVICES`.
+    """
+    return config.replace(target=TARGET_OF[device]) if config.target == GENERIC else config

@@ -6,6 +6,7 @@ is gone.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -109,3 +110,46 @@ def add_scope(scope: str) -> None:
     for module, package in MODULE2PACKAGE.items():
         if module != package and not is_installed(package) and find_spec(module) is not None:
             MODULE2PACKAGE[module] = module
+
+
+DENSE_HEAD = "BaseDenseHead"
+"""mmdet's base class of heads that predict boxes at every place, by name."""
+
+
+def dense_functions() -> tuple[Callable[..., object], Callable[..., object]]:
+    """Return what dense heads call to drop low scores and to suppress boxes: mmdet's and mmcv's functions."""
+    from mmcv.ops import batched_nms
+    from mmdet.models.utils import filter_scores_and_topk
+
+    return filter_scores_and_topk, batched_nms
+
+
+@contextmanager
+def everywhere(function: Callable[..., object], other: Callable[..., object]) -> Iterator[None]:
+    """Let every loaded module that holds a function under its name hold another one; undone at the end.
+
+    The modules of heads import the functions by name, so exchanging them where they are defined changes nothing.
+    """
+    name = function.__name__
+    holders = [module for module in list(sys.modules.values()) if vars(module).get(name) is function]
+    for module in holders:
+        vars(module)[name] = other
+    try:
+        yield
+    finally:
+        for module in holders:
+            vars(module)[name] = function
+
+
+@contextmanager
+def outside_of_export() -> Iterator[None]:
+    """Let ``torch.onnx.is_in_onnx_export()`` say no; undone at the end.
+
+    Where it says yes, mmdet's box coders import a module that mmdet 3 no longer has.
+    """
+    before = torch.onnx.is_in_onnx_export
+    torch.onnx.is_in_onnx_export = lambda: False
+    try:
+        yield
+    finally:
+        torch.onnx.is_in_onnx_export = before

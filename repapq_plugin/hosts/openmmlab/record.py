@@ -7,7 +7,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from numbers import Real
@@ -18,6 +18,7 @@ from mmengine.config import Config
 
 from repapq_plugin import __version__
 from repapq_plugin.core.files import write_atomically
+from repapq_plugin.core.origin import Origin
 from repapq_plugin.hosts.openmmlab.settings import Settings
 from repapq_plugin.hosts.openmmlab.work import Exported, Latency
 from repapq_plugin.result import Calibrated
@@ -117,6 +118,29 @@ class Record:
         values = {"format": "repapq-record-1", **dataclasses.asdict(self)}
         write_atomically(path, (json.dumps(values, indent=1, default=str, allow_nan=False) + "\n").encode())
         return path
+
+
+def made_from(
+    cfg: Config, cfg_options: Sequence[str], checkpoint: str | None, settings: Settings, result: Calibrated
+) -> Origin:
+    """Return how a quantized toolbox model was made: what its files say.
+
+    Args:
+        cfg: The whole config.
+        cfg_options: Overrides that it was read with.
+        checkpoint: Path or address of the float weights.
+        settings: What the config says about RepAPQ.
+        result: What the calibration returned.
+    """
+    path = getattr(cfg, "filename", None)
+    return Origin(
+        result.config,
+        settings.host,
+        str(Path(path).resolve()) if path else "",
+        tuple(cfg_options),
+        str(checkpoint or "").rstrip("/").rpartition("/")[2],
+        versions(),
+    )
 
 
 def versions() -> dict[str, str]:

@@ -12,16 +12,17 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from repapq_plugin.core.checkpoints import Checkpoints
+from repapq_plugin.core.origin import Origin
 from repapq_plugin.errors import ResultError
 from repapq_plugin.evaluation.processor import saturation_note
+from repapq_plugin.export.origins import write_origin
 from repapq_plugin.hosts.hosted import QuantizedNetwork, RunnableNetwork
 from repapq_plugin.hosts.openmmlab.network import TensorPath, serving_points
 from repapq_plugin.hosts.openmmlab.other_hosts import OWN, find_host, find_loader
-from repapq_plugin.hosts.openmmlab.record import Record
+from repapq_plugin.hosts.openmmlab.record import Record, made_from
 from repapq_plugin.hosts.openmmlab.settings import RUNTIME_FORMATS, Settings
 from repapq_plugin.hosts.openmmlab.work import (
     RESULT_FILE,
-    SUFFIXES,
     Exported,
     calibrate,
     calibrate_on_host,
@@ -58,23 +59,26 @@ class LoadedModel:
     network: nn.Module | None = None
     hosted: RunnableNetwork | None = None
 
-    def export(self, kind: str, example: Tensor, path: Path) -> Exported:
+    def export(self, kind: str, example: Tensor, path: Path, origin: Origin | None = None) -> Exported:
         """Write the network part for a runtime.
 
         Args:
             kind: ``'onnx'`` or ``'openvino'``.
             example: Preprocessed image, float ``(1, C, H, W)``.
             path: File to write, without suffix.
+            origin: How the network was made, to stand in the file; ``None`` where nobody knows.
 
         Raises:
             HostError: The model has no network part that can be taken out.
             ExportError: It cannot be exported.
         """
         if self.hosted is not None:
-            return Exported.of(self.hosted.export(kind, example, path))
-        if self.network is not None:
-            return export_tensor_path(self.network, example, path, kind)
-        return export_network(self.model, example, path, kind)
+            exported = Exported.of(self.hosted.export(kind, example, path))
+        elif self.network is not None:
+            exported = export_tensor_path(self.network, example, path, kind)
+        else:
+            exported = export_network(self.model, example, path, kind)
+        return exported if origin is None else exported.made_by(origin)
 
 
 @dataclass(frozen=True)
@@ -84,15 +88,19 @@ class QuantizedModel(LoadedModel):
     result: Calibrated
     hosted: QuantizedNetwork | None = None
 
-    def save(self, folder: Path) -> list[Path]:
-        """Write what brings the network back into ``folder``; return the files.
+    def save(self, folder: Path, origin: Origin) -> list[Path]:
+        """Write what brings the network back into ``folder``, and how it was made; return the files.
 
         Raises:
             ResultError, ExportError: A file cannot be written.
         """
         if isinstance(self.result, CalibrationResult):
-            return [self.result.save(folder / RESULT_FILE)]
-        return [] if self.hosted is None else self.hosted.save(folder)
+            files = [self.result.save(folder / RESULT_FILE)]
+        else:
+            files = [] if self.hosted is None else self.hosted.save(folder)
+        for file in files:
+            write_origin(file, origin)
+        return files
 
 
 def quantize(
@@ -162,12 +170,14 @@ class Quantization:
         example: Preprocessed image, float ``(1, C, H, W)``, of the size that is exported.
         folder: Work folder.
         record: Grows with each step.
+        origin: How the network was made; stands in each of its files.
     """
 
     quantized: QuantizedModel
     example: Tensor
     folder: Path
     record: Record
+    origin: Origin
 
     @classmethod
     def start(
@@ -180,6 +190,7 @@ class Quantization:
         folder: Path,
         progress: Report | None = None,
         checkpoints: Checkpoints | None = None,
+        cfg_options: Sequence[str] = (),
     ) -> Quantization:
         """Quantize a model, save the result and begin its record.
 
@@ -192,6 +203,7 @@ class Quantization:
             folder: Work folder.
             progress: Called as the work goes on.
             checkpoints: Keeps what is finished.
+            cfg_options: Overrides that the config was read with.
 
         Raises:
             HostError, ConfigError, CalibrationError: See `quantize`.
@@ -200,8 +212,9 @@ class Quantization:
         example = example_images(model, batches)
         quantized = quantize(model, batches, settings, progress, checkpoints)
         record = Record.start(cfg, checkpoint, settings, quantized.result)
-        record.add_file("result", *quantized.save(folder))
-        return cls(quantized, example, folder, record)
+        origin = made_from(cfg, cfg_options, checkpoint, settings, quantized.result)
+        record.add_file("result", *quantized.save(folder, origin))
+        return cls(quantized, example, folder, record, origin)
 
     def export(self, kind: str) -> Exported:
         """Write the network part as ``'onnx'`` or ``'openvino'``.
@@ -209,7 +222,7 @@ class Quantization:
         Raises:
             HostError, ExportError: See `QuantizedModel.export`.
         """
-        exported = self.quantized.export(kind, self.example, self.folder / EXPORTED)
+        exported = self.quantized.export(kind, self.example, self.folder / EXPORTED, self.origin)
         self.record.add_exported(kind, exported)
         return exported
 
@@ -263,7 +276,15 @@ def quantize_and_compare(
         scores["plain_ptq"] = _score_plain(bench, step)
     with step("calibrate", "Calibrating RepAPQ") as report:
         done = Quantization.start(
-            bench.cfg, bench.checkpoint, bench.model, bench.batches, settings, bench.folder, report, checkpoints
+            bench.cfg,
+            bench.checkpoint,
+            bench.model,
+            bench.batches,
+            settings,
+            bench.folder,
+            report,
+            checkpoints,
+            bench.cfg_options,
         )
     for name, metrics in scores.items():
         done.record.add_scores(name, metrics)
@@ -279,47 +300,11 @@ def quantize_and_compare(
             done.add_scores("openvino", bench.score(model, done.network_on("openvino"), report))
         with step("latency", "Measuring latency"):
             merged = export_network(bench.merged(), bench.example, bench.folder / "float", "openvino")
+            merged = merged.made_by(dataclasses.replace(done.origin, quantizer=None))
             done.record.add_exported("float", merged)
             paths = {"float": merged.path, "openvino": Path(done.record.files["openvino"][0])}
             done.record.latency, done.record.kernels = compare_on_openvino(paths, bench.example, threads)
     return done
-
-
-def score_result(
-    bench: Workbench, path: Path, backend: str, step: Step, folder: Path
-) -> tuple[dict[str, float], list[str]]:
-    """Score a saved or exported network with the toolbox's own loop, data and metric.
-
-    Args:
-        bench: Holds the model of the config; its weights do not matter.
-        path: A ``.safetensors``, ``.pth``, ``.onnx`` or ``.xml`` file.
-        backend: One of `BACKENDS`.
-        step: Told about each step.
-        folder: Takes what has to be exported first.
-
-    Returns:
-        All metrics, and what a reader of them should know.
-
-    Raises:
-        ResultError, ExportError, HostError: The file cannot be read, exported or run.
-    """
-    kind, notes = RUNTIME_FORMATS.get(backend), list[str]()
-    model, network = bench.model, None
-    if path.suffix in SUFFIXES.values():
-        network = open_network(path, backend)
-    else:
-        loaded = load_quantized(path, bench.model, lambda: bench.example)
-        model, network = loaded.model, loaded.network
-        if kind is not None:
-            with step("export", f"Exporting for {backend}"):
-                exported = loaded.export(kind, bench.example, folder / EXPORTED)
-            network = open_network(exported.path, backend)
-        elif network is not None and loaded.result is not None:
-            notes.append(f"{path.name} was calibrated for another host; here its integers are simulated.")
-        if backend == "openvino" and loaded.result is not None:
-            notes.append(saturation_note(loaded.result.config.reduce_range))
-    with step("score", f"Scoring {path.name} ({backend})") as report:
-        return bench.score(model, network, report), [note for note in notes if note]
 
 
 def _score_plain(bench: Workbench, step: Step) -> dict[str, float]:

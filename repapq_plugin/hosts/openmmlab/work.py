@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypedDict
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from repapq_plugin.backend import OwnBackend
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.checkpoints import Checkpoints
+from repapq_plugin.core.origin import Origin
 from repapq_plugin.errors import HostError
 from repapq_plugin.evaluation.latency import measure_latency
 from repapq_plugin.evaluation.runtimes import OnnxRuntimeNetwork, OpenVINONetwork
 from repapq_plugin.export.openvino import OpenVINOSummary, export_openvino, layer_kernels
+from repapq_plugin.export.origins import write_origin
 from repapq_plugin.export.qdq_onnx import export_onnx
 from repapq_plugin.hosts.hosted import SAVED_AS, QuantizedNetwork, Summary
 from repapq_plugin.hosts.openmmlab.network import TensorPath, preprocess, run_batch, serving_points
@@ -29,6 +31,9 @@ from repapq_plugin.result import CalibrationResult
 RESULT_FILE = SAVED_AS
 """Name of the saved result in a work folder."""
 
+DEFAULT_FLOAT = "float, by default"
+"""Name of the float network in the precision that OpenVINO takes by itself."""
+
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "program": ".pt2", "executorch": ".pte", "litert": ".tflite"}
 """What the main file of each export format ends in."""
 
@@ -37,10 +42,13 @@ class Latency(TypedDict, total=False):
     """Times of networks that took turns on OpenVINO.
 
     Attributes:
-        median_ms: Milliseconds of one run, by name: the median over the rounds.
+        median_ms: Milliseconds of one run, by name: the median over the rounds. The float network runs in float32.
         min_ms: The fastest round.
         max_ms: The slowest round.
         speedup: Median ratio of the first network's time to that of each other one.
+        precision: What layers that are not integer computed in, by name: ``f32``, ``bf16`` or ``f16``.
+        default_float: The same of the float network in OpenVINO's default precision, where that is not float32:
+            ``precision``, ``median_ms``, and ``speedup`` of the last network over it.
         rounds: How many rounds were timed.
         threads: Threads of one run; ``None`` lets OpenVINO choose.
         how: All that in a line.
@@ -50,6 +58,8 @@ class Latency(TypedDict, total=False):
     min_ms: dict[str, float]
     max_ms: dict[str, float]
     speedup: dict[str, float]
+    precision: dict[str, str]
+    default_float: dict[str, str | float]
     rounds: int
     threads: int | None
     how: str
@@ -77,6 +87,16 @@ class Exported:
     def path(self) -> Path:
         """The file that a runtime opens."""
         return self.files[0]
+
+    def made_by(self, origin: Origin) -> Exported:
+        """Write into the files how they were made, whoever wrote them, and return this with their new size.
+
+        Raises:
+            ExportError: They cannot be written.
+        """
+        write_origin(self.path, origin)
+        size = sum(file.stat().st_size for file in self.files)
+        return replace(self, summary=replace(self.summary, size_bytes=size))
 
 
 def writable_folder(path: str | Path) -> Path:
@@ -192,31 +212,45 @@ def compare_on_openvino(
     """Time exported networks in turn on OpenVINO, and read which kernels they ran.
 
     Args:
-        paths: ``.xml`` files by the names to report them under.
+        paths: ``.xml`` files by the names to report them under, the float one first. It is timed in float32, and in
+            OpenVINO's default precision where that is another.
         example: Preprocessed image, float ``(1, C, H, W)``.
         threads: Threads of one run; ``None`` lets OpenVINO choose.
 
     Returns:
         The timing, and by name the kernel of each convolution and matrix product (those in integers end in ``I8``).
     """
-    # Fixed shapes and no precision hint: the quickest that the runtime has to offer either network.
+    # Fixed shapes, and for the integer network what OpenVINO takes by itself: bf16 beside integers on some processors.
+    first = next(iter(paths))
+    shapes = [tuple(example.shape)]
     networks = {
-        name: OpenVINONetwork(path, threads=threads, precision=None, input_shapes=[tuple(example.shape)])
+        name: OpenVINONetwork(path, threads=threads, precision="f32" if name == first else None, input_shapes=shapes)
         for name, path in paths.items()
     }
+    default = OpenVINONetwork(paths[first], threads=threads, precision=None, input_shapes=shapes)
+    raced = networks if default.precision == networks[first].precision else {**networks, DEFAULT_FLOAT: default}
     image = [example.cpu().numpy()]
-    report = measure_latency(
-        {name: partial(network.run_arrays, image) for name, network in networks.items()}, rounds=100
-    )
-    first = next(iter(paths))
+    report = measure_latency({name: partial(network.run_arrays, image) for name, network in raced.items()}, rounds=100)
     size = "x".join(str(side) for side in example.shape)
+    precision = {name: network.precision for name, network in networks.items()}
+    said = [f"{name} in {used}" if name == first else f"{name} in int8 and {used}" for name, used in precision.items()]
+    how = f"latency: median of {report.rounds} paired runs on OpenVINO, {', '.join(said)}"
     latency: Latency = {
-        "median_ms": dict(report.median_ms),
-        "min_ms": dict(report.min_ms),
-        "max_ms": dict(report.max_ms),
+        "median_ms": {name: report.median_ms[name] for name in networks},
+        "min_ms": {name: report.min_ms[name] for name in networks},
+        "max_ms": {name: report.max_ms[name] for name in networks},
         "speedup": {name: report.ratios[first, name] for name in paths if name != first},
+        "precision": precision,
         "rounds": report.rounds,
         "threads": threads,
-        "how": f"latency: median of {report.rounds} paired runs on OpenVINO, input {size}, {threads or 'all'} threads",
     }
+    if DEFAULT_FLOAT in raced:
+        last = list(networks)[-1]
+        latency["default_float"] = {
+            "precision": default.precision,
+            "median_ms": report.median_ms[DEFAULT_FLOAT],
+            "speedup": report.ratios[DEFAULT_FLOAT, last],
+        }
+        how += f"; {first} in {default.precision}, its default here, takes {report.median_ms[DEFAULT_FLOAT]:.2f} ms"
+    latency["how"] = f"{how}; input {size}, {threads or 'all'} threads"
     return latency, {name: layer_kernels(network.compiled) for name, network in networks.items()}

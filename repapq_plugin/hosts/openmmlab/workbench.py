@@ -7,6 +7,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 from mmengine.config import Config, DictAction
@@ -16,14 +17,16 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core.origin import Decoding
 from repapq_plugin.errors import ConfigError, HostError
 from repapq_plugin.hosts.openmmlab._compat import drop_hooks_on_weights, name_experiment, remove_hook
 from repapq_plugin.hosts.openmmlab.checkpoint import load_weights, plain_checkpoints
 from repapq_plugin.hosts.openmmlab.data import calibration_batches
+from repapq_plugin.hosts.openmmlab.detections import serve_detections
 from repapq_plugin.hosts.openmmlab.mimicnorm import MimicNormHook
-from repapq_plugin.hosts.openmmlab.network import run_batch, serve_with
+from repapq_plugin.hosts.openmmlab.network import Preprocessed, preprocess, run_batch, serve_with
 from repapq_plugin.hosts.openmmlab.settings import Settings, settings_of
-from repapq_plugin.hosts.openmmlab.work import calibrate, example_images, writable_folder
+from repapq_plugin.hosts.openmmlab.work import calibrate, writable_folder
 from repapq_plugin.job import Progress, Report
 from repapq_plugin.merging import merge_for_inference
 from repapq_plugin.result import CalibrationResult
@@ -71,6 +74,7 @@ class Workbench:
         need_scores: Open the test data; an export does without.
         overrides: See `settings_of`.
         device: Where the model runs, and where it takes its batches; ``None`` leaves it where the toolbox puts it.
+        cfg_options: Overrides that the config was read with, to be noted.
 
     Raises:
         HostError: The config has no test set, the model cannot be built, the checkpoint is missing
@@ -89,7 +93,9 @@ class Workbench:
         need_scores: bool = True,
         overrides: Mapping[str, object] | None = None,
         device: torch.device | None = None,
+        cfg_options: Sequence[str] = (),
     ) -> None:
+        self.cfg_options = tuple(cfg_options)
         said = dict(overrides or {})
         if seed is not None:
             keys = said.get("quantizer")
@@ -118,7 +124,7 @@ class Workbench:
             load_weights(self.runner.model, str(self.checkpoint), self.settings.trust_checkpoint)
         self.model: nn.Module = self.runner.model.eval()
         self._batches: list[object] | None = None
-        self._example: Tensor | None = None
+        self._first: Preprocessed | None = None
 
     @property
     def batches(self) -> list[object]:
@@ -137,7 +143,18 @@ class Workbench:
     @property
     def example(self) -> Tensor:
         """One preprocessed image, float ``(1, C, H, W)``: of the calibration data, or the test data without any."""
-        if self._example is None:
+        return self._example["inputs"][:1].clone()
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width, in pixels, of what is image in `example`; the rest is padding."""
+        first = cast("Sequence[object]", self._example.get("data_samples") or [None])[0]
+        shape = getattr(first, "img_shape", self._example["inputs"].shape[2:])
+        return int(shape[0]), int(shape[1])
+
+    @property
+    def _example(self) -> Preprocessed:
+        if self._first is None:
             settings = self.settings
             try:
                 batches = self._batches or calibration_batches(
@@ -147,8 +164,9 @@ class Workbench:
                 if not self.cfg.get("test_dataloader"):
                     raise
                 batches = [next(iter(self.runner.test_dataloader))]
-            self._example = example_images(self.model, batches)
-        return self._example
+            with torch.no_grad():
+                self._first = preprocess(self.model, batches[0])
+        return self._first
 
     def calibrate(self, config: RepAPQConfig | None = None, progress: Report | None = None) -> CalibrationResult:
         """Quantize a copy of the float model with the plugin's own quantizers."""
@@ -160,7 +178,11 @@ class Workbench:
             return merge_for_inference(self.model, lambda model: run_batch(model, self.batches[0])).network
 
     def score(
-        self, model: nn.Module, network: nn.Module | None = None, report: Report | None = None
+        self,
+        model: nn.Module,
+        network: nn.Module | None = None,
+        report: Report | None = None,
+        decoding: Decoding | None = None,
     ) -> dict[str, float]:
         """Test a model with the toolbox's own loop, data and metric.
 
@@ -168,6 +190,7 @@ class Workbench:
             model: The float model or a quantized copy of it.
             network: A runtime that computes the model's network part; ``None`` lets the model do it.
             report: Called after each batch.
+            decoding: Set where ``network`` is a whole detector: what it leaves to whoever runs it.
 
         Returns:
             All metrics of the toolbox, by its own names.
@@ -176,6 +199,9 @@ class Workbench:
         with _reporting(self.runner, report):
             if network is None:
                 metrics: dict[str, float] = self.runner.test()
+            elif decoding is not None:
+                with serve_detections(model, network, self.example, decoding):
+                    metrics = self.runner.test()
             else:
                 with serve_with(model, network, self.example):
                     metrics = self.runner.test()

@@ -1,0 +1,57 @@
+"""Opening the config of a command: its model, its work folder, and bars while that takes time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from repapq_plugin.cli.devices import device_named
+from repapq_plugin.cli.display import Display
+from repapq_plugin.cli.options import Common
+from repapq_plugin.errors import HostError
+
+if TYPE_CHECKING:
+    from repapq_plugin.hosts.openmmlab.workbench import Workbench
+
+
+@contextlib.contextmanager
+def opened(
+    display: Display,
+    config: Path,
+    common: Common,
+    checkpoint: str | None = None,
+    *,
+    seed: int | None = None,
+    need_weights: bool = True,
+    need_scores: bool = True,
+    overrides: Mapping[str, object] | None = None,
+) -> Iterator[Workbench]:
+    """Open config, model and work folder, with bars shown and the toolbox kept quiet until the end."""
+    # Before the toolboxes are imported, which takes seconds.
+    if not config.is_file():
+        raise HostError(f"The config {config} does not exist.")
+    import torch
+
+    from repapq_plugin.hosts.openmmlab.work import writable_folder
+    from repapq_plugin.hosts.openmmlab.workbench import Workbench, open_config
+
+    device = None if common.device is None else device_named(common.device)
+    if common.threads is not None:
+        torch.set_num_threads(common.threads)
+    folder = writable_folder(common.work_dir or Path("work_dirs") / config.stem)
+    with display.working(folder):
+        with display.step("load_model", "Loading the model"):
+            bench = Workbench(
+                open_config(config, common.cfg_options),
+                checkpoint,
+                folder,
+                seed=seed,
+                need_weights=need_weights,
+                need_scores=need_scores,
+                overrides=overrides,
+                device=device,
+                cfg_options=common.cfg_options,
+            )
+        yield bench
