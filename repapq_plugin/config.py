@@ -135,6 +135,8 @@ class RepAPQConfig:
         network_steps: Further steps with the whole network as one stage, once ``schedule`` is done:
             parts that found their place one after the other then settle together (our choice).
         learning_rates: See `LearningRates`.
+        views: How often each calibration image is learned from: as it is, and shifted and mirrored
+            (`method.views`). Each takes the memory of a cached activation anew.
         drop_probability: Probability with which an activation value stays unquantized during
             calibration (QDrop); 0 turns it off.
         guard_fraction: Share of the calibration batches held out to judge each result; a result
@@ -169,6 +171,7 @@ class RepAPQConfig:
     steps: int = 300
     network_steps: int = 0
     learning_rates: LearningRates = field(default_factory=LearningRates)
+    views: int = 1
     drop_probability: float = 0.0
     guard_fraction: float = 0.125
     keep_float: tuple[str, ...] = ()
@@ -191,6 +194,7 @@ class RepAPQConfig:
         _check_number("stage_weight", self.stage_weight, 0.0)
         _check_number("drop_probability", self.drop_probability, 0.0, 1.0)
         _check_number("guard_fraction", self.guard_fraction, 0.0, 0.5)
+        _check_count("views", self.views, 1)
         for key in ("steps", "network_steps", "cache_bytes", "seed"):
             _check_count(key, getattr(self, key), 0)
         if isinstance(self.learning_rates, Mapping):

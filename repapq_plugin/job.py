@@ -45,6 +45,7 @@ from repapq_plugin.method.schedules import Activation
 from repapq_plugin.method.stage_activations import Networks
 from repapq_plugin.method.starting_ranges import not_quantizing, set_starting_ranges
 from repapq_plugin.method.unit_result import UnitResult
+from repapq_plugin.method.views import Views, count_views
 from repapq_plugin.method.whole import keep_what_helps, outside
 from repapq_plugin.quantizers.plan import LayerPlan, QuantizationPlan, plan_layers
 from repapq_plugin.quantizers.trace import Trace, trace_network
@@ -226,15 +227,17 @@ class Job(Generic[R]):
             return
         if config.affine:
             backend.attach_affine()
+        views = count_views(state.batches, config.views)
         networks = Networks(
             backend.student,
             state.teacher,
             backend.learners(),
             backend.sites.weights,
             state.trace,
-            state.batches,
+            Views(state.batches, views, config.seed),
             self.forward,
             backend.run_alone,
+            views,
         )
         advance = counted("calibration", total_steps(state.stages, config, self.checkpoints.finished), self.report)
         names = [name for stage in state.stages for name in (stage.name, *(unit.name for unit in stage.units))]

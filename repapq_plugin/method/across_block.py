@@ -159,9 +159,10 @@ class AcrossBlockCalibrator:
         """Solve the weights of a stage, where that is wanted."""
         if not self._solvable:
             return []
-        batches = split_batches(len(self.networks.batches), self.config.guard_fraction)
+        networks = self.networks
+        batches = split_batches(len(networks.batches), self.config.guard_fraction, networks.views)
         learners = self._learners_in(stage.name)
-        solver = StageSolver(self._run_of(stage), self.teacher_modules, self.networks.calls, learners, batches)
+        solver = StageSolver(self._run_of(stage), self.teacher_modules, networks.calls, learners, batches)
         record = self.checkpoints.once(
             f"{stage.part}, solved",
             lambda: {"units": [asdict(unit) for unit in solver.solve(self._solvable, self._loss)]},
@@ -198,11 +199,13 @@ class AcrossBlockCalibrator:
         return results
 
     def _reconstruct(self, part: str, subject: Subject, steps: int) -> Outcome:
-        config = self.config.replace(steps=steps)
+        config, data = self.config.replace(steps=steps), self.networks.batches
         halfway = self.checkpoints.halfway(part)
         learned = self.checkpoints.once(
             part,
-            lambda: asdict(reconstruct(subject, self._loss, len(self.networks.batches), config, self.advance, halfway)),
+            lambda: asdict(
+                reconstruct(subject, self._loss, len(data), config, self.advance, halfway, self.networks.views)
+            ),
             partial(state_of, subject.learners),
             partial(load_state, subject.learners),
         )

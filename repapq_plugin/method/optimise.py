@@ -78,14 +78,20 @@ class Outcome:
         return cls(**cast("dict[str, Any]", record))
 
 
-def split_batches(count: int, guard_fraction: float) -> tuple[list[int], list[int]]:
-    """Return indices of training and of held-out batches.
+def split_batches(count: int, guard_fraction: float, views: int = 1) -> tuple[list[int], list[int]]:
+    """Return indices of training and of held-out batches; a held-out image is so in each of its views.
 
     A single batch, or no guard, leaves nothing to hold out: the result is judged on what it learned from.
+
+    Args:
+        count: Number of batches, all views together.
+        guard_fraction: Share that is held out.
+        views: How often the same batches come, see `repapq_plugin.method.views.Views`.
     """
-    held_out = max(1, round(count * guard_fraction)) if guard_fraction and count > 1 else 0
-    training = list(range(count - held_out))
-    return training, list(range(count - held_out, count)) or training
+    of_one = count // views
+    held_out = max(1, round(of_one * guard_fraction)) if guard_fraction and of_one > 1 else 0
+    training = [index for index in range(count) if index % of_one < of_one - held_out]
+    return training, [index for index in range(count) if index % of_one >= of_one - held_out] or training
 
 
 def reconstruct(
@@ -95,6 +101,7 @@ def reconstruct(
     config: RepAPQConfig,
     advance: Advance,
     halfway: Halfway | None = None,
+    views: int = 1,
 ) -> Outcome:
     """Minimise the loss of ``subject`` and keep the result if held-out batches agree.
 
@@ -105,9 +112,10 @@ def reconstruct(
         config: Steps, learning rates, guard.
         advance: Called after each step.
         halfway: Keeps how far it is.
+        views: How often the same batches come.
     """
     started = time.perf_counter()
-    training, held_out = split_batches(batches, config.guard_fraction)
+    training, held_out = split_batches(batches, config.guard_fraction, views)
     before, parts_before = evaluate(subject, loss, held_out)
     start = snapshot(subject.learners)
     note = _optimise(subject, loss, training, config, advance, halfway or Halfway())

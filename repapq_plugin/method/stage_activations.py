@@ -32,6 +32,7 @@ class Networks:
         forward_fn: ``forward_fn(model, batch)`` runs either.
         run_alone: ``run_alone(name, inputs)`` runs the student's module ``name`` on what it is
             called with, call after call, as the student does.
+        views: How often the same batches come, see `repapq_plugin.method.views.Views`.
     """
 
     student: nn.Module
@@ -42,6 +43,7 @@ class Networks:
     batches: Sequence[Batch]
     forward_fn: ForwardFn
     run_alone: Callable[[str, Sequence[Tensor]], list[Tensor]]
+    views: int = 1
 
     def calls(self, name: str) -> int:
         """How often one forward pass calls the module ``name``."""
