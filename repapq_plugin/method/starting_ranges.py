@@ -196,7 +196,7 @@ def _least_disturbing(
         for quantizer in found:
             hooks.after(quantizer.module, passes(quantizer))
         for site in sites.weights.values():
-            hooks.after(site.layer, compares(site), with_kwargs=True)
+            hooks.after(site.layer, compares(site), with_kwargs=True, first=True)
         for batch in batches:
             run(batch)
     unread = [quantizer for quantizer in found if quantizer not in read]
