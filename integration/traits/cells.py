@@ -17,7 +17,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
 from integration.traits.networks import IMAGE, settled
 from repapq_plugin import CalibrationResult, RepAPQConfig, export_onnx, quantize_model
-from repapq_plugin.core.copies import own_batch
+from repapq_plugin.core.copies import is_half, own_batch
 from repapq_plugin.core.tensors import floating_tensors
 from repapq_plugin.errors import RepAPQError
 from repapq_plugin.hosts import pt2e, torch_ao
@@ -99,6 +99,12 @@ def images(trait: str, count: int = 3) -> list[Tensor]:
     return [torch.randn(BATCH, *IMAGE, generator=generator).to(dtype) for _ in range(count)]
 
 
+def in_full(trait: str) -> nn.Module:
+    """Return the network, in float32 if it is in half precision."""
+    model = settled(trait)
+    return model.float() if is_half(model) else model
+
+
 def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
     """Return what a network gives for images that it may change."""
     with torch.no_grad():
@@ -129,7 +135,7 @@ def configuration(preset: str, steps: int) -> RepAPQConfig:
 def against_float(cell: Cell, trait: str, preset: str, record: Calibrated) -> None:
     """Compare a quantized network of 8 bits with the float one; both are run with a batch of another size too."""
     if preset == "w8a8":
-        model = settled(trait).float()
+        model = in_full(trait)
         found = max(
             apart(outputs(record.model, x), outputs(model, x)) for x in (images(trait)[0], images(trait)[1][:1])
         )
@@ -163,7 +169,7 @@ def with_nncf(cell: Cell, trait: str, preset: str, steps: int, folder: Path) -> 
     wanted, network = outputs(record.model, x), NNCFNetwork(record)
     cell.part = "loading"
     (path,) = network.save(folder)
-    loaded = load_network(path, settled(trait).float(), own_batch(x)).network
+    loaded = load_network(path, in_full(trait), own_batch(x)).network
     cell.figures.append(("loaded", apart(outputs(loaded, x), wanted), LOADED))
     cell.part = "OpenVINO"
     written = network.export("openvino", own_batch(x), folder / "model")

@@ -98,6 +98,7 @@ def trace_network(model: nn.Module, run: Callable[[], object]) -> Trace:
     names = {module: name for name, module in layers.items()}
     weights = {name: cast(nn.Parameter, layer.weight) for name, layer in layers.items()}
     written_before = {name: _memory_of(layer) for name, layer in layers.items()}
+    held = [weight.detach() for weight in weights.values()]  # what replaces one cannot take its place in memory
     # Kept alive, so that identities stay unique.
     inputs: dict[str, list[tuple[Tensor, int]]] = {}
     arguments: dict[str, Arguments] = {}
@@ -155,6 +156,7 @@ def trace_network(model: nn.Module, run: Callable[[], object]) -> Trace:
     unfit = {name: reason for name in inputs if (reason := reason_against(layers[name], arguments[name]))}
     unfit |= {name: BYPASSED for name, count in uncounted.items() if count}
     unfit |= {name: WRITTEN for name in inputs if _memory_of(layers[name]) != written_before[name]}
+    held.clear()
     return Trace(
         layers={
             name: LayerTrace(

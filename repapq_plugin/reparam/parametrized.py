@@ -11,7 +11,7 @@ from typing import TypeVar, cast
 import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
-from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 from torch.nn.utils.weight_norm import WeightNorm
 
 from repapq_plugin.core.modules import shallow_copy
@@ -91,6 +91,10 @@ def _bake_hooked(module: nn.Module) -> list[str]:
                     setattr(module, name, None)
                 remove(module, name)
                 baked.append(name)
+    for key, hook in list(module._load_state_dict_pre_hooks.items()):
+        # torch leaves this one, which asks a state dict for what is no longer there.
+        if isinstance(getattr(hook, "hook", hook), SpectralNormLoadStateDictPreHook):
+            del module._load_state_dict_pre_hooks[key]
     return baked
 
 
