@@ -31,6 +31,7 @@ REFUSED = {
     ("nested output", "torch.ao eager"): "'dequant' cannot run on integers",
     ("group norm", "torch.ao eager"): "'module.body.4' cannot run on integers",
     ("double", "own"): "is in double precision",
+    ("double", "NNCF"): "OpenVINO cannot convert",
     ("double", "torch.ao FX"): "is in double precision",
     ("double", "torch.ao eager"): "is in double precision",
     ("double", "pt2e"): "is in double precision",
