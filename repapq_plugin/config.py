@@ -116,7 +116,7 @@ class RepAPQConfig:
             bits, which saturates with 8 and never with 7.
         activation_observer: How starting ranges of activations are found: ``min_max``, ``mse``,
             ``mae``, ``percentile``, or ``auto`` (per quantizer, whichever of min-max, MSE and MAE
-            disturbs the output of the layers behind it least).
+            disturbs the output of the layers behind it least, by ``loss``).
         weight_observer: How starting ranges of weights are found: ``min_max`` or ``mse``.
         percentile: For ``percentile``: the share of values kept inside, in percent.
         fold_constants: Before anything is quantized, let biases take over what channels contribute that never change

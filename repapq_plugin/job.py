@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,12 +21,13 @@ from repapq_plugin.conditioning.constant_channels import fold_constant_channels
 from repapq_plugin.conditioning.equalize import equalize_channels
 from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.checkpoints import Checkpoints, checkpoints_in
-from repapq_plugin.core.copies import own_batch, smaller
+from repapq_plugin.core.copies import own_batch, own_copy, smaller
+from repapq_plugin.core.drift import Drift, find_drift, kept_buffers, reset_buffers
 from repapq_plugin.core.notes import listed
 from repapq_plugin.core.progress import Progress as Progress
 from repapq_plugin.core.progress import Report as Report
 from repapq_plugin.core.progress import counted as counted
-from repapq_plugin.core.running import Batch, ForwardFn, call_model, is_out_of_memory, seeded
+from repapq_plugin.core.running import Batch, ForwardFn, call_model, runs, seeded
 from repapq_plugin.core.tensors import floating_tensors, tensors_of
 from repapq_plugin.errors import CalibrationError
 from repapq_plugin.merging import Merged as Merged
@@ -110,10 +111,12 @@ class Job(Generic[R]):
         self.backend, self.config, self.report = backend, config, report
         self.checkpoints = checkpoints or Checkpoints()
         self._forward = forward
+        self.drift = Drift()
 
     def forward(self, model: nn.Module, batch: Batch) -> object:
-        """Run a network on a copy of a batch, which it may change."""
-        return self._forward(model, own_batch(batch))
+        """Run a network on a copy of a batch, which it may change, and of buffers that it goes on changing."""
+        with kept_buffers(model, self.drift.buffers):
+            return self._forward(model, own_batch(batch))
 
     def run(self, model: nn.Module, data: Iterable[Batch]) -> R:
         """Do all phases of the backend, one after the other, on a copy of ``model``.
@@ -142,7 +145,9 @@ class Job(Generic[R]):
 
     def merge(self, state: State) -> None:
         """Merge branches and fold norms, on a copy."""
-        state.merged = merge_for_inference(state.teacher, lambda model: self.forward(model, state.batches[0]))
+        run = self._passing(state.batches[0])
+        self.drift = find_drift(own_copy(state.teacher), run)
+        state.merged = merge_for_inference(state.teacher, run)
 
     def plan(self, state: State) -> None:
         """Decide what is quantized, and with how many bits."""
@@ -187,26 +192,15 @@ class Job(Generic[R]):
 
     def _differing_when_off(self, state: State) -> str | None:
         """Return by which layer the placed network, its quantizers off, differs from the float one, if it does."""
-        half = smaller(state.batches[0])
-        first, last = state.batches[0], state.batches[-1]
-        other = half if half is not None and self._runs_on(state, half) else last
-        passes = [partial(self._run_on, batch) for batch in ([first] if other is first else [first, other])]
+        first, half = state.batches[0], smaller(state.batches[0])
+        other = half if half is not None and runs(partial(self.forward, state.teacher, half)) else state.batches[-1]
+        passes = [self._passing(batch) for batch in ([first] if other is first else [first, other])]
         sites = self.backend.sites
         with not_quantizing(sites.quantizers):
             return disagreement(state.teacher, self.backend.student, list(sites.weights), passes)
 
-    def _runs_on(self, state: State, batch: Batch) -> bool:
-        """Whether the float network takes a batch that nobody gave."""
-        try:
-            self.forward(state.teacher, batch)
-        except Exception as error:  # whatever the user's own code raises
-            if is_out_of_memory(error):
-                raise
-            return False
-        return True
-
-    def _run_on(self, batch: Batch, model: nn.Module) -> object:
-        return self.forward(model, batch)
+    def _passing(self, batch: Batch) -> Callable[[nn.Module], object]:
+        return lambda model: self.forward(model, batch)
 
     def find_ranges(self, state: State) -> None:
         """Give every quantizer its starting range."""
@@ -277,6 +271,7 @@ class Job(Generic[R]):
         self.backend.fold(state.teacher, left)
 
     def _calibrated(self, state: State, seconds: float) -> Calibrated:
+        reset_buffers(self.backend.student, self.drift.buffers)
         plans = self.backend.plans
         reasons = {name: self.backend.unplaced for name in state.plans} | state.float_layers
         float_layers = {name: reason for name, reason in reasons.items() if name not in plans}
@@ -287,7 +282,7 @@ class Job(Generic[R]):
             units=tuple(state.units),
             merges=state.merged.records,
             seconds=seconds,
-            notes=(*state.merged.notes, *state.notes),
+            notes=(*state.merged.notes, *self.drift.notes, *state.notes),
         )
 
 

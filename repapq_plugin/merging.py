@@ -48,6 +48,15 @@ def merge_for_inference(model: nn.Module, run: Callable[[nn.Module], object]) ->
     """
     merged = own_copy(model)
     notes = []
+    training = [name for name, module in merged.named_modules() if module.training]
+    if training:
+        notes.append(
+            f"Told eval(), {len(training)} modules stay in training mode; they are quantized as at inference: "
+            f"{', '.join(training[:5])}{' ...' if len(training) > 5 else ''}."
+        )
+        logger.warning(notes[-1])
+    for module in merged.modules():
+        module.training = False
     if is_half(model):
         takes_halves(merged)
         notes.append("The network is in half precision; what was quantized computes in float32, and takes either.")

@@ -8,7 +8,7 @@ runs with each layer answering what it gave in the runtime.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -17,6 +17,7 @@ import onnx
 import onnxruntime
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from repapq_plugin.core.hooks import other_forwards
 from repapq_plugin.core.onnx_weights import integer_layers
@@ -43,6 +44,27 @@ class Call:
     rounded: Tensor
     gave: Tensor
     operator: str
+
+
+class FirstOfEqual(TorchFunctionMode):
+    """Lets ``topk`` take the first of equal values first, as ONNX does; torch leaves the order open."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Iterable[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        if getattr(func, "__name__", "") == "topk":
+            return in_order(*args, **(kwargs or {}))  # type: ignore[arg-type]
+        return func(*args, **(kwargs or {}))
+
+
+def in_order(input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Tensor, Tensor]:
+    """Return what ``torch.topk`` returns, equal values in the order of their places."""
+    values, places = input.sort(dim=dim, descending=largest, stable=True)
+    return torch.return_types.topk((values.narrow(dim, 0, k), places.narrow(dim, 0, k)))
 
 
 @dataclass
@@ -130,7 +152,7 @@ def compare(simulation: nn.Module, images: Tensor, path: Path, outputs: Callable
         return forward
 
     layers = [module for module in simulation.modules() if isinstance(module, QuantizedLayer)]
-    with other_forwards({layer: answering(layer) for layer in layers}):
+    with other_forwards({layer: answering(layer) for layer in layers}), FirstOfEqual():
         wanted = outputs(simulation(images.clone()))
     assert next(left, None) is None and found.calls == len(calls)
     for result, tensor in zip(outputs(results), wanted, strict=True):

@@ -31,8 +31,6 @@ class Network:
         stays_float: What stays float: glob patterns of names, and a part of each one's reason.
         unordered: Whether outputs are queries in the order of their scores: then each channel is compared sorted.
         whole: Whether the network itself is exported, because layers run whose outputs are not among the raw ones.
-        exported_bits: Bits of the activations in the network that is exported. Where there are very many activations, a
-            few always lie on a boundary of a fine grid, where runtimes differ; a coarse grid has fewer boundaries.
     """
 
     make: Callable[[], nn.Module]
@@ -43,7 +41,6 @@ class Network:
     stays_float: Mapping[str, str] = field(default_factory=dict)
     unordered: bool = False
     whole: bool = False
-    exported_bits: int = 8
 
     def is_norm(self, module: nn.Module) -> bool:
         return isinstance(module, (nn.modules.batchnorm._BatchNorm, *self.norms))
@@ -58,7 +55,7 @@ class Network:
             return self.comparable(self.raw(model, images.clone()))
 
     def comparable(self, outputs: object) -> list[Tensor]:
-        """Return what is compared of outputs: floating tensors, queries in an order that near-equal scores leave."""
+        """Return what is compared of outputs: floating tensors, queries in an order that does not depend on scores."""
         tensors = floating_tensors(outputs)
         return [tensor.sort(dim=-2).values for tensor in tensors] if self.unordered else tensors
 
@@ -147,14 +144,13 @@ def settled(network: Network) -> tuple[nn.Module, list[Tensor]]:
     return model, batches
 
 
-def quantized(network: Network, steps: int = 0, activation_bits: int = 8) -> Run:
+def quantized(network: Network, steps: int = 0) -> Run:
     """Quantize a network, its weights with 8 bits: ranges only, or some steps of learning on top."""
     model, batches = settled(network)
     images = network.images(2)
     before, wanted = State.of(model), network.outputs(model, images)
     config = RepAPQConfig(
         steps=steps,
-        activation_bits=activation_bits,
         first_last_bits=None,
         activation_observer="auto" if steps else "mse",
     )

@@ -46,7 +46,6 @@ class TestUltralytics(LibraryContract):
         "rtdetr-l": Network(
             rtdetr,
             queries,
-            exported_bits=3,
             blocks=(RepConv,),
             unordered=True,
             stays_float={

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
 from integration.traits.networks import IMAGE, settled
 from repapq_plugin import CalibrationResult, RepAPQConfig, export_onnx, quantize_model
-from repapq_plugin.core.copies import own_batch
+from repapq_plugin.core.copies import is_half, own_batch
 from repapq_plugin.core.tensors import floating_tensors
 from repapq_plugin.errors import RepAPQError
 from repapq_plugin.hosts import pt2e, torch_ao
@@ -98,6 +99,12 @@ def images(trait: str, count: int = 3) -> list[Tensor]:
     return [torch.randn(BATCH, *IMAGE, generator=generator).to(dtype) for _ in range(count)]
 
 
+def in_full(trait: str) -> nn.Module:
+    """Return the network, in float32 if it is in half precision."""
+    model = settled(trait)
+    return model.float() if is_half(model) else model
+
+
 def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
     """Return what a network gives for images that it may change."""
     with torch.no_grad():
@@ -128,7 +135,7 @@ def configuration(preset: str, steps: int) -> RepAPQConfig:
 def against_float(cell: Cell, trait: str, preset: str, record: Calibrated) -> None:
     """Compare a quantized network of 8 bits with the float one; both are run with a batch of another size too."""
     if preset == "w8a8":
-        model = settled(trait).float()
+        model = in_full(trait)
         found = max(
             apart(outputs(record.model, x), outputs(model, x)) for x in (images(trait)[0], images(trait)[1][:1])
         )
@@ -162,40 +169,46 @@ def with_nncf(cell: Cell, trait: str, preset: str, steps: int, folder: Path) -> 
     wanted, network = outputs(record.model, x), NNCFNetwork(record)
     cell.part = "loading"
     (path,) = network.save(folder)
-    loaded = load_network(path, settled(trait).float(), own_batch(x)).network
+    loaded = load_network(path, in_full(trait), own_batch(x)).network
     cell.figures.append(("loaded", apart(outputs(loaded, x), wanted), LOADED))
     cell.part = "OpenVINO"
     written = network.export("openvino", own_batch(x), folder / "model")
     cell.figures.append(("OpenVINO", written.max_rel_difference, OPENVINO))
 
 
-def compared(cell: Cell, trait: str, result: CalibrationResult, converted: nn.Module) -> None:
-    """Compare a host's form of a calibrated network with the network."""
-    found = (apart(outputs(converted, x), outputs(result.model, x)) for x in images(trait))
-    cell.figures.append(("simulated", max(found), CONVERTED[cell.host]))
+Converter = Callable[[CalibrationResult, list[Tensor]], tuple[nn.Module, str]]
+"""Brings a calibrated network into a host's form, and names the engine that it is for, if any."""
 
 
-def with_fx(cell: Cell, trait: str, preset: str, steps: int, folder: Path) -> None:
-    result, data = calibrated(trait, preset, steps), images(trait)
+def converting(convert: Converter) -> Callable[[Cell, str, str, int, Path], None]:
+    """Compare a host's form of a calibrated network with the network, and with that of the network loaded again."""
+
+    def make(cell: Cell, trait: str, preset: str, steps: int, folder: Path) -> None:
+        result, data = calibrated(trait, preset, steps), images(trait)
+        loaded = CalibrationResult.load(result.save(folder / "result.safetensors"), settled(trait))
+        (converted, engine), (again, _) = convert(result, data), convert(loaded, data)
+        with torch_ao.integer_engine(engine) if engine else nullcontext():
+            given = [outputs(converted, x) for x in data]
+            found = max(apart(mine, outputs(result.model, x)) for mine, x in zip(given, data, strict=True))
+            cell.figures.append(("simulated", found, CONVERTED[cell.host]))
+            cell.figures.append(("loaded", max(map(apart, (outputs(again, x) for x in data), given)), LOADED))
+
+    return make
+
+
+def to_fx(result: CalibrationResult, data: list[Tensor]) -> tuple[nn.Module, str]:
     prepared = torch_ao.prepare_learned(result, (data[0],), data)
-    converted = torch_ao.convert_to_int8(prepared)
-    with torch_ao.integer_engine(prepared.meta["repapq_engine"]):
-        compared(cell, trait, result, converted)
+    return torch_ao.convert_to_int8(prepared), prepared.meta["repapq_engine"]
 
 
-def with_eager(cell: Cell, trait: str, preset: str, steps: int, folder: Path) -> None:
-    result = calibrated(trait, preset, steps)
-    converted = torch_ao.convert_eager(torch_ao.prepare_learned_eager(result, images(trait)))
-    with torch_ao.integer_engine(torch_ao.exact_engine()):
-        compared(cell, trait, result, converted)
+def to_eager(result: CalibrationResult, data: list[Tensor]) -> tuple[nn.Module, str]:
+    return torch_ao.convert_eager(torch_ao.prepare_learned_eager(result, data)), torch_ao.exact_engine()
 
 
-def with_pt2e(cell: Cell, trait: str, preset: str, steps: int, folder: Path) -> None:
-    result = calibrated(trait, preset, steps)
-    prepared = pt2e.prepare_learned(result, (own_batch(images(trait)[0]),))
-    compared(cell, trait, result, convert_pt2e(prepared))
+def to_pt2e(result: CalibrationResult, data: list[Tensor]) -> tuple[nn.Module, str]:
+    return convert_pt2e(pt2e.prepare_learned(result, (own_batch(data[0]),))), ""
 
 
 MAKERS: dict[str, Callable[[Cell, str, str, int, Path], None]] = dict(
-    zip(HOSTS, (own, with_nncf, with_fx, with_eager, with_pt2e), strict=True)
+    zip(HOSTS, (own, with_nncf, *map(converting, (to_fx, to_eager, to_pt2e))), strict=True)
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -207,6 +208,83 @@ def parametrized_norm() -> nn.Module:
     return Row(layer, nn.ReLU(), nn.Conv2d(8, 4, 1))
 
 
+class Inner(nn.Module):
+    """A part of its own between stem and head."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.part, self.head = nn.Conv2d(3, 8, 3, 2, 1), part, nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.part(self.stem(x).relu()))
+
+
+def inner(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """A part that something wraps."""
+    return Inner(wrap(nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU())))
+
+
+class Called(Inner):
+    """Calls one layer twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.part(self.part(self.stem(x).relu()).relu()).relu())
+
+
+class InferenceInside(Inner):
+    """Runs a part in inference mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            y = self.part(self.stem(x).relu())
+        return self.head(y.clone())
+
+
+class Keeps(Inner):
+    """Keeps what it computed, with its graph."""
+
+    kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self.part(self.stem(x).relu()).relu()
+        return self.head(self.kept)
+
+
+class Levels(NamedTuple):
+    fine: Tensor
+    coarse: list[Tensor]
+
+
+class Nested(Inner):
+    """Returns containers in containers."""
+
+    def forward(self, x: Tensor) -> dict[str, Levels]:
+        y = self.stem(x).relu()
+        return {"levels": Levels(self.head(y), [self.head(self.part(y).relu())])}
+
+
+class OwnNorm(nn.Module):
+    """A batch norm at inference whose epsilon is no attribute."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.rand(channels) + 0.5), nn.Parameter(torch.randn(channels) * 0.1)
+        self.register_buffer("running_mean", torch.randn(channels) * 0.1)
+        self.register_buffer("running_var", torch.rand(channels) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight / (self.running_var + 1e-3).sqrt()
+        return x * scale[:, None, None] + (self.bias - self.running_mean * scale)[:, None, None]
+
+
+def by_buffer() -> nn.Module:
+    """A layer whose weight does not learn: a buffer."""
+    model = around(nn.Conv2d(8, 8, 3, 1, 1))
+    weight = model.body[3]._parameters.pop("weight")
+    model.body[3].register_buffer("weight", weight.detach())
+    return model
+
+
 def padded_by(**keys: object) -> nn.Module:
     make: Layer = nn.Conv2d
     return around(make(8, 8, **keys))
@@ -240,6 +318,22 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "parsed list": Parsed,
     "plain subclass": lambda: with_layers(Kind),
     "hook of its own": hooked,
+    "compiled": lambda: torch.compile(around(nn.Conv2d(8, 8, 3, 1, 1)), backend="eager"),
+    "compiled part": lambda: inner(lambda part: torch.compile(part, backend="eager")),
+    "DataParallel": lambda: nn.DataParallel(around(nn.Conv2d(8, 8, 3, 1, 1))),
+    "DataParallel part": lambda: inner(nn.DataParallel),
+    "scripted part": lambda: inner(torch.jit.script),
+    "lazy layer": lambda: around(nn.LazyConv2d(8, 3, 1, 1)),
+    "inference mode inside": lambda: InferenceInside(nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU())),
+    "graph kept": lambda: Keeps(nn.Conv2d(8, 8, 3, 1, 1)),
+    "nested output": lambda: Nested(nn.Conv2d(8, 8, 3, 1, 1)),
+    "called twice": lambda: Called(nn.Conv2d(8, 8, 3, 1, 1)),
+    "norm without eps": lambda: around(nn.Conv2d(8, 8, 3, 1, 1), OwnNorm(8)),
+    "group norm": lambda: around(nn.Conv2d(8, 8, 3, 1, 1), nn.GroupNorm(2, 8)),
+    "weight as a buffer": by_buffer,
+    "spectral norm, hook": lambda: around(nn.utils.spectral_norm(nn.Conv2d(8, 8, 3, 1, 1))),
+    "spectral norm, parametrized": lambda: around(nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 3, 1, 1))),
+    "double": lambda: around(nn.Conv2d(8, 8, 3, 1, 1)).double(),
     "two products": lambda: around(Twice(8, 8, 3, 1, 1)),
 }
 """Makers of networks by the name of their trait; each takes images of `IMAGE`."""

@@ -23,6 +23,18 @@ REFUSED = {
     ("encoder", "own"): "cannot be traced to ONNX",
     ("encoder", "torch.ao eager"): "self_attn' cannot run on integers",
     ("function", "torch.ao eager"): "'module' cannot run on integers",
+    ("scripted part", "own"): "cannot be traced to ONNX",
+    ("scripted part", "NNCF"): "NNCF cannot trace 'part', which is a script",
+    ("scripted part", "torch.ao eager"): "'module' cannot run on integers",
+    ("scripted part", "pt2e"): "Inner cannot be exported",
+    ("nested output", "NNCF"): "OpenVINO cannot convert",
+    ("nested output", "torch.ao eager"): "'dequant' cannot run on integers",
+    ("group norm", "torch.ao eager"): "'module.body.4' cannot run on integers",
+    ("double", "own"): "is in double precision",
+    ("double", "NNCF"): "OpenVINO cannot convert",
+    ("double", "torch.ao FX"): "is in double precision",
+    ("double", "torch.ao eager"): "is in double precision",
+    ("double", "pt2e"): "is in double precision",
     ("two products", "torch.ao eager"): "'module.body.3' cannot run on integers",
 }
 """What is refused, with a part of the message; everything else must be done."""

@@ -29,6 +29,7 @@ from repapq_plugin.conditioning.channels import (
     read_channels,
     tied_parameters,
 )
+from repapq_plugin.conditioning.judge import Judge
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +85,20 @@ def fold_constant_channels(
         layer = modules[name]
         if own_parameters(layer, tied) and _reads_channels_together(layer) and bool(_stands_out(layer).any()):
             layers[layer] = name
-    folded = {}
-    for layer, seen in _channel_ranges(layers, run, batches).items():
-        count = _fold(layer, seen)
-        if count:
-            folded[layers[layer]] = count
+    if not layers:
+        return {}
+    judge = Judge(lambda: run(batches[0]), [(layer, []) for layer in layers])
+    ranges = _channel_ranges(layers, run, batches)
+    folded: dict[str, int] = {}
+    while ranges:
+        counts = {layer: _fold(layer, seen) for layer, seen in ranges.items()}
+        folded = {layers[layer]: count for layer, count in counts.items() if count}
+        guilty = judge.guilty([(layer, []) for layer, count in counts.items() if count], {}) if folded else []
+        if not guilty:
+            break
+        judge.restore()
+        folded = {}
+        ranges = {layer: seen for layer, seen in ranges.items() if (layer, []) not in guilty}
     if folded:
         logger.info("Constant channels went into biases: %s", folded)
     return folded

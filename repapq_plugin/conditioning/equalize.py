@@ -28,9 +28,10 @@ from repapq_plugin.conditioning.channels import (
     read_channels,
     tied_parameters,
 )
-from repapq_plugin.core.compare import equal_within, precise, rounding_of
+from repapq_plugin.conditioning.judge import Judge
+from repapq_plugin.core.compare import precise
 from repapq_plugin.core.hooks import Hooks
-from repapq_plugin.core.tensors import first_tensor, tensors_of
+from repapq_plugin.core.tensors import first_tensor
 from repapq_plugin.core.watch import MakersWatch
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,8 @@ def find_links(
             is_layer = isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
             if is_layer or _is_homogeneous(module):
                 hooks.before(module, watch.module_runs, with_kwargs=True)
-                hooks.after(module, watch.layer_ran if is_layer else watch.homogeneous_ran, with_kwargs=True)
+                ran = watch.layer_ran if is_layer else watch.homogeneous_ran
+                hooks.after(module, ran, with_kwargs=True, first=True)
         with watch:
             result = run()
         watch.note_use(result)
@@ -120,7 +122,7 @@ def find_links(
 def _is_homogeneous(module: nn.Module) -> bool:
     """Whether a module is one of `HOMOGENEOUS`; subclasses with a forward of their own may be anything."""
     forwards = [kind.forward for kind in HOMOGENEOUS if isinstance(module, kind)]
-    return type(module).forward in forwards and "forward" not in vars(module)
+    return bool(forwards) and type(module).forward in forwards and "forward" not in vars(module)
 
 
 def _is_depthwise(layer: Layer) -> bool:
@@ -200,27 +202,24 @@ def equalize_channels(
     links = find_links(model, lambda: run(batches[0]), {named[name] for name in names})
     if not links:
         return Equalized()
-    touched = {p for maker, readers in links for layer in (maker, *readers) for p in layer.parameters(recurse=False)}
-    before = {parameter: parameter.clone() for parameter in touched}
-    wanted = outputs_of(run, batches[0])
+    judge = Judge(lambda: run(batches[0]), links)
     sizes = _channel_sizes([readers[0] for _, readers in links], run, batches)
-    for maker, readers in links:
-        if readers[0] in sizes:
-            _scale(maker, readers, channel_scales(sizes[readers[0]], readers))
-    actual = outputs_of(run, batches[0])
-    if not equal_within(actual, wanted, rounding_of([*wanted, *touched])):
-        for parameter, values in before.items():
-            parameter.copy_(values)
-        note = "Equalizing channels changes what the network computes; it is left as it was."
-        logger.warning(note)
-        return Equalized(notes=(note,))
     paths = {module: name for name, module in model.named_modules()}
-    return Equalized(tuple(paths[maker] for maker, _ in links))
-
-
-def outputs_of(run: Callable[[B], object], batch: B) -> list[Tensor]:
-    """Return copies of what a network returns."""
-    return [tensor.clone() for tensor in tensors_of(run(batch))]
+    notes = []
+    while links:
+        scales = {maker: channel_scales(sizes[readers[0]], readers) for maker, readers in links if readers[0] in sizes}
+        for maker, readers in links:
+            if maker in scales:
+                _scale(maker, readers, scales[maker])
+        guilty = judge.guilty(links, scales)
+        if not guilty:
+            break
+        judge.restore()
+        where = "" if len(guilty) == len(links) else f" behind {', '.join(paths[maker] for maker, _ in guilty)}"
+        notes.append(f"Equalizing channels{where} changes what the network computes; it is left as it was.")
+        logger.warning(notes[-1])
+        links = [link for link in links if link not in guilty]
+    return Equalized(tuple(paths[maker] for maker, _ in links), tuple(notes))
 
 
 def _channel_sizes(

@@ -9,6 +9,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from repapq_plugin.core.modules import has_hooks, replace_modules
 from repapq_plugin.core.running import is_out_of_memory
 from repapq_plugin.core.tensors import members_of, rebuilt, tensors_of
 from repapq_plugin.errors import HostError
@@ -25,11 +26,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Raises:
         HostError: Its parameters are spread over processes, or not there yet.
     """
-    inner = getattr(model, "_orig_mod", None)  # torch.compile
-    if isinstance(inner, nn.Module):
+    inner = _inside(model)
+    if inner is not None:
         return unwrapped(inner)
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        return unwrapped(cast(nn.Module, model.module))
     for name, module in model.named_modules():
         kind = type(module).__name__
         if kind in ("FullyShardedDataParallel", "FSDPModule") or kind.startswith("FSDP"):
@@ -46,6 +45,40 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def _inside(module: nn.Module) -> nn.Module | None:
+    """Return what a wrapper of compilation or of parallel training wraps; ``None`` for other modules."""
+    compiled = dict(module.named_children()).get("_orig_mod")
+    if compiled is not None:
+        return compiled
+    return module.module if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel) else None
+
+
+def _take_off_wrappers(model: nn.Module) -> None:
+    """Put what wrappers inside a network wrap into their places; those that carry hooks stay."""
+    while inner := {m: i for m in model.modules() if (i := _inside(m)) is not None and not has_hooks(m)}:
+        replace_modules(model, inner)
+
+
+def _separate_memory(model: nn.Module) -> None:
+    """Give each parameter and buffer memory of its own: what one learns must not change another.
+
+    One parameter that several layers hold stays one.
+    """
+    spans = []
+    for tensor in {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values():
+        if tensor.numel() and tensor.layout is torch.strided and tensor.data_ptr():
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            length = 1 + sum((size - 1) * stride for size, stride in steps)
+            spans.append((str(tensor.device), tensor.data_ptr(), length * tensor.element_size(), tensor))
+    end, where = 0, ""
+    for device, start, length, tensor in sorted(spans, key=lambda span: span[:3]):
+        if device == where and start < end:
+            tensor.data = tensor.detach().clone()
+        else:
+            where, end = device, start
+        end = max(end, start + length)
+
+
 def plain_copy(model: T) -> T:
     """Return a copy of a module; tensors that it keeps from an earlier run, with their graph, are copied without it."""
     return copy.deepcopy(model, _copies_of_bound_tensors(cast(nn.Module, model)))
@@ -55,7 +88,7 @@ def own_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a model, in evaluation mode, whose floating tensors are at least float32.
 
     Tensors that a model keeps from an earlier run, with their graph, are copied without it. Tensors of inference mode
-    become ordinary ones.
+    become ordinary ones. Wrappers inside it are taken off, and views of one memory become tensors of their own.
 
     Args:
         model: Any network; not changed.
@@ -74,6 +107,8 @@ def own_copy(model: nn.Module) -> nn.Module:
                 f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); give a network that "
                 "copy.deepcopy takes."
             ) from error
+        _take_off_wrappers(copied)
+        _separate_memory(copied)
         copied.eval()
         copied._apply(_in_float32)  # type: ignore[no-untyped-call]
     return copied

@@ -14,6 +14,8 @@ class Hooks:
     """Puts hooks on modules inside a ``with`` block and takes all of them off at its end.
 
     ``with Hooks() as hooks: hooks.after(module, see); run()``
+
+    Scripted modules take no hooks from Python and get none; nothing in them is quantized.
     """
 
     def __init__(self) -> None:
@@ -26,11 +28,18 @@ class Hooks:
 
         What it returns replaces ``args``, or both. With ``first`` it runs before the hooks that are there already.
         """
-        self._stack.callback(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs, prepend=first).remove)
+        if not isinstance(module, torch.jit.ScriptModule):
+            self._stack.callback(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs, prepend=first).remove)
 
-    def after(self, module: nn.Module, hook: Callable[..., object], *, with_kwargs: bool = False) -> None:
-        """Call ``hook(module, args, output)`` after each forward, or ``hook(module, args, kwargs, output)``."""
-        self._stack.callback(module.register_forward_hook(hook, with_kwargs=with_kwargs).remove)
+    def after(
+        self, module: nn.Module, hook: Callable[..., object], *, with_kwargs: bool = False, first: bool = False
+    ) -> None:
+        """Call ``hook(module, args, output)`` after each forward, or ``hook(module, args, kwargs, output)``.
+
+        With ``first`` it sees what the forward itself returned, and hooks that are there already come behind it.
+        """
+        if not isinstance(module, torch.jit.ScriptModule):
+            self._stack.callback(module.register_forward_hook(hook, with_kwargs=with_kwargs, prepend=first).remove)
 
     def __enter__(self) -> Hooks:
         return self

@@ -25,6 +25,17 @@ def call_model(model: nn.Module, batch: Batch) -> object:
     return model(batch)
 
 
+def runs(run: Callable[[], object]) -> bool:
+    """Whether something that nobody asked for can be run, whatever the user's own code raises."""
+    try:
+        run()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
     """Run a model as at inference; every module's mode comes back afterwards.

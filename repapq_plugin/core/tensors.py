@@ -40,6 +40,11 @@ def tensors_of(value: object, *also: type) -> list[Tensor]:
     return [tensor for member in members_of(value) or () for tensor in tensors_of(member, *also)]
 
 
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place; 0 for those of inference mode, which do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def floating_tensors(value: object) -> list[Tensor]:
     """Return the floating-point ones of `tensors_of`."""
     return [tensor for tensor in tensors_of(value) if tensor.is_floating_point()]

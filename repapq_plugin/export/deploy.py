@@ -50,7 +50,10 @@ class QuantizeDequantize(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Round ``x`` (float, any shape) to the container's grid; ``zero_point`` is uint8 or int8, scalar."""
         low, high = CONTAINERS[zero_point.dtype]
-        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point.to(torch.int32), low, high)
+        # The tracer would take a conversion that changes nothing for a node.
+        values = x if x.dtype == scale.dtype else x.to(scale.dtype)
+        hat = torch.fake_quantize_per_tensor_affine(values, scale, zero_point.to(torch.int32), low, high)
+        return hat if hat.dtype == x.dtype else hat.to(x.dtype)
 
     @staticmethod
     def symbolic(g: _OnnxGraph, x: torch.Value, scale: torch.Value, zero_point: torch.Value) -> torch.Value:
@@ -155,6 +158,9 @@ class DeployedLayer(RunsOwnForward):
     input_zero_point: Tensor
     quantizes_weight: bool
     quantizes_input: bool
+    weight_dtype: torch.dtype
+    weight_reads: int = 0
+    """How often something else than the layer's own forward has read the weight."""
     clamp_range: tuple[float, float] | None
 
     @torch.no_grad()
@@ -188,7 +194,8 @@ class DeployedLayer(RunsOwnForward):
         self.register_buffer("weight_codes", codes.to(torch.int8))
         self.register_buffer("weight_scale", scale.clone())
         self.register_buffer("weight_zero_point", torch.zeros_like(scale, dtype=torch.int8))
-        self.register_parameter("weight", None)
+        self.weight_dtype = weight.dtype
+        del self._parameters["weight"]
 
     @torch.no_grad()
     def _take_input(self, quantizer: LearnableFakeQuantize, where: str) -> None:
@@ -210,12 +217,16 @@ class DeployedLayer(RunsOwnForward):
 
     def dequantized_weight(self) -> Tensor:
         """Return the float weight that the integer codes stand for."""
-        return cast(
-            Tensor,
-            DequantizeWeight.apply(  # type: ignore[no-untyped-call]
-                self.weight_codes, self.weight_scale, self.weight_zero_point, output_channels_axis(self)
-            ),
-        )
+        axis = output_channels_axis(self)
+        codes = (self.weight_codes, self.weight_scale, self.weight_zero_point)
+        weight = cast(Tensor, DequantizeWeight.apply(*codes, axis))  # type: ignore[no-untyped-call]
+        return weight if weight.dtype == self.weight_dtype else weight.to(self.weight_dtype)
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        if name == "weight" and "weight_codes" in self._buffers:
+            self.weight_reads += 1
+            return self.dequantized_weight()
+        return super().__getattr__(name)
 
 
 def deploy_layer(quantized: QuantizedLayer, where: str) -> DeployedLayer:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from repapq_plugin.core.hooks import Hooks
 from repapq_plugin.core.running import frozen, is_out_of_memory
-from repapq_plugin.core.tensors import first_tensor, floating_tensors, tensors_of
+from repapq_plugin.core.tensors import first_tensor, floating_tensors, tensors_of, version_of
 from repapq_plugin.errors import ExportError
 from repapq_plugin.export.blame import Running, explained, layer_with_operator
 from repapq_plugin.export.calls import Call
@@ -36,6 +36,7 @@ class Expected:
         input_pairs: Different pairs of a tensor that was read and the grid on which it was read.
         clamps: Those of them whose grid has fewer than 8 bits.
         norms: Calls of normalization layers.
+        other_reads: How often something else than their layers has read integer weights.
         weights: Integer weights by path of their layer, int8.
     """
 
@@ -44,7 +45,13 @@ class Expected:
     input_pairs: int
     clamps: int
     norms: int
+    other_reads: int
     weights: dict[str, Tensor]
+
+    def differs_from(self, other: Expected) -> bool:
+        """Whether another run on the same example gave other outputs."""
+        pairs = zip(self.outputs, other.outputs, strict=False)
+        return len(self.outputs) != len(other.outputs) or not all(torch.equal(a, b) for a, b in pairs)
 
 
 Reading = tuple[int, int, float, int, tuple[float, float] | None]
@@ -73,7 +80,7 @@ def run_once(deployed: nn.Module, call: Call) -> Expected:
     def note_reading(reader: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x, reader = inputs[0], cast("DeployedLayer | DeployedSkip", reader)
         grid = (float(reader.input_scale), int(reader.input_zero_point), reader.clamp_range)
-        read.append((x, (id(x), x._version, *grid)))
+        read.append((x, (id(x), version_of(x), *grid)))
 
     def note_norm(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         nonlocal norms
@@ -91,7 +98,9 @@ def run_once(deployed: nn.Module, call: Call) -> Expected:
             Running(deployed) as running,
             explained("The model cannot run on the example", where=lambda _: running.path),
         ):
+            before = sum(layer.weight_reads for layer in layers.values())
             outputs = tensors_of(call.run(deployed))
+            other_reads = sum(layer.weight_reads for layer in layers.values()) - before
     if not outputs:
         raise ExportError("The model returns no tensor, so there is nothing to export; let forward return its result.")
     readings = {reading for _, reading in read}
@@ -101,6 +110,7 @@ def run_once(deployed: nn.Module, call: Call) -> Expected:
         input_pairs=len(readings),
         clamps=sum(clamp_range is not None for *_, clamp_range in readings),
         norms=norms,
+        other_reads=other_reads,
         weights={name: layer.weight_codes for name, layer in layers.items() if layer.quantizes_weight},
     )
 

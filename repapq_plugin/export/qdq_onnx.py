@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 __all__ = ["OnnxSummary", "export_onnx", "quantized_module", "require_onnx"]
+
+EQUAL = 1e-3
+"""Up to which difference to the file, relative to the largest output, nobody asks why."""
 
 MIN_OPSET = 13
 """First operator set whose DequantizeLinear takes a scale per channel."""
@@ -168,6 +172,10 @@ def export_onnx(
         raise ExportError(f"opset={opset} has no scales per channel; choose {MIN_OPSET} or newer.")
     model = quantized_module(model_or_result)
     deployed = deployable(model)
+    if any(weight.dtype is torch.float64 for weight in model.parameters()):
+        raise ExportError(
+            "The network is in double precision, where runtimes have no integers; quantize model.float()."
+        )
     call = Call.of(example, deployed)
     expected = run_once(deployed, call)
     names = GraphNames(call.tensors, expected.outputs, input_names, output_names)
@@ -180,6 +188,9 @@ def export_onnx(
         logger.warning(notes[-1])
     if written.unread:
         notes.append(f"Nothing reads what these layers return, and the file does without: {', '.join(written.unread)}.")
+        logger.warning(notes[-1])
+    if written.difference and written.difference > EQUAL and run_once(deployed, call).differs_from(expected):
+        notes.append("The model returns something else in each run, and the file cannot be compared with it.")
         logger.warning(notes[-1])
     floats = reading_floats(written.graph)
     if floats:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from repapq_plugin.backend import Backend
@@ -21,7 +22,7 @@ from repapq_plugin.export.openvino import OpenVINOSummary, export_openvino
 from repapq_plugin.export.program import ProgramSummary, quantized_program
 from repapq_plugin.export.qdq_onnx import OnnxSummary, export_onnx
 from repapq_plugin.job import Job, Report
-from repapq_plugin.quantizers.layers import QuantizedLayer
+from repapq_plugin.quantizers.layers import QuantizedLayer, weight_of
 from repapq_plugin.quantizers.skips import SkippingModule
 from repapq_plugin.result import Calibrated, CalibrationResult
 
@@ -111,7 +112,8 @@ def quantized_layers(network: nn.Module) -> dict[str, QuantizedLayer]:
     """Return the quantized layers of a calibrated network by each module path that they stand at.
 
     Raises:
-        HostError: It holds none, or adds rounded summands, which the toolbox would leave out.
+        HostError: It holds none, or computes in double precision, or adds rounded summands, which the toolbox would
+            leave out.
     """
     adding = next((name for name, module in network.named_modules() if isinstance(module, SkippingModule)), None)
     if adding is not None:
@@ -123,6 +125,11 @@ def quantized_layers(network: nn.Module) -> dict[str, QuantizedLayer]:
     layers = {name: module for name, module in named if isinstance(module, QuantizedLayer)}
     if not layers:
         raise HostError(f"{type(network).__name__} holds no quantized layer; quantize it with quantize_model first.")
+    double = next((name for name, layer in layers.items() if weight_of(layer).dtype is torch.float64), None)
+    if double is not None:
+        raise HostError(
+            f"{double!r} is in double precision, where this toolbox has no integers; quantize model.float()."
+        )
     return layers
 
 

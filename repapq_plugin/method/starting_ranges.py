@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.config import LossName, RepAPQConfig
 from repapq_plugin.core.hooks import Hooks, unseen
 from repapq_plugin.core.losses import relative_loss
 from repapq_plugin.core.progress import Advance
@@ -57,7 +57,7 @@ def set_starting_ranges(
             raise CalibrationError(
                 f"No layer read a single value in {len(batches)} calibration batches; give batches that hold images."
             )
-        best = _least_disturbing(sites, found, run, batches[:COMPARED_BATCHES])
+        best = _least_disturbing(sites, found, run, batches[:COMPARED_BATCHES], config.loss)
     for quantizer, ranges in found.items():
         quantizer.set_qparams(*ranges[best[quantizer]])
 
@@ -146,12 +146,13 @@ def _allowed(quantizer: Quantizer, ranges: Ranges) -> Ranges:
 
 
 def _least_disturbing(
-    sites: Sites, found: Mapping[Quantizer, Ranges], run: Run, batches: Sequence[Batch]
+    sites: Sites, found: Mapping[Quantizer, Ranges], run: Run, batches: Sequence[Batch], loss: LossName
 ) -> dict[Quantizer, str]:
     """Return for each quantizer the name of the range that disturbs the layers which read it least.
 
-    Each sample counts alike (`relative_loss`). A quantizer that no layer reads directly is judged by what it does to
-    its own tensor, squared.
+    They are judged by the loss that learning has, `relative_loss`, in which each sample counts alike. Absolute errors
+    let a range cut off what is large and rare, which a network of 8 bits need not lose. A quantizer that no layer reads
+    directly is judged by what it does to its own tensor.
     """
     if all(len(ranges) == 1 for ranges in found.values()):
         return {quantizer: next(iter(ranges)) for quantizer, ranges in found.items()}
@@ -177,7 +178,7 @@ def _least_disturbing(
             read.add(quantizer)
             for name, hat in hats(quantizer, x):
                 changed, keywords = change_first_tensor(args, kwargs, lambda _, hat=hat: hat)  # type: ignore[misc]
-                error = relative_loss(site.float_forward(*changed, **keywords), output, "mae")
+                error = relative_loss(site.float_forward(*changed, **keywords), output, loss)
                 errors[quantizer][name] += float(error)
 
         return compare
@@ -188,7 +189,7 @@ def _least_disturbing(
                 return
             for name, hat in hats(quantizer, output):
                 with unseen():
-                    errors[quantizer][name] += float(relative_loss(hat, output, "mse"))
+                    errors[quantizer][name] += float(relative_loss(hat, output, loss))
 
         return judge
 
@@ -196,7 +197,7 @@ def _least_disturbing(
         for quantizer in found:
             hooks.after(quantizer.module, passes(quantizer))
         for site in sites.weights.values():
-            hooks.after(site.layer, compares(site), with_kwargs=True)
+            hooks.after(site.layer, compares(site), with_kwargs=True, first=True)
         for batch in batches:
             run(batch)
     unread = [quantizer for quantizer in found if quantizer not in read]

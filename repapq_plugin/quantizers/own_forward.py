@@ -100,6 +100,8 @@ def reason_against(layer: nn.Module, arguments: Arguments) -> str:
         layer: A layer of a `QUANTIZABLE` class; left as it is.
         arguments: What it was once called with.
     """
+    if layer._parameters.get("weight") is None or "bias" not in layer._parameters:
+        return f"weight and bias of {own_class(layer).__name__} are not both parameters of its own"
     if is_plain(layer):
         return ""
     probe = without_hooks(layer)

@@ -20,6 +20,7 @@ from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core.hooks import Hooks
 from repapq_plugin.core.modules import become, may_become, resign
 from repapq_plugin.core.tensor_notes import TensorNotes
+from repapq_plugin.core.tensors import version_of
 from repapq_plugin.core.watch import FunctionWatch
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
 from repapq_plugin.quantizers.layers import QuantizedLayer
@@ -53,7 +54,7 @@ class _Additions(FunctionWatch):
             pair = [value for value in args[:2] if isinstance(value, Tensor)]
             if len(pair) == 2 and pair[0].shape == pair[1].shape and pair[0].is_floating_point():
                 self._note(pair)
-        return [value._version if isinstance(value, Tensor) else 0 for value in args]
+        return [version_of(value) if isinstance(value, Tensor) else 0 for value in args]
 
     def _note(self, pair: list[Tensor]) -> None:
         # Of two layers' outputs, a shortcut is the one that other layers read, or else the one that was made later.
@@ -76,7 +77,7 @@ class _Additions(FunctionWatch):
     ) -> None:
         """What was changed in place is no layer's output any more."""
         for value, version in zip(args, note, strict=True):
-            if isinstance(value, Tensor) and value._version != version:
+            if isinstance(value, Tensor) and version_of(value) != version:
                 self.from_layers.forget(value)
                 self.read.pop(id(value), None)
 

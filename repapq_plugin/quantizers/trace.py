@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from repapq_plugin.core.hooks import Hooks, other_forwards
 from repapq_plugin.core.running import frozen, is_out_of_memory
-from repapq_plugin.core.tensors import change_first_tensor, floating_tensors
+from repapq_plugin.core.tensors import change_first_tensor, floating_tensors, version_of
 from repapq_plugin.errors import CalibrationError
 from repapq_plugin.quantizers.layers import QUANTIZABLE
 from repapq_plugin.quantizers.own_forward import Arguments, reason_against
@@ -54,6 +54,7 @@ class LayerTrace:
 
 
 BYPASSED = "its weight is read without calling it, in a pass with gradients or in one without"
+WRITTEN = "a forward pass writes its weight"
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,15 @@ def trace_network(model: nn.Module, run: Callable[[], object]) -> Trace:
     is a last one; a layer whose input needed no gradient is a first one.
 
     Raises:
-        CalibrationError: The network runs without gradients only.
+        CalibrationError: The network runs without gradients only, or gives an iterator that nobody reads.
     """
     layers: dict[str, nn.Module] = {
         name: module for name, module in model.named_modules() if isinstance(module, QUANTIZABLE)
     }
     names = {module: name for name, module in layers.items()}
     weights = {name: cast(nn.Parameter, layer.weight) for name, layer in layers.items()}
+    written_before = {name: _memory_of(layer) for name, layer in layers.items()}
+    held = [weight.detach() for weight in weights.values()]  # what replaces one cannot take its place in memory
     # Kept alive, so that identities stay unique.
     inputs: dict[str, list[tuple[Tensor, int]]] = {}
     arguments: dict[str, Arguments] = {}
@@ -108,7 +111,7 @@ def trace_network(model: nn.Module, run: Callable[[], object]) -> Trace:
         arguments.setdefault(name, (args, kwargs))
 
         def cut(x: Tensor) -> Tensor:
-            inputs.setdefault(name, []).append((x, x._version))
+            inputs.setdefault(name, []).append((x, version_of(x)))
             if not x.requires_grad:
                 first.add(name)
             return x.detach()
@@ -128,7 +131,13 @@ def trace_network(model: nn.Module, run: Callable[[], object]) -> Trace:
             hooks.before(module, before_layer, with_kwargs=True)
         for name, module in model.named_modules():
             hooks.after(module, after_any(name), with_kwargs=True)
-        outputs = [tensor for tensor in floating_tensors(_with_gradients(run)) if tensor.requires_grad]
+        returned = _with_gradients(run)
+        if isinstance(returned, Iterator) and not inputs:
+            raise CalibrationError(
+                "The network returns an iterator and runs only as that is read; let forward_fn make a list of it: "
+                "forward_fn=lambda model, batch: list(model(batch))."
+            )
+        outputs = [tensor for tensor in floating_tensors(returned) if tensor.requires_grad]
         last = _last_layers(outputs, {name: weights[name] for name in inputs})
     uncounted = Counter({name: len(seen) for name, seen in inputs.items()})
 
@@ -146,6 +155,8 @@ def trace_network(model: nn.Module, run: Callable[[], object]) -> Trace:
         run()
     unfit = {name: reason for name in inputs if (reason := reason_against(layers[name], arguments[name]))}
     unfit |= {name: BYPASSED for name, count in uncounted.items() if count}
+    unfit |= {name: WRITTEN for name in inputs if _memory_of(layers[name]) != written_before[name]}
+    held.clear()
     return Trace(
         layers={
             name: LayerTrace(
@@ -160,6 +171,12 @@ def trace_network(model: nn.Module, run: Callable[[], object]) -> Trace:
         modules={name: ModuleTrace(count, plain[name]) for name, count in calls.items()},
         unfit=unfit,
     )
+
+
+def _memory_of(layer: nn.Module) -> tuple[int, int, int] | None:
+    """Return which tensor a layer's weight is, where it lies and how often it was changed."""
+    weight = layer._parameters.get("weight")
+    return None if weight is None else (id(weight), weight.data_ptr(), version_of(weight))
 
 
 def _with_gradients(run: Callable[[], object]) -> object:

@@ -166,7 +166,7 @@ class _Folder:
         with Hooks() as hooks:
             for module in self.model.modules():
                 if isinstance(module, Layer):
-                    hooks.after(module, watch.layer_ran)
+                    hooks.after(module, watch.layer_ran, first=True)
                 elif _normalises(module):
                     hooks.before(module, watch.norm_runs, with_kwargs=True)
                     hooks.after(module, watch.norm_ran)

@@ -11,7 +11,7 @@ from typing import TypeVar, cast
 import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
-from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 from torch.nn.utils.weight_norm import WeightNorm
 
 from repapq_plugin.core.modules import shallow_copy
@@ -32,7 +32,8 @@ def bake_parametrizations(model: nn.Module) -> list[str]:
 
     Torch's own removal of parametrizations takes the property off the class, which a copy shares with what it was
     copied from; here the copy gets its plain class back, and the class stays as it is. A hook computes the tensor anew:
-    what a module holds may be older than the parameters that were loaded into it.
+    what a module holds may be older than the parameters that were loaded into it. A layer's weight that is kept as a
+    buffer becomes a parameter.
 
     Args:
         model: A network, in evaluation mode.
@@ -42,7 +43,7 @@ def bake_parametrizations(model: nn.Module) -> list[str]:
     """
     baked = []
     for path, module in list(model.named_modules()):
-        names = [*_bake_parametrized(module), *_bake_hooked(module)]
+        names = [*_bake_parametrized(module), *_bake_hooked(module), *_bake_buffers(module)]
         baked += [f"{path}.{name}" if path else name for name in names]
     return baked
 
@@ -90,4 +91,20 @@ def _bake_hooked(module: nn.Module) -> list[str]:
                     setattr(module, name, None)
                 remove(module, name)
                 baked.append(name)
+    for key, hook in list(module._load_state_dict_pre_hooks.items()):
+        # torch leaves this one, which asks a state dict for what is no longer there.
+        if isinstance(getattr(hook, "hook", hook), SpectralNormLoadStateDictPreHook):
+            del module._load_state_dict_pre_hooks[key]
     return baked
+
+
+def _bake_buffers(module: nn.Module) -> list[str]:
+    """Make parameters of weight and bias that a convolution or linear layer keeps as buffers."""
+    if not isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+        return []
+    values = {name: module._buffers.get(name) for name in ("weight", "bias")}
+    found = {name: value for name, value in values.items() if value is not None and value.is_floating_point()}
+    for name, value in found.items():
+        delattr(module, name)
+        module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    return list(found)

@@ -200,3 +200,46 @@ def test_a_nearly_dead_channel_no_longer_costs_the_others_their_codes():
         with torch.no_grad():
             error[key] = float((result.model(data[0]) - model(data[0])).abs().mean())
     assert error[True] < 0.5 * error[False]
+
+
+class Choosing(nn.Module):
+    """Makes much of a little: what it returns depends on the last bits of a layer's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = separable()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (1e6 * self.body(x)).sin()
+
+
+def test_rounding_that_a_network_makes_much_of_is_no_reason_against():
+    torch.manual_seed(0)
+    model, x = Choosing().eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        model.body[0].weight[2] *= 50
+        before = model(x)
+        equalized = equalize_channels(model, model, [x], ["body.0", "body.2", "body.4"])
+        assert (model(x) - before).abs().max() > 0.1
+    assert equalized.layers == ("body.0", "body.2") and equalized.notes == ()
+
+
+def test_only_what_does_something_else_stays_as_it_was():
+    torch.manual_seed(0)
+    model, x = separable(), torch.randn(2, 3, 8, 8)
+    model[4].register_forward_hook(lambda layer, args, output: output + float(layer.weight.abs().max()))
+    kept = model[4].weight.clone()
+    with torch.no_grad():
+        model[0].weight[2] *= 50
+        before = model(x)
+        equalized = equalize_channels(model, model, [x], names_of(model))
+        assert (model(x) - before).abs().max() <= 1e-5 * before.abs().max()
+    note = "Equalizing channels behind 2 changes what the network computes; it is left as it was."
+    assert equalized.layers == ("0",) and equalized.notes == (note,)
+    assert torch.equal(model[4].weight, kept)
+
+
+def test_a_hook_that_cuts_an_output_off_stands_between_layers():
+    model, x = separable(), torch.randn(2, 3, 8, 8)
+    model[0].register_forward_hook(lambda _, args, output: output.clamp(max=100.0))
+    assert equalize(model, x) == ("2",)

@@ -99,6 +99,40 @@ def test_wrappers_are_taken_off() -> None:
     assert own_copy(nn.DataParallel(model))(torch.ones(1, 2)).shape == (1, 2)
 
 
+def test_wrappers_inside_are_taken_off_unless_they_carry_hooks() -> None:
+    wrapped = nn.DataParallel(torch.compile(nn.Sequential(nn.Linear(2, 2)), backend="eager"))
+    model = nn.Sequential(wrapped, nn.ReLU(), wrapped)
+    copied = own_copy(model)
+    assert [name for name, _ in copied.named_modules()] == ["", "0", "0.0", "1"] and copied[0] is copied[2]
+    assert torch.equal(copied(torch.ones(1, 2)), model(torch.ones(1, 2)))
+    assert isinstance(model[0], nn.DataParallel)
+    wrapped.register_forward_hook(lambda _, args, output: 2 * output)
+    assert isinstance(own_copy(model)[0], nn.DataParallel)
+
+
+def test_views_of_one_memory_become_tensors_of_their_own_and_shared_ones_stay_one() -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            flat = torch.arange(12.0)
+            self.whole, self.part = nn.Parameter(flat[:6].reshape(2, 3)), nn.Parameter(flat[3:6])
+            self.turned, self.apart = nn.Parameter(self.whole.detach().t()), nn.Parameter(flat[6:])
+            self.same = self.whole
+            self.register_buffer("kept", self.apart.detach()[1:2])
+            self.register_buffer("nothing", torch.zeros(0))
+
+    model = Views()
+    copied = own_copy(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(copied.state_dict()[name], value)
+    assert copied.same is copied.whole and copied.turned.stride() == model.turned.stride()
+    names = ("whole", "part", "turned", "apart", "kept")
+    for number, name in enumerate(names):
+        with torch.no_grad():
+            getattr(copied, name).fill_(-1.0 - number)
+    assert [float(getattr(copied, name).max()) for name in names] == [-1.0, -2.0, -3.0, -4.0, -5.0]
+
+
 def test_models_without_values_are_refused_by_name() -> None:
     with pytest.raises(HostError, match=r"'0.weight' has no values yet.*run the model once"):
         own_copy(nn.Sequential(nn.LazyLinear(3)))

@@ -83,7 +83,7 @@ def candidates(quantizer: Quantizer, placed: Placed) -> dict[str, tuple[Tensor, 
 
 
 def disturbance(quantizer: Quantizer, qparams: tuple[Tensor, Tensor], placed: Placed) -> float:
-    """Relative absolute error of the layers that read a tensor, if it is rounded this way; summed over calls."""
+    """Relative error of the layers that read a tensor, if it is rounded this way; summed over calls."""
     layers = [site.layer for site in placed.sites.weights.values() if site.layer.input_fake_quant is quantizer.module]
     total = 0.0
     with torch.no_grad():
@@ -92,19 +92,20 @@ def disturbance(quantizer: Quantizer, qparams: tuple[Tensor, Tensor], placed: Pl
                 hat = fake_quantize(x, *qparams, *quantizer.bounds)
                 for layer in layers:
                     float_output, output = (apply_layer(layer, value, layer.weight) for value in (x, hat))
-                    total += relative_loss(output, float_output, "mae").item()
+                    total += relative_loss(output, float_output, placed.config.loss).item()
     assert layers and total > 0
     return total
 
 
 @pytest.mark.parametrize("network", [Chain, Pyramid])
 @pytest.mark.parametrize("bits", [4, pytest.param(8, marks=slow)])
+@pytest.mark.parametrize("loss", ["mse", pytest.param("mae", marks=slow)])
 def test_the_chosen_range_disturbs_the_layers_behind_it_no_more_than_any_candidate(
-    network: type[nn.Module], bits: int
+    network: type[nn.Module], bits: int, loss: str
 ) -> None:
-    placed = Placed(network(), config(activation_bits=bits, first_last_bits=None))
+    placed = Placed(network(), config(activation_bits=bits, first_last_bits=None, loss=loss))
     placed.find()
-    winners = set()
+    winners, spread = set(), 1.0
     for site in placed.sites.activations:
         found = candidates(site.quantizer, placed)
         errors = {name: disturbance(site.quantizer, qparams, placed) for name, qparams in found.items()}
@@ -115,7 +116,10 @@ def test_the_chosen_range_disturbs_the_layers_behind_it_no_more_than_any_candida
         assert same, f"{site.where} has a range that no candidate found"
         assert min(errors[name] for name in same) <= min(errors.values()) * (1 + 1e-5)
         winners |= same
-    assert len(winners) > 1
+        spread = max(spread, max(errors.values()) / min(errors.values()))
+    assert spread > 1.1
+    # At 4 bits the range of least squares mostly is what disturbs squares least.
+    assert len(winners) > 1 or (loss, bits) == ("mse", 4)
 
 
 @pytest.mark.parametrize(
