@@ -5,7 +5,9 @@
 NETWORK is timm's name, WEIGHTS its checkpoint (safetensors), DATA a folder with ``train/<class>/`` and
 ``test/<class>/`` of images, the usual layout of CIFAR-10 as image files. Images are scaled to ``--size`` pixels and
 normalised as CIFAR-10 is. All methods of a seed quantize with the same calibration images, which that seed draws from
-the training images. ``--split val`` scores on training images that no seed calibrates with; it is for choosing.
+the training images. ``--split val`` scores on training images that no seed calibrates with. A network that was trained on them knows them by
+heart, so ``--split hard`` scores on these images changed at random (`HARDER`), on which float is about as good as on test
+images. Both are for choosing.
 Results go to ``results/photographs.json`` after every run, and a run that is there already is not repeated.
 """
 
@@ -26,6 +28,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision.transforms.v2 import RandAugment
 
 from integration.bench.reference import RESULTS, environment, write_result
 from repapq_plugin import RepAPQConfig, quantize_model
@@ -35,6 +38,9 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 VALIDATION_IMAGES = 2000
 HELD_OUT = 1_000_003
 """Seed that parts the validation images from those that any other seed calibrates with."""
+
+HARDER = RandAugment(num_ops=2, magnitude=8)
+"""How held-out images are changed. The RepVGG-A0 scores 84.9 on 1,000 of them, 95.1 before and 86.25 on test images."""
 
 CALIBRATION_IMAGES = 512
 BATCH = 32
@@ -68,11 +74,16 @@ def shuffled(files: list[tuple[Path, int]], seed: int) -> list[tuple[Path, int]]
 
 
 def scored_images(data: Path, split: str, limit: int | None) -> Samples:
-    """Return what is scored: test images, or the training images that are held out."""
+    """Return what is scored: test images, or the training images that are held out, changed for ``hard``."""
     files = (
         files_of(data, "test") if split == "test" else shuffled(files_of(data, "train"), HELD_OUT)[:VALIDATION_IMAGES]
     )
-    return read(shuffled(files, 0)[:limit])
+    images, labels = read(shuffled(files, 0)[:limit])
+    if split == "hard":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            images = torch.stack([HARDER(image) for image in images])
+    return images, labels
 
 
 def calibration_images(data: Path, seed: int, count: int = CALIBRATION_IMAGES) -> Tensor:
@@ -112,7 +123,7 @@ def accuracy(model: nn.Module, samples: Samples, size: int) -> float:
 @click.argument("data", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--preset", "presets", multiple=True, default=("w8a8", "w6a6", "w4a4", "w3a3"), help="Which bits.")
 @click.option("--seeds", default="0,1,2", help="Seeds, separated by commas.")
-@click.option("--split", type=click.Choice(["val", "test"]), default="val")
+@click.option("--split", type=click.Choice(["val", "hard", "test"]), default="val")
 @click.option("--size", default=96, help="Height and width of the network's input, in pixels.")
 @click.option("--limit", type=int, help="Score so many images only.")
 @click.option("-q", "settings", multiple=True, metavar="KEY=VALUE", help="A key of the configuration.")
