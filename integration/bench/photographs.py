@@ -5,9 +5,9 @@
 NETWORK is timm's name, WEIGHTS its checkpoint (safetensors), DATA a folder with ``train/<class>/`` and
 ``test/<class>/`` of images, the usual layout of CIFAR-10 as image files. Images are scaled to ``--size`` pixels and
 normalised as CIFAR-10 is. All methods of a seed quantize with the same calibration images, which that seed draws from
-the training images. ``--split val`` scores on training images that no seed calibrates with. A network that was trained on them knows them
-by heart, so ``--split hard`` scores on these images changed at random (`HARDER`), on which float is about as good as on
-test images. Both are for choosing.
+the training images. ``--split val`` scores on training images that no seed calibrates with. A network that was
+trained on them knows them by heart, so ``--split hard`` scores on these images changed at random (`HARDER`), on which
+float is about as good as on test images. Both are for choosing.
 Results go to ``results/photographs.json`` after every run, and a run that is there already is not repeated.
 """
 
