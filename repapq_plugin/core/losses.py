@@ -38,12 +38,12 @@ def relative_loss(output: Tensor, target: Tensor, loss: str) -> Tensor:
         target: The same shape.
         loss: ``"mae"`` or ``"mse"``.
     """
-    return (_sizes(output - target, loss) / sample_magnitudes(target, loss)).mean()
+    return (sample_sizes(output - target, loss) / sample_magnitudes(target, loss)).mean()
 
 
 def sample_magnitudes(target: Tensor, loss: str) -> Tensor:
     """Return by what the error of each sample is divided to be relative, float ``(samples,)``, positive."""
-    return sample_floor(_sizes(target, loss))
+    return sample_floor(sample_sizes(target, loss))
 
 
 def sample_floor(sizes: Tensor) -> Tensor:
@@ -52,8 +52,8 @@ def sample_floor(sizes: Tensor) -> Tensor:
     return torch.maximum(sizes, floor)
 
 
-def _sizes(values: Tensor, loss: str) -> Tensor:
-    """Return the mean of each sample as the loss measures it."""
+def sample_sizes(values: Tensor, loss: str) -> Tensor:
+    """Return the mean of each sample as the loss measures it, float ``(samples,)``."""
     samples = values.flatten(1) if values.dim() > 1 else values.reshape(1, -1)
     # Norms are one pass, and one more for their gradient.
     norms: Tensor = torch.linalg.vector_norm(samples, ord=1 if loss == "mae" else 2, dim=1)

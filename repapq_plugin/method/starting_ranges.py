@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from repapq_plugin.config import LossName, RepAPQConfig
 from repapq_plugin.core.hooks import Hooks, unseen
-from repapq_plugin.core.losses import relative_loss
+from repapq_plugin.core.losses import sample_floor, sample_sizes
 from repapq_plugin.core.progress import Advance
 from repapq_plugin.core.quant_primitives import fake_quantize, powers_around
 from repapq_plugin.core.running import Batch
@@ -151,12 +151,14 @@ def _least_disturbing(
     """Return for each quantizer the name of the range that disturbs the layers which read it least.
 
     They are judged by the loss that learning has, `relative_loss`, in which each sample counts alike. Absolute errors
-    let a range cut off what is large and rare, which a network of 8 bits need not lose. A quantizer that no layer reads
-    directly is judged by what it does to its own tensor.
+    let a range cut off what is large and rare, which a network of 8 bits need not lose. A layer that is called more
+    than once in a pass, as the head of a feature pyramid is, is judged by all calls together: what is quiet there beside
+    another call does not count as much as that. A quantizer that no layer reads directly is judged by what it does to
+    its own tensor.
     """
     if all(len(ranges) == 1 for ranges in found.values()):
         return {quantizer: next(iter(ranges)) for quantizer, ranges in found.items()}
-    errors = {quantizer: dict.fromkeys(ranges, 0.0) for quantizer, ranges in found.items()}
+    errors = {quantizer: _Errors(loss, ranges) for quantizer, ranges in found.items()}
     read: set[Quantizer] = set()
     passed: TensorNotes[Quantizer] = TensorNotes()
 
@@ -176,10 +178,11 @@ def _least_disturbing(
             if x is None or quantizer is None or not output.numel():
                 return
             read.add(quantizer)
+            given = {}
             for name, hat in hats(quantizer, x):
                 changed, keywords = change_first_tensor(args, kwargs, lambda _, hat=hat: hat)  # type: ignore[misc]
-                error = relative_loss(site.float_forward(*changed, **keywords), output, loss)
-                errors[quantizer][name] += float(error)
+                given[name] = site.float_forward(*changed, **keywords)
+            errors[quantizer].add(site, output, given)
 
         return compare
 
@@ -187,9 +190,9 @@ def _least_disturbing(
         def judge(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if not output.numel():
                 return
-            for name, hat in hats(quantizer, output):
-                with unseen():
-                    errors[quantizer][name] += float(relative_loss(hat, output, loss))
+            given = dict(hats(quantizer, output))
+            with unseen():
+                errors[quantizer].add(quantizer, output, given)
 
         return judge
 
@@ -198,13 +201,50 @@ def _least_disturbing(
             hooks.after(quantizer.module, passes(quantizer))
         for site in sites.weights.values():
             hooks.after(site.layer, compares(site), with_kwargs=True, first=True)
-        for batch in batches:
-            run(batch)
+        _run_each(run, batches, errors.values())
     unread = [quantizer for quantizer in found if quantizer not in read]
     if unread:
         with Hooks() as hooks:
             for quantizer in unread:
                 hooks.after(quantizer.module, judges(quantizer))
-            for batch in batches:
-                run(batch)
-    return {quantizer: min(by_name, key=lambda name, of=by_name: of[name]) for quantizer, by_name in errors.items()}  # type: ignore[misc]
+            _run_each(run, batches, errors.values())
+    return {quantizer: of_quantizer.least() for quantizer, of_quantizer in errors.items()}
+
+
+def _run_each(run: Run, batches: Sequence[Batch], errors: Collection[_Errors]) -> None:
+    """Run batches, and let each one's errors be summed up behind it."""
+    for batch in batches:
+        run(batch)
+        for of_quantizer in errors:
+            of_quantizer.sum_up()
+
+
+class _Errors:
+    """How much each of several ranges disturbs what reads a tensor.
+
+    Args:
+        loss: What an error is measured by.
+        names: Of the ranges.
+    """
+
+    def __init__(self, loss: LossName, names: Collection[str]) -> None:
+        self._loss, self._totals = loss, dict.fromkeys(names, 0.0)
+        self._calls: dict[int, list[tuple[Tensor, dict[str, Tensor]]]] = {}
+
+    def add(self, reader: object, wanted: Tensor, given: Mapping[str, Tensor]) -> None:
+        """Note one call of what reads the tensor: what it should return, and what it returns with each range."""
+        sizes = {name: sample_sizes(values - wanted, self._loss) for name, values in given.items()}
+        self._calls.setdefault(id(reader), []).append((sample_sizes(wanted, self._loss), sizes))
+
+    def sum_up(self) -> None:
+        """Add the relative errors of one pass."""
+        for calls in self._calls.values():
+            loudest = torch.stack([sample_floor(sizes).min() for sizes, _ in calls]).max()
+            for sizes, by_name in calls:
+                for name, errors in by_name.items():
+                    self._totals[name] += float((errors / torch.maximum(sizes, loudest)).mean())
+        self._calls.clear()
+
+    def least(self) -> str:
+        """Return the name of the range that disturbs least."""
+        return min(self._totals, key=lambda name: self._totals[name])
