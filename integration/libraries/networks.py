@@ -152,7 +152,6 @@ def quantized(network: Network, steps: int = 0) -> Run:
     config = RepAPQConfig(
         steps=steps,
         first_last_bits=None,
-        activation_observer="auto" if steps else "mse",
     )
     result = quantize_model(model, batches, config, forward_fn=network.raw)
     return Run(network, model, before, images, wanted, result)

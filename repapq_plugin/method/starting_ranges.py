@@ -152,9 +152,9 @@ def _least_disturbing(
 
     They are judged by the loss that learning has, `relative_loss`, in which each sample counts alike. Absolute errors
     let a range cut off what is large and rare, which a network of 8 bits need not lose. A layer that is called more
-    than once in a pass, as the head of a feature pyramid is, is judged by all calls together: what is quiet there beside
-    another call does not count as much as that. A quantizer that no layer reads directly is judged by what it does to
-    its own tensor.
+    than once in a pass, as the head of a feature pyramid is, is judged by all calls together: what is quiet there
+    beside another call does not count as much as that. A quantizer that no layer reads directly is judged by what it
+    does to its own tensor.
     """
     if all(len(ranges) == 1 for ranges in found.values()):
         return {quantizer: next(iter(ranges)) for quantizer, ranges in found.items()}

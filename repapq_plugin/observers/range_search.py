@@ -21,7 +21,9 @@ class SearchedRangeObserver(HistogramRangeObserver):
     """Searches the range whose quantization error is smallest on the histogram.
 
     Each sample's error counts relative to its own magnitude (`core.losses.relative_loss`), to the nearest power of
-    two: one image that is many times as large as all others would stretch the range for itself (our choice).
+    two: one image that is many times as large as all others would stretch the range for itself (our choice). An
+    observer sees calls, not passes: each level of a feature pyramid that one layer reads counts alike as well, the
+    quiet ones too. ``auto`` finds out where that is wrong.
 
     Upper and lower bound move in turn, first over fractions of the observed bounds, then twice over
     fractions of twice the value found: so the search stays fine behind an outlier of any size. What was
