@@ -6,9 +6,8 @@ understood; 130 interrupted, with nothing half written.
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,17 +15,18 @@ import click
 from rich.console import Console
 
 from repapq_plugin.cli import texts
-from repapq_plugin.cli.devices import accelerators, device_named
+from repapq_plugin.cli.devices import accelerators
 from repapq_plugin.cli.display import Display, show_diagnosis
 from repapq_plugin.cli.lowering import format_of, lower
+from repapq_plugin.cli.opening import Resumable, resumable, workbench
 from repapq_plugin.cli.options import Common, PathArgument, common_options, device_option, pairs
+from repapq_plugin.cli.sensitivity import sensitivity
 from repapq_plugin.cli.targets import report, target_list, target_page
-from repapq_plugin.errors import ConfigError, HostError, RepAPQError
+from repapq_plugin.errors import ConfigError, RepAPQError
 from repapq_plugin.targets import find_target
 
 if TYPE_CHECKING:
-    from repapq_plugin.core.checkpoints import Checkpoints
-    from repapq_plugin.hosts.openmmlab.workbench import Workbench
+    pass
 
 BACKEND_OF = {".safetensors": "simulated", ".pth": "simulated", ".onnx": "onnxruntime", ".xml": "openvino"}
 """What runs a result unless somebody says otherwise, by the suffix of its file."""
@@ -34,60 +34,6 @@ BACKEND_OF = {".safetensors": "simulated", ".pth": "simulated", ".onnx": "onnxru
 
 FORMATS = ("onnx", "openvino", "executorch", "litert", "program")
 """What `export` writes; a program is for `lower`."""
-
-
-@contextlib.contextmanager
-def _workbench(
-    display: Display,
-    config: Path,
-    common: Common,
-    checkpoint: str | None = None,
-    *,
-    seed: int | None = None,
-    need_weights: bool = True,
-    need_scores: bool = True,
-    overrides: Mapping[str, object] | None = None,
-) -> Iterator[Workbench]:
-    """Open config, model and work folder, with bars shown and the toolbox kept quiet until the end."""
-    # Before the toolboxes are imported, which takes seconds.
-    if not config.is_file():
-        raise HostError(f"The config {config} does not exist.")
-    import torch
-
-    from repapq_plugin.hosts.openmmlab.work import writable_folder
-    from repapq_plugin.hosts.openmmlab.workbench import Workbench, open_config
-
-    device = None if common.device is None else device_named(common.device)
-    if common.threads is not None:
-        torch.set_num_threads(common.threads)
-    folder = writable_folder(common.work_dir or Path("work_dirs") / config.stem)
-    with display.working(folder):
-        with display.step("load_model", "Loading the model"):
-            bench = Workbench(
-                open_config(config, common.cfg_options),
-                checkpoint,
-                folder,
-                seed=seed,
-                need_weights=need_weights,
-                need_scores=need_scores,
-                overrides=overrides,
-                device=device,
-            )
-        yield bench
-
-
-class Resumable(click.Abort):
-    """The user interrupted what can be gone on with; the text says what is kept."""
-
-
-@contextlib.contextmanager
-def _resumable(checkpoints: Checkpoints) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        if not checkpoints.finished:
-            raise
-        raise Resumable(f"Finished parts of the calibration are kept: {len(checkpoints.finished)}.") from error
 
 
 def _kind_of(result: Path) -> str:
@@ -196,12 +142,12 @@ def quantize(
     if resume:
         overrides["resume"] = True
     display, common = Display(), Common(cfg_options, work_dir, threads, device)
-    with _workbench(display, config, common, checkpoint, overrides=overrides, seed=seed) as bench:
+    with workbench(display, config, common, checkpoint, overrides=overrides, seed=seed) as bench:
         # A host, which the package and its command must not load before they know that it is wanted.
         from repapq_plugin.hosts.openmmlab.steps import quantize_and_compare
 
         checkpoints = bench.settings.checkpoints(bench.folder)
-        with _resumable(checkpoints):
+        with resumable(checkpoints):
             done = quantize_and_compare(bench, display.step, compare=compare, threads=threads, checkpoints=checkpoints)
         done.record.seconds = dict(display.seconds)
         done.record.write(bench.folder)
@@ -236,7 +182,7 @@ def evaluate(
     display, common = Display(), Common(cfg_options, work_dir, threads, device)
     with (
         tempfile.TemporaryDirectory() as temporary,
-        _workbench(display, config, common, need_weights=False) as bench,
+        workbench(display, config, common, need_weights=False) as bench,
     ):
         from repapq_plugin.hosts.openmmlab.steps import score_result
 
@@ -272,7 +218,7 @@ def export(
     if target.suffix != SUFFIXES[kind]:
         raise ConfigError(f"--out {target.name!r} is not allowed with --format {kind}; end it in {SUFFIXES[kind]}.")
     display, common = Display(), Common(cfg_options, work_dir, threads)
-    with _workbench(display, config, common, need_weights=False, need_scores=False) as bench:
+    with workbench(display, config, common, need_weights=False, need_scores=False) as bench:
         from repapq_plugin.hosts.openmmlab.steps import load_quantized
 
         quantized = load_quantized(result, bench.model, lambda: bench.example)
@@ -283,6 +229,7 @@ def export(
 
 
 cli.add_command(lower)
+cli.add_command(sensitivity)
 
 
 @cli.command(help=texts.TARGETS_HELP)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import glob
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -84,7 +85,8 @@ class Assignment:
 
     Args:
         bits: Width of each unit, by its name.
-        layer_bits: What `RepAPQConfig` takes under this name: every quantized layer, by module path.
+        layer_bits: What `RepAPQConfig` takes under this name: every quantized layer, by a pattern that its path alone
+            matches.
         noise: Sum of the units' noise: what the output's noise would be if errors of units did not depend on each
             other, so that their squares add.
         mean_bits: Bits of a weight, mean over all quantized weights.
@@ -167,7 +169,9 @@ class Sensitivity:
         weight_bits = sum(option.weight_bits for option in chosen.values())
         return Assignment(
             bits={name: option.bits for name, option in chosen.items()},
-            layer_bits={layer: pair for option in chosen.values() for layer, pair in option.layers.items()},
+            layer_bits={
+                glob.escape(layer): pair for option in chosen.values() for layer, pair in option.layers.items()
+            },
             noise=math.fsum(option.noise for option in chosen.values()),
             mean_bits=weight_bits / self.weights,
             size_bytes=self.other_bytes + -(-weight_bits // 8),
