@@ -2,11 +2,11 @@
 
     python -m integration.bench.mixed_precision --split test
 
-Every assignment has at most 5 bits a weight in the mean; one of the chosen ones has at most the bit operations of uniform
-W5A5, too. All layers take part, the first and last ones as well. Each assignment is calibrated with the same settings and
-data, or gets its ranges only (0 steps). The search never sees the metric; a few evaluations beside it show what single
-units do to the score. Results go to ``results/mixed_precision.json`` after every run, and a run that is there already is
-not repeated.
+Every assignment has at most 5 bits a weight in the mean; one of the chosen ones has at most the bit operations of
+uniform W5A5, too. All layers take part, the first and last ones as well. Each assignment is calibrated with the same
+settings and data, or gets its ranges only (0 steps). The search never sees the metric; a few evaluations beside it show
+what single units do to the score. Results go to ``results/mixed_precision.json`` after every run, and a run that is
+there already is not repeated.
 """
 
 from __future__ import annotations

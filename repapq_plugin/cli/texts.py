@@ -91,14 +91,14 @@ packages do not go together with the toolboxes.
 """
 
 SENSITIVITY_HELP = """\
-Measure what each unit of CONFIG's model costs at each bit width, and choose bits that fit a budget with the least damage.
+Measure what each unit of CONFIG's model costs at each bit width, and choose the bits that fit a budget best.
 
 One unit at a time is quantized, the rest stays float, and the network's output on calibration data is compared. Nothing
 is learned. What the config pins (layer_bits, first_last_bits) stays so; `-q first_last_bits=None` frees the ends.
 
-Any of the four budgets may be given, also together. The best assignment is found exactly, as an integer programme
-(scipy). Damages of units add as squared errors do if they do not depend on each other. Without a budget units are ranked
-only. Written to the work folder:
+Any of the four budgets may be given, also together. The assignment of the least damage is found exactly, as an integer
+programme. Damages of units add as squared errors do if they do not depend on each other. Without a budget units are
+ranked only. Written to the work folder:
 
 \b
   sensitivity.json      every unit at every width
