@@ -26,7 +26,8 @@ class Option:
     Args:
         bits: The width.
         layers: Bits of each of its layers by module path; what the configuration pins differs from ``bits``.
-        noise: Squared error of the network's outputs divided by their squared size, mean over samples and outputs.
+        noise: Squared error of the network's outputs divided by their squared size, mean over samples and outputs, of
+            which each weighs as much as it has values.
         mae: Absolute error likewise, divided by the absolute size.
         weight_bits: Bits of all its weights together.
         bit_operations: Products of one sample, each counted as bits of the weight times bits of the activation.

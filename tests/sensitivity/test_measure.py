@@ -15,6 +15,7 @@ from repapq_plugin.core.losses import relative_loss
 from repapq_plugin.errors import CheckpointError, ConfigError
 from repapq_plugin.merging import merge_for_inference
 from repapq_plugin.sensitivity import Budget, Sensitivity, choose_bits, measure_sensitivity
+from repapq_plugin.sensitivity.measure import relative_error
 from repapq_plugin.sensitivity.plot import plot_sensitivity
 from tests.support.networks import Chain, Pyramid, batches, settle
 
@@ -44,6 +45,15 @@ def test_a_unit_alone_is_what_a_calibration_that_keeps_the_others_float_makes(da
         with torch.no_grad():
             noise = sum(float(relative_loss(alone(x), teacher(x), "mse")) for x in data) / len(data)
         assert unit.at((3, 3)).noise == pytest.approx(noise, rel=1e-3)
+
+
+def test_every_value_of_an_output_weighs_alike() -> None:
+    torch.manual_seed(3)
+    large, small = torch.randn(4, 6, 8, 8), torch.randn(4, 6, 2, 2)
+    off = small + 0.5 * torch.randn_like(small)
+    parts = [float(relative_loss(got, wanted, "mse")) for got, wanted in ((large * 1.1, large), (off, small))]
+    found = float(relative_error([large * 1.1, off, torch.empty(0)], [large, small, torch.empty(0)], "mse"))
+    assert found == pytest.approx((64 * parts[0] + 4 * parts[1]) / 68, rel=1e-5)
 
 
 def test_fewer_bits_do_more_damage_and_cost_less(data: list[Tensor]) -> None:
