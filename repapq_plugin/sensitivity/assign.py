@@ -49,11 +49,11 @@ class Budget:
         if not said:
             raise ConfigError(f"A budget is missing; give one of {', '.join(vars(self))}.")
         for key, value in said.items():
-            lowest = 0 if key == "keep_8bit" else None
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ConfigError(f"{key}={value!r} is not allowed; give a number.")
-            if value < 0 or (lowest is None and value == 0):
-                raise ConfigError(f"{key}={value!r} is not allowed; give {'0 or more' if lowest == 0 else 'more'}.")
+            count = key == "keep_8bit"
+            number = isinstance(value, int if count else int | float) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or value < 0 or (value == 0 and not count):
+                wanted = "a whole number of at least 0" if count else "a number above 0"
+                raise ConfigError(f"{key}={value!r} is not allowed; choose {wanted}.")
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _rows(sensitivity: Sensitivity, budget: Budget, options: Sequence[Option]) -
         kept = tuple(int(not unit.pinned and o.bits == EIGHT) for unit in sensitivity.units for o in unit.options)
         if not any(kept):
             raise ConfigError(f"keep_8bit={budget.keep_8bit} needs the width {shown(EIGHT)}; measure it too.")
-        rows.append(_Row("keep_8bit", budget.keep_8bit, kept, math.floor(budget.keep_8bit)))
+        rows.append(_Row("keep_8bit", budget.keep_8bit, kept, budget.keep_8bit))
     return rows
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -200,7 +201,9 @@ class SensitivityJob(Job[Sensitivity]):
         score = self.score
         if score is None:
             raise ConfigError(f"evaluations={self.evaluations} needs score, which evaluates the task's metric.")
-        done = self.checkpoints.once(f"score {name}", lambda: {**score(model)}, dict, _nothing)
+        done = self.checkpoints.once(
+            f"score {name}", lambda: {key: _number(value) for key, value in score(model).items()}, dict, _nothing
+        )
         return {key: _number(value) for key, value in done.items()}
 
 
@@ -226,9 +229,10 @@ def _nothing(_: Mapping[str, Tensor]) -> None:
 
 
 def _number(value: object) -> float:
-    if not isinstance(value, int | float):
-        raise ConfigError(f"score returned {value!r}, which is no number; return numbers by their names.")
-    return float(value)
+    try:
+        return float(cast(float, value))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"score returned {value!r}, which is no number; return numbers by their names.") from error
 
 
 def measure_sensitivity(

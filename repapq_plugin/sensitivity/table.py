@@ -210,9 +210,16 @@ class Sensitivity:
 
 
 def _option(said: Mapping[str, object]) -> Option:
-    layers = cast("Mapping[str, Sequence[int]]", said["layers"])
-    pairs = {name: _pair(bits) for name, bits in layers.items()}
-    return Option(**{**said, "bits": _pair(cast("Sequence[int]", said["bits"])), "layers": pairs})  # type: ignore[arg-type]
+    numbers, layers = cast("Mapping[str, float]", said), cast("Mapping[str, Sequence[int]]", said["layers"])
+    return Option(
+        bits=_pair(cast("Sequence[int]", said["bits"])),
+        layers={name: _pair(bits) for name, bits in layers.items()},
+        noise=numbers["noise"],
+        mae=numbers["mae"],
+        weight_bits=int(numbers["weight_bits"]),
+        bit_operations=int(numbers["bit_operations"]),
+        scores=dict(cast("Mapping[str, float]", said["scores"])),
+    )
 
 
 def _pair(bits: Sequence[int]) -> Bits:

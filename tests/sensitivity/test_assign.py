@@ -136,6 +136,7 @@ def test_the_nearest_that_is_named_can_be_reached() -> None:
         ({"mean_bits": math.nan}, "mean_bits=nan is not allowed"),
         ({"bit_operations": True}, "bit_operations=True is not allowed"),
         ({"keep_8bit": -1}, "keep_8bit=-1 is not allowed"),
+        ({"keep_8bit": 1.5}, "keep_8bit=1.5 is not allowed; choose a whole number"),
         ({"keep_8bit": 3}, "keep_8bit=3 is not allowed; only 2 units have a choice"),
     ],
 )

@@ -180,6 +180,7 @@ def test_measurements_are_kept_and_the_rest_ends_with_the_same_bits(data: list[T
         ({"batches": 0}, "batches=0 is not allowed; choose a whole number of at least 1"),
         ({"evaluations": 11}, "evaluations=11 is not allowed; choose a whole number from 0 to 10"),
         ({"evaluations": 1}, "evaluations=1 needs score"),
+        ({"evaluations": 1, "score": lambda _: {"mAP": "good"}}, "score returned 'good', which is no number"),
         ({"resume": True}, "resume=True is not allowed without checkpoint_dir"),
     ],
 )
