@@ -10,7 +10,7 @@ from repapq_plugin.sensitivity.table import Assignment, Sensitivity
 from repapq_plugin.sensitivity.widths import shown
 
 SUFFIXES = (".svg", ".png")
-BAR, GAP = 0.14, 0.25
+BAR, GAP = 0.06, 0.1
 """Height of a bar, and what lies between two units, in inches."""
 
 
@@ -42,13 +42,14 @@ def plot_sensitivity(sensitivity: Sensitivity, path: str | Path, assignment: Ass
     """
     check_plot(path)
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     units = sorted(sensitivity.units, key=lambda unit: unit.options[0].noise)
     widths = sorted({option.bits for unit in units for option in unit.options}, key=lambda bits: bits[0] * bits[1])
     tall = sum(len(unit.options) * BAR + GAP for unit in units)
     figure = Figure(figsize=(9, 1.5 + tall), layout="constrained")
     axes = figure.add_subplot()
-    place, ticks, labelled = 0.0, list[float](), set[tuple[int, int]]()
+    place, ticks = 0.0, list[float]()
     for unit in units:
         first = place
         for option in reversed(unit.options):
@@ -58,11 +59,9 @@ def plot_sensitivity(sensitivity: Sensitivity, path: str | Path, assignment: Ass
                 max(option.noise, 1e-12),
                 BAR,
                 color=f"C{widths.index(option.bits) % 10}",
-                label=None if option.bits in labelled else shown(option.bits),
                 edgecolor="black" if chosen else "none",
                 hatch="////" if chosen else None,
             )
-            labelled.add(option.bits)
             place += BAR
         ticks.append((first + place - BAR) / 2)
         place += GAP
@@ -70,7 +69,8 @@ def plot_sensitivity(sensitivity: Sensitivity, path: str | Path, assignment: Ass
     axes.set_ylim(-GAP, place)
     axes.set_xscale("log")
     axes.set_xlabel("noise at the network's output, one unit quantized" + (" (hatched: chosen)" if assignment else ""))
-    axes.legend(loc="lower right")
+    colours = [Patch(color=f"C{index % 10}", label=shown(bits)) for index, bits in enumerate(widths)]
+    axes.legend(handles=colours, loc="lower right")
     try:
         with atomically(Path(path)) as partial:
             figure.savefig(partial, format=Path(path).suffix[1:])
