@@ -216,12 +216,12 @@ def relative_error(outputs: Sequence[Tensor], targets: Sequence[Tensor], loss: s
 
     Args:
         outputs: A network's outputs, of any shapes.
-        targets: The float network's, of the same shapes; at least one holds a value.
+        targets: The float network's, of the same shapes; without any value there is no error.
         loss: ``"mae"`` or ``"mse"``.
     """
     pairs = [(output, target) for output, target in zip(outputs, targets, strict=True) if target.numel()]
     terms = [relative_loss(output, target, loss) * target.numel() for output, target in pairs]
-    return torch.stack(terms).sum() / sum(target.numel() for _, target in pairs)
+    return torch.stack(terms).sum() / sum(target.numel() for _, target in pairs) if terms else torch.zeros(())
 
 
 def _nothing(_: Mapping[str, Tensor]) -> None:

@@ -54,6 +54,7 @@ def test_every_value_of_an_output_weighs_alike() -> None:
     parts = [float(relative_loss(got, wanted, "mse")) for got, wanted in ((large * 1.1, large), (off, small))]
     found = float(relative_error([large * 1.1, off, torch.empty(0)], [large, small, torch.empty(0)], "mse"))
     assert found == pytest.approx((64 * parts[0] + 4 * parts[1]) / 68, rel=1e-5)
+    assert float(relative_error([torch.empty(0)], [torch.empty(0)], "mae")) == 0
 
 
 def test_fewer_bits_do_more_damage_and_cost_less(data: list[Tensor]) -> None:
