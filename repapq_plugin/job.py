@@ -202,13 +202,13 @@ class Job(Generic[R]):
     def _passing(self, batch: Batch) -> Callable[[nn.Module], object]:
         return lambda model: self.forward(model, batch)
 
-    def find_ranges(self, state: State) -> None:
-        """Give every quantizer its starting range."""
+    def find_ranges(self, state: State, part: str = "ranges") -> None:
+        """Give every quantizer its starting range; ``part`` is what the checkpoints call it."""
         advance = counted("ranges", len(state.batches), self.report)
         student, sites = self.backend.student, self.backend.sites
         run = partial(self.forward, student)
         self.checkpoints.once(
-            "ranges",
+            part,
             lambda: set_starting_ranges(sites, run, state.batches, self.config, advance),
             sites.ranges,
             sites.load_ranges,

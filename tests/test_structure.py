@@ -42,6 +42,7 @@ ORDER = [
     ("result",),
     ("backend",),
     ("job",),
+    ("sensitivity",),
     ("export", "evaluation", "report"),
     ("_moved",),
     ("",),  # the package itself: its public names

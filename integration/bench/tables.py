@@ -287,6 +287,19 @@ def latency_table() -> str:
     return markdown(["network, pixels", "runtime", "form", "precision", "ms", "ours by theirs"], body)
 
 
+def mixed_table() -> str:
+    """Return what assignments of 5 bits in the mean score: uniform, chosen, and the best of those drawn at random."""
+    rows, body = rows_of("mixed_precision"), []
+    labels = {"yolov6-n": ("YOLOv6-n, box mAP", 100), "mobileone": ("MobileOne, top-1 %", 1)}
+    for model, steps in dict.fromkeys((row["model"], row["steps"]) for row in rows):
+        label, times = labels[model]
+        found = {r["assignment"]: times * r["score"] for r in rows if (r["model"], r["steps"]) == (model, steps)}
+        drawn = [f"{score:.2f}" for name, score in found.items() if name.startswith("random")]
+        told = [f"{found[name]:.2f}" for name in ("uniform", "chosen", "chosen, operations too") if name in found]
+        body.append([label, str(steps), *(told if len(told) == 3 else [NOTHING] * 3), ", ".join(drawn)])
+    return markdown(["mean of 5 bits", "steps", "uniform", "chosen", "operations too", "drawn at random"], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary_table,
     "photographs": photographs_table,
@@ -297,6 +310,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "devices": devices_table,
     "nncf": nncf_table,
     "kills": kills_table,
+    "mixed-precision": mixed_table,
     "mimicnorm": training_table,
     "mimicnorm-quantization": outlier_table,
     "ablation-repvgg": lambda: ablation_table("repvgg"),

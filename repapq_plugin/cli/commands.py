@@ -6,10 +6,8 @@ understood; 130 interrupted, with nothing half written.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -18,29 +16,13 @@ from repapq_plugin.cli import texts
 from repapq_plugin.cli.devices import accelerators
 from repapq_plugin.cli.display import Display, show_diagnosis
 from repapq_plugin.cli.lowering import lower
-from repapq_plugin.cli.opening import opened
+from repapq_plugin.cli.opening import Resumable, opened, resumable
 from repapq_plugin.cli.options import Common, PathArgument, common_options, device_option, pairs
 from repapq_plugin.cli.results import evaluate, export
+from repapq_plugin.cli.sensitivity import sensitivity
 from repapq_plugin.cli.targets import report, target_list, target_page
 from repapq_plugin.errors import RepAPQError
 from repapq_plugin.targets import find_target
-
-if TYPE_CHECKING:
-    from repapq_plugin.core.checkpoints import Checkpoints
-
-
-class Resumable(click.Abort):
-    """The user interrupted what can be gone on with; the text says what is kept."""
-
-
-@contextlib.contextmanager
-def _resumable(checkpoints: Checkpoints) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        if not checkpoints.finished:
-            raise
-        raise Resumable(f"Finished parts of the calibration are kept: {len(checkpoints.finished)}.") from error
 
 
 @click.group(help=texts.CLI_HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -148,7 +130,7 @@ def quantize(
         from repapq_plugin.hosts.openmmlab.steps import quantize_and_compare
 
         checkpoints = bench.settings.checkpoints(bench.folder)
-        with _resumable(checkpoints):
+        with resumable(checkpoints):
             done = quantize_and_compare(bench, display.step, compare=compare, threads=threads, checkpoints=checkpoints)
         done.record.seconds = dict(display.seconds)
         done.record.write(bench.folder)
@@ -159,6 +141,7 @@ def quantize(
 cli.add_command(evaluate)
 cli.add_command(export)
 cli.add_command(lower)
+cli.add_command(sensitivity)
 
 
 @cli.command(help=texts.TARGETS_HELP)

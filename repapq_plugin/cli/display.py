@@ -96,6 +96,10 @@ class Display:
         """Show one line of a result."""
         self._out.print(text, markup=False, soft_wrap=True)
 
+    def table(self, table: Table) -> None:
+        """Show a table of results."""
+        self._out.print(table)
+
     def comparison(self, record: Record, notes: Sequence[str] = ()) -> None:
         """Show what was scored side by side, then the notes and the files."""
         from repapq_plugin.hosts.openmmlab.metrics import headlines

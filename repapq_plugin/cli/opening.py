@@ -1,4 +1,4 @@
-"""Opening the config of a command: its model, its work folder, and bars while that takes time."""
+"""What commands on a config begin with: its model and its work folder are opened; and what an interruption says."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
+
 from repapq_plugin.cli.devices import device_named
 from repapq_plugin.cli.display import Display
 from repapq_plugin.cli.options import Common
 from repapq_plugin.errors import HostError
 
 if TYPE_CHECKING:
+    from repapq_plugin.core.checkpoints import Checkpoints
     from repapq_plugin.hosts.openmmlab.workbench import Workbench
 
 
@@ -55,3 +58,18 @@ def opened(
                 cfg_options=common.cfg_options,
             )
         yield bench
+
+
+class Resumable(click.Abort):
+    """The user interrupted what can be gone on with; the text says what is kept."""
+
+
+@contextlib.contextmanager
+def resumable(checkpoints: Checkpoints) -> Iterator[None]:
+    """Let an interruption say what is kept, if anything is."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if not checkpoints.finished:
+            raise
+        raise Resumable(f"Finished parts of the calibration are kept: {len(checkpoints.finished)}.") from error

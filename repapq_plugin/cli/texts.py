@@ -7,6 +7,7 @@ Post-training quantization of reparameterized networks (RepAPQ) for OpenMMLab co
   repapq quantize CONFIG [CHECKPOINT]   float in, INT8 files and a comparison out
   repapq eval     [CONFIG] RESULT       score a result, simulated or on a runtime
   repapq export   [CONFIG] RESULT       write a result as ONNX or OpenVINO
+  repapq sensitivity CONFIG [CHECKPOINT]  bits of each unit for a budget
   repapq targets  [NAME]                what runtimes can compute, with sources
   repapq check    FILE --target NAME    whether an ONNX file keeps a target's rules
   repapq doctor                         what is installed and works together
@@ -91,6 +92,26 @@ Write PROGRAM (a .pt2 of `repapq export --format program`) for phones: OUT.pte f
 
 This needs executorch or litert-torch, and neither a toolbox nor the network's code, so that it also works where these
 packages do not go together with the toolboxes.
+"""
+
+SENSITIVITY_HELP = """\
+Measure what each unit of CONFIG's model costs at each bit width, and choose the bits that fit a budget best.
+
+One unit at a time is quantized, the rest stays float, and the network's output on calibration data is compared. Nothing
+is learned. What the config pins (layer_bits, first_last_bits) stays so; `-q first_last_bits=None` frees the ends.
+
+Any of the four budgets may be given, also together. The assignment of the least damage is found exactly, as an integer
+programme. Damages of units add as squared errors do if they do not depend on each other. Without a budget units are
+ranked only. Written to the work folder:
+
+\b
+  sensitivity.json      every unit at every width
+  mixed_precision.py    CONFIG with the chosen bits: give it to
+                        `repapq quantize` or to a test tool
+  layer_bits.json       these bits alone, for Python and for
+                        -q layer_bits="$(cat layer_bits.json)"
+  checkpoint/           each measurement, until all is done; --resume
+                        goes on with them, also with another budget
 """
 
 TARGETS_HELP = """\

@@ -117,7 +117,7 @@ def plan_layers(model: nn.Module, trace: Trace, config: RepAPQConfig) -> tuple[d
         weight_bits, activation_bits = bits_of(name, seen.at_an_end, config)
         group = groups.setdefault((seen.input_key, activation_bits), len(groups))
         plans[name] = LayerPlan(weight_bits, activation_bits, group)
-    plans = _with_equal_bits_of_equal_weights(plans, modules)
+    plans = with_equal_bits_of_equal_weights(plans, modules)
     if not plans:
         raise CalibrationError(
             "There is nothing to quantize: the network called no convolution or linear layer"
@@ -127,7 +127,7 @@ def plan_layers(model: nn.Module, trace: Trace, config: RepAPQConfig) -> tuple[d
     return plans, reasons | rest
 
 
-def _with_equal_bits_of_equal_weights(
+def with_equal_bits_of_equal_weights(
     plans: dict[str, LayerPlan], modules: Mapping[str, nn.Module]
 ) -> dict[str, LayerPlan]:
     """Give layers that share a weight one number of bits for it: the one that needs most decides."""

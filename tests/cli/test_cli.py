@@ -14,7 +14,7 @@ from repapq_plugin.targets import TARGETS
 from tests.support.checked_graphs import Clean
 
 
-@pytest.mark.parametrize("command", [[], ["quantize"], ["eval"], ["export"]])
+@pytest.mark.parametrize("command", [[], ["quantize"], ["sensitivity"], ["eval"], ["export"]])
 def test_help_says_what_goes_in_and_what_comes_out(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--help"]) == 0
     out = capsys.readouterr().out

@@ -184,7 +184,7 @@ def settings_of(cfg: Mapping[str, object], **overrides: object) -> Settings:
     Raises:
         ConfigError: A key or value is not allowed.
     """
-    values, where = _said(cfg)
+    values, where = said_of(cfg)
     for key, override in overrides.items():
         if key in ("quantizer", "calibration") and isinstance(override, Mapping):
             before = dict(cast("Mapping[str, object] | None", values.get(key)) or {})
@@ -207,7 +207,8 @@ def settings_of(cfg: Mapping[str, object], **overrides: object) -> Settings:
     )
 
 
-def _said(cfg: Mapping[str, object]) -> tuple[dict[str, object], str]:
+def said_of(cfg: Mapping[str, object]) -> tuple[dict[str, object], str]:
+    """Return what a config says about RepAPQ, and the top-level key under which it does."""
     said = cfg.get("repapq")
     if said is not None:
         return dict(cast("Mapping[str, object]", said)), "repapq"

@@ -101,6 +101,7 @@ class Workbench:
             keys = said.get("quantizer")
             said["quantizer"] = {**(keys if isinstance(keys, Mapping) else {}), "seed": seed}
         self.settings: Settings = settings_of(cfg, **said)
+        self.given = cfg
         for key in ("test_dataloader", "test_evaluator"):
             if need_scores and not cfg.get(key):
                 raise HostError(
