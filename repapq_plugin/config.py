@@ -126,19 +126,15 @@ class RepAPQConfig:
         solve: Before anything learns, give each layer the integers that best reproduce what it computed in the float
             network, in closed form (`method.solve`).
         affine: Put QPR's channel-wise affine layer behind each convolution during calibration.
-        loss: Reconstruction loss: ``mae`` (paper) or ``mse`` (the default is our choice: level with
-            MAE at 4 and 3 bits, ahead of it where weights have 2; ``integration/bench/ablation.py``).
+        loss: ``mae`` (paper) or ``mse`` (our choice: ahead where weights have 2 bits; ``integration/bench/ablation.py``).
         stage_weight: Weight of the stage term against the mean unit term; 0 leaves it out.
         schedule: What is optimised together: one ``unit`` after the other, a ``stage`` at once, or
             the whole ``network``.
         steps: Optimisation steps per unit, stage, or network. 0 learns nothing: ranges, and `solve`.
-        network_steps: Further steps with the whole network as one stage, once ``schedule`` is done:
-            parts that found their place one after the other then settle together (our choice).
+        network_steps: Further steps with the whole network as one stage, once ``schedule`` is done (our choice).
         learning_rates: See `LearningRates`.
-        views: How often each calibration image is learned from: as it is, and shifted and mirrored
-            (`method.views`). Each takes the memory of a cached activation anew.
-        drop_probability: Probability with which an activation value stays unquantized during
-            calibration (QDrop); 0 turns it off.
+        views: In how many forms each image is learned from: as it is, then shifted and mirrored (`method.views`).
+        drop_probability: Share of activation values that stay unquantized while learning (QDrop).
         guard_fraction: Share of the calibration batches held out to judge each result; a result
             that is not better there than its starting point is undone.
         keep_float: Glob patterns of module names that stay float.
