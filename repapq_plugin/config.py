@@ -126,7 +126,7 @@ class RepAPQConfig:
         solve: Before anything learns, give each layer the integers that best reproduce what it computed in the float
             network, in closed form (`method.solve`).
         affine: Put QPR's channel-wise affine layer behind each convolution during calibration.
-        loss: ``mae`` (paper) or ``mse`` (our choice: ahead where weights have 2 bits; ``integration/bench/ablation.py``).
+        loss: ``mae`` (paper) or ``mse`` (our choice: ahead with weights of 2 bits; ``integration/bench/ablation.py``).
         stage_weight: Weight of the stage term against the mean unit term; 0 leaves it out.
         schedule: What is optimised together: one ``unit`` after the other, a ``stage`` at once, or
             the whole ``network``.
