@@ -30,4 +30,4 @@ def _loggers_as_python_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
         if name.partition(".")[0] == "repapq_plugin" and isinstance(logger, logging.Logger):
             monkeypatch.setattr(logger, "disabled", False)
             monkeypatch.setattr(logger, "propagate", True)
-            logger.setLevel(logging.WARNING if name == "repapq_plugin" else logging.NOTSET)
+            logger.setLevel(logging.NOTSET)

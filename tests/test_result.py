@@ -159,7 +159,7 @@ def test_a_result_of_the_version_before_loads_bit_for_bit():
 
 def as_saved_today(saved: dict[str, object]) -> dict[str, object]:
     """The record of format 1 with what format 2 adds to it."""
-    return {**saved, "plan": {**saved["plan"], "baked": []}, "config": {**saved["config"], "solve": False}}
+    return {**saved, "plan": {**saved["plan"], "baked": []}, "config": {**saved["config"], "solve": False, "views": 1}}
 
 
 def test_a_result_of_the_version_before_computes_what_it_did_and_is_saved_as_version_2(tmp_path):

@@ -43,7 +43,9 @@ def round_to_grid(
         shape = [1] * x.dim()
         shape[ch_axis] = -1
         scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
-    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
+    learns = torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)
+    # An exported graph learns nothing, and should hold operations that any tool knows.
+    if learns and not getattr(torch.compiler, "is_exporting", bool)():
         rounded = _RoundToGrid.apply(x, scale, zero_point, quant_min, quant_max)  # type: ignore[no-untyped-call]
         return cast(Tensor, rounded)
     return _rounded(x, scale, zero_point, quant_min, quant_max)
