@@ -23,7 +23,7 @@ def test_help_names_every_part_of_the_record(capsys: pytest.CaptureFixture[str])
     ("words", "message"),
     [
         (["export", "nowhere.py", "a.onnx"], "a.onnx is exported already"),
-        (["export", "nowhere.py", "a.safetensors", "-o", "a.xml"], "end it in .onnx"),
+        (["export", "nowhere.py", "a.safetensors", "--format", "onnx", "-o", "a.xml"], "end it in .onnx"),
     ],
 )
 def test_a_wrong_export_ends_in_code_1_and_a_line(

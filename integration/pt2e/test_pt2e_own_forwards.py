@@ -75,7 +75,8 @@ def calibrated(model: nn.Module, preset: str) -> CalibrationResult:
 def test_converted_graphs_compute_what_was_calibrated(name: str, preset: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     result = calibrated(NETWORKS[name](), preset)
-    x = torch.randn(2, 3, 12, 12)
+    # Images with no activation within 1e-5 steps of a boundary between two codes: a runtime may take the other one.
+    x = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
     prepared = pt2e.prepare_learned(result, (x,))
     with torch.no_grad():
         wanted = result.model(x)
