@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from integration.bench.overhead import timing
 from integration.bench.tables import DOCUMENTS, TABLES, tables_in, with_tables
 
 
@@ -26,3 +27,8 @@ def test_writing_puts_each_table_into_its_place_and_leaves_the_rest() -> None:
     assert written.startswith("Before.\n\n<!-- table: summary -->\n|  |")
     assert written.endswith("<!-- end -->\n\nAfter.\n")
     assert with_tables(written) == written
+
+
+def test_the_checks_whose_time_is_taken_are_there() -> None:
+    with timing() as timer:
+        assert set(timer.calls.values()) == {0}

@@ -3,7 +3,7 @@
     python -m integration.bench.overhead
 
 A check is what a calibration would give the same result without: that merged blocks and folded norms compute what they
-did, that equalizing changed nothing, that quantizers that are off leave the float network, that learning made the whole
+did, that conditioning changed nothing, that quantizers that are off leave the float network, that learning made the whole
 network no worse, and that batches are copied before a network may change them. Each is timed from outside, by the wall;
 a check inside another one counts once, for itself. Results go to ``results/overhead.json``.
 """
@@ -30,9 +30,9 @@ CHECKS: dict[str, tuple[str, ...]] = {
         "repapq_plugin.reparam.by_algebra.merge:error_on_images",
     ),
     "folded norms give what they gave": ("repapq_plugin.reparam.fold:_Folder._judged",),
-    "equalizing changed nothing": (
-        "repapq_plugin.conditioning.equalize:outputs_of",
-        "repapq_plugin.conditioning.equalize:equal_within",
+    "conditioning changed nothing": (
+        "repapq_plugin.conditioning.judge:Judge.__init__",
+        "repapq_plugin.conditioning.judge:Judge.guilty",
     ),
     "quantizers that are off leave the float network": ("repapq_plugin.job:Job._differing_when_off",),
     "learning made the whole network no worse": ("repapq_plugin.job:Job._whole_error",),
