@@ -3,9 +3,9 @@
     python -m integration.bench.overhead
 
 A check is what a calibration would give the same result without: that merged blocks and folded norms compute what they
-did, that conditioning changed nothing, that quantizers that are off leave the float network, that learning made the whole
-network no worse, and that batches are copied before a network may change them. Each is timed from outside, by the wall;
-a check inside another one counts once, for itself. Results go to ``results/overhead.json``.
+did, that conditioning changed nothing, that quantizers that are off leave the float network, that learning made the
+whole network no worse, and that batches are copied before a network may change them. Each is timed from outside, by the
+wall; a check inside another one counts once, for itself. Results go to ``results/overhead.json``.
 """
 
 from __future__ import annotations
