@@ -91,4 +91,4 @@ def _reflected(size: int, generator: torch.Generator) -> Tensor:
     """Return which rows an image of ``size`` rows has after a random shift, int64 ``(size,)``."""
     reach = size // REACH
     rows = torch.arange(size) + torch.randint(-reach, reach + 1, (), generator=generator)
-    return (size - 1 - (size - 1 - rows.abs()).abs()).abs()
+    return size - 1 - (size - 1 - rows.abs()).abs()
