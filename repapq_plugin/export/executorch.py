@@ -21,7 +21,7 @@ from repapq_plugin.errors import ExportError
 from repapq_plugin.export._xnnpack import flatc_found, xnnpack_layers
 from repapq_plugin.export.blame import explained
 from repapq_plugin.export.calls import Example
-from repapq_plugin.export.program import QuantizedProgram, constant, program_of, with_weights
+from repapq_plugin.export.program import constant, program_of, with_weights
 from repapq_plugin.export.program_grids import layer_calls
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def export_executorch(
         raise ExportError(
             f"XNNPACK computes {integer} layers in 8-bit integers where {expected} should be; it was handed {found}."
         )
-    notes = _notes(program)
+    notes = program.float_outputs_note("XNNPACK")
     for note in notes:
         logger.info(note)
     write_atomically(Path(path), data)
@@ -126,15 +126,6 @@ def _outside(graph: GraphModule) -> dict[str, int]:
     """Return the operators of a lowered graph that no partition has taken, with their number."""
     calls = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
     return dict(Counter(name for name in calls if "executorch_call_delegate" not in name and "getitem" not in name))
-
-
-def _notes(program: QuantizedProgram) -> tuple[str, ...]:
-    if not program.float_outputs:
-        return ()
-    return (
-        "XNNPACK's integer kernels write integers, and nothing rounds what these layers return, so it computes them "
-        f"in floating point: {', '.join(program.float_outputs)}. Give batches=... to round it to 8 bits.",
-    )
 
 
 def require_executorch() -> None:

@@ -139,12 +139,7 @@ def _rounding(graph: GraphModule, node: Node, weight: Tensor) -> Node:
 
 
 def _notes(program: QuantizedProgram, file: LiteRTFile) -> tuple[str, ...]:
-    notes = []
-    if program.float_outputs:
-        notes.append(
-            "LiteRT's integer kernels write integers, and nothing rounds what these layers return, so it computes them "
-            f"in floating point: {', '.join(program.float_outputs)}. Give batches=... to round it to 8 bits."
-        )
+    notes = [*program.float_outputs_note("LiteRT")]
     lost = len({grid for grid in _grids(program) if grid not in file.grids})
     if lost:
         notes.append(

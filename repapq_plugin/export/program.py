@@ -79,6 +79,15 @@ class QuantizedProgram:
     layers: tuple[str, ...]
     float_outputs: tuple[str, ...]
 
+    def float_outputs_note(self, runtime: str) -> tuple[str, ...]:
+        """Return what is worth knowing of `float_outputs` on a runtime whose integer kernels write integers."""
+        if not self.float_outputs:
+            return ()
+        return (
+            f"{runtime}'s integer kernels write integers, and nothing rounds what these layers return, so it computes "
+            f"them in floating point: {', '.join(self.float_outputs)}. Give batches=... to round it to 8 bits.",
+        )
+
     def exported(self) -> torch.export.ExportedProgram:
         """Return the graph as ``torch.export`` gives one."""
         with torch.no_grad():
