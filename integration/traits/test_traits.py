@@ -36,6 +36,7 @@ REFUSED = {
     ("double", "torch.ao eager"): "is in double precision",
     ("double", "pt2e"): "is in double precision",
     ("two products", "torch.ao eager"): "'module.body.3' cannot run on integers",
+    **{(trait, host): "is sharded over processes" for trait in ("FSDP", "fully_shard part") for host in HOSTS},
 }
 """What is refused, with a part of the message; everything else must be done."""
 

@@ -17,6 +17,12 @@ from repapq_plugin.errors import HostError
 HALVES = (torch.float16, torch.bfloat16)
 """Floating dtypes that are calibrated, and run afterwards, in float32."""
 
+GATHER = (
+    "gather its state (get_model_state_dict of torch.distributed.checkpoint.state_dict, full_state_dict=True), load it "
+    "into a network of one process, and give that"
+)
+"""What to do with a network of which this process holds a share."""
+
 T = TypeVar("T")
 
 
@@ -32,14 +38,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         kind = type(module).__name__
         if kind in ("FullyShardedDataParallel", "FSDPModule") or kind.startswith("FSDP"):
-            raise HostError(
-                f"{name or 'The model'!r} is sharded over processes ({kind}); gather it and give the whole network."
-            )
+            raise HostError(f"{name or 'The model'!r} is sharded over processes ({kind}); {GATHER}.")
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise HostError(f"{name!r} has no values yet (a lazy module); run the model once on a batch first.")
         if hasattr(parameter, "placements"):
-            raise HostError(f"{name!r} is spread over processes ({type(parameter).__name__}); gather the model first.")
+            raise HostError(f"{name!r} is spread over processes ({type(parameter).__name__}); {GATHER}.")
         if parameter.is_meta:
             raise HostError(f"{name!r} is on the meta device and has no values; load the checkpoint first.")
     return model
