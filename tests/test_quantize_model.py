@@ -186,6 +186,28 @@ def test_a_network_with_nothing_to_quantize_is_an_error():
         quantize_model(settle(Chain()), batches(), config(keep_float=("*",)))
 
 
+class Closes(nn.Module):
+    """Runs through a function that keeps the network itself, which no copy changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = Chain()
+        self.run = lambda x: self.body(x)
+
+    def forward(self, x):
+        return self.run(x)
+
+
+def test_networks_that_hide_their_layers_are_refused_with_what_to_do():
+    model, data = settle(Chain()), batches()
+    with pytest.raises(CalibrationError, match="keeps the model in a variable"):
+        quantize_model(settle(Closes()), data)
+    with pytest.raises(CalibrationError, match="A script hides its layers"):
+        quantize_model(torch.jit.trace(model, data[0]), data)
+    with pytest.raises(CalibrationError, match="A graph holds operations"):
+        quantize_model(torch.export.export(model, (data[0],)).module(), data)
+
+
 @pytest.mark.parametrize("key", ["keep_float", "units", "stages"])
 def test_patterns_that_match_nothing_are_errors(key):
     with pytest.raises(ConfigError, match=rf"{key}: the pattern 'neck\.\*'"):

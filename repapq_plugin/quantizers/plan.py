@@ -119,12 +119,28 @@ def plan_layers(model: nn.Module, trace: Trace, config: RepAPQConfig) -> tuple[d
         plans[name] = LayerPlan(weight_bits, activation_bits, group)
     plans = with_equal_bits_of_equal_weights(plans, modules)
     if not plans:
-        raise CalibrationError(
-            "There is nothing to quantize: the network called no convolution or linear layer"
-            + (f" but {', '.join(reasons)}, which stay float." if reasons else ".")
-        )
+        raise CalibrationError(_nothing_to_quantize(modules, reasons))
     rest = {name: _why(module) for name, module in modules.items() if name not in trace.layers and _weighs(module)}
     return plans, reasons | rest
+
+
+def _nothing_to_quantize(modules: Mapping[str, nn.Module], reasons: Mapping[str, str]) -> str:
+    told = "There is nothing to quantize: the network called no convolution or linear layer"
+    if reasons:
+        names: dict[str, list[str]] = {}
+        for name, reason in reasons.items():
+            names.setdefault(reason, []).append(name)
+        return f"{told} but " + "; ".join(f"{', '.join(each)}, which stay float ({why})" for why, each in names.items())
+    if any(isinstance(module, torch.jit.ScriptModule) for module in modules.values()):
+        return f"{told}. A script hides its layers; give the module that it was made from."
+    if any(isinstance(module, QUANTIZABLE) for module in modules.values()):
+        return (
+            f"{told} of its own. Where a function in it (a lambda, a nested def) keeps the model in a variable, a copy "
+            "calls the layers of the first model; make it a method."
+        )
+    if any(isinstance(module, torch.fx.GraphModule) for module in modules.values()):
+        return f"{told}. A graph holds operations in place of layers; give the module that it was made from."
+    return f"{told}."
 
 
 def with_equal_bits_of_equal_weights(
