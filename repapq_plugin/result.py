@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,6 +118,7 @@ class CalibrationResult(Calibrated):
             quantized = rebuild(model, record.plan, record.merges, record.config)
         except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError, MergeError) as error:
             raise ResultError(_misfit(path, str(error))) from error
+        _untie(quantized, tensors)
         expected = set(_own_state(quantized))
         missing, unexpected = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
         if missing or unexpected:
@@ -164,6 +166,16 @@ def _own_state(model: nn.Module) -> dict[str, Tensor]:
         seen.add(place)
         state[key] = value
     return state
+
+
+def _untie(model: nn.Module, names: Collection[str]) -> None:
+    """Give each parameter that is saved by itself memory of its own: of two tied layers one may have stayed float."""
+    for name in set(names) - set(_own_state(model)):
+        path, _, key = name.rpartition(".")
+        with suppress(AttributeError):
+            owner = model.get_submodule(path)
+            if isinstance(tied := owner._parameters.get(key), nn.Parameter):
+                owner._parameters[key] = nn.Parameter(tied.detach().clone(), tied.requires_grad)
 
 
 class _Record(NamedTuple):

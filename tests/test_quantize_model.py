@@ -10,7 +10,7 @@ from repapq_plugin.core.losses import mae_loss
 from repapq_plugin.core.tensors import floating_tensors
 from repapq_plugin.errors import CalibrationError, ConfigError
 from repapq_plugin.quantizers.layers import QuantizedLayer
-from tests.support.networks import Chain, Pyramid, TwoBranchBlock, batches, settle
+from tests.support.networks import Chain, Fragile, Pyramid, TwoBranchBlock, batches, settle
 
 slow = pytest.mark.slow
 
@@ -225,20 +225,6 @@ def test_dead_channels_and_constant_activations_are_handled():
     result = quantize_model(model, batches(), config())
     x = torch.randn(4, 3, 16, 16)
     assert torch.isfinite(result.model(x)).all()
-
-
-class Fragile(nn.Module):
-    """Runs inside its network, but not a second time on other data of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(TwoBranchBlock(8, 8), TwoBranchBlock(8, 8))
-        self.allowed = True
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.allowed:
-            raise KeyError("context")
-        return self.blocks(x)
 
 
 class FragileNetwork(Chain):

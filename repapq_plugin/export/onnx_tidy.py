@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from repapq_plugin.core.onnx_weights import separate_weights, values_read
+from repapq_plugin.core.onnx_weights import separate_weights, values_read, weight_nodes
 from repapq_plugin.export.onnx_padding import move_codes, spell_out_padding
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ def tidy(graph: onnx.GraphProto) -> None:
     """Bring the traced graph to its shortest form; its meaning stays."""
     _constants_to_initializers(graph)
     _drop_identities(graph)
+    _drop_flat_weights(graph)
     _merge_equal_nodes(graph)
     _transpose_weights(graph)
     spell_out_padding(graph)
@@ -53,6 +54,19 @@ def _drop_identities(graph: onnx.GraphProto) -> None:
     results = {value.name for value in graph.output}
     for node in list(graph.node):
         if node.op_type == "Identity" and node.output[0] not in results:
+            _rewire(graph, node.output[0], node.input[0])
+            graph.node.remove(node)
+
+
+def _drop_flat_weights(graph: onnx.GraphProto) -> None:
+    """Remove what flattens a matrix to a matrix: torch returns the same one, and the tracer takes it for another."""
+    results = {value.name for value in graph.output}
+    matrices = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
+    matrices |= {node.output[0] for node in weight_nodes(graph) if node.input[0] in matrices}
+    for node in list(graph.node):
+        if node.op_type != "Flatten" or node.input[0] not in matrices or node.output[0] in results:
+            continue
+        if all(attribute.i == 1 for attribute in node.attribute):
             _rewire(graph, node.output[0], node.input[0])
             graph.node.remove(node)
 

@@ -123,6 +123,8 @@ class AcrossBlockCalibrator:
     def _calibrate_network(self, steps: int) -> list[UnitResult]:
         networks = self.networks
         units = [u for stage in self.stages for u in stage.units if not set(u.layers) & set(self.left_float)]
+        if not units:
+            return []
         subject = NetworkSubject(
             units,
             {path: learner for path, learner in networks.learners.items() if path not in self.left_float},
