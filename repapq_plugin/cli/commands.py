@@ -13,11 +13,20 @@ import click
 from rich.console import Console
 
 from repapq_plugin.cli import texts
+from repapq_plugin.cli.comparison import comparison
 from repapq_plugin.cli.devices import accelerators
 from repapq_plugin.cli.display import Display, show_diagnosis
 from repapq_plugin.cli.lowering import lower
 from repapq_plugin.cli.opening import Resumable, opened, resumable
-from repapq_plugin.cli.options import Common, PathArgument, common_options, device_option, pairs
+from repapq_plugin.cli.options import (
+    Calibrating,
+    Common,
+    PathArgument,
+    calibrating_options,
+    common_options,
+    device_option,
+    resumable_options,
+)
 from repapq_plugin.cli.results import evaluate, export
 from repapq_plugin.cli.sensitivity import sensitivity
 from repapq_plugin.cli.targets import report, target_list, target_page
@@ -34,27 +43,9 @@ def cli() -> None:
 @cli.command(help=texts.QUANTIZE_HELP)
 @click.argument("config", type=PathArgument)
 @click.argument("checkpoint", required=False)
-@click.option(
-    "--preset",
-    help="Bits: w8a8, w6a6, w4a4 or any other w<bits>a<bits>; paper-w6a6 and the like take the paper's settings. "
-    "[default: the config's, else w8a8]",
-)
-@click.option(
-    "-q",
-    "--quantizer",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Override a key of RepAPQConfig, for example steps=600 or learning_rates.weight=0.003, or name another host "
-    "with type=NNCF and options.target_device=CPU. Repeatable.",
-)
+@calibrating_options
+@resumable_options
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of samples and optimisation. [default: the config's]")
-@click.option("--calib-samples", type=int, help="Calibration images at most. [default: the config's, else 512]")
-@click.option(
-    "--calib-dataloader",
-    metavar="NAME",
-    help="Dataloader of the config to calibrate from. [default: calib_dataloader if the config has one, else the "
-    "training set with the test pipeline]",
-)
 @click.option(
     "--export",
     "formats",
@@ -67,33 +58,15 @@ def cli() -> None:
     show_default=True,
     help="Also score the float network and plain PTQ (min-max ranges, nothing learned) on the same data.",
 )
-@click.option(
-    "--trust-checkpoint",
-    is_flag=True,
-    help="Run what CHECKPOINT says where it holds more than plain data. Only for files whose makers you know.",
-)
-@click.option(
-    "--checkpoint-dir",
-    type=PathArgument,
-    help="Folder that keeps what is finished of the calibration until all is done. "
-    "[default: the config's, else checkpoint in the work folder]",
-)
-@click.option("--resume", is_flag=True, help="Go on with what that folder keeps after an interruption.")
 @device_option
 @common_options
 def quantize(
     config: Path,
     checkpoint: str | None,
-    preset: str | None,
-    quantizer: tuple[str, ...],
+    calibrating: Calibrating,
     seed: int | None,
-    calib_samples: int | None,
-    calib_dataloader: str | None,
     formats: str | None,
     compare: bool,
-    trust_checkpoint: bool,
-    checkpoint_dir: Path | None,
-    resume: bool,
     device: str | None,
     cfg_options: tuple[str, ...],
     work_dir: Path | None,
@@ -103,27 +76,14 @@ def quantize(
     from repapq_plugin.export.openvino import require_openvino
     from repapq_plugin.export.qdq_onnx import require_onnx
 
-    keys = pairs(quantizer, "--quantizer")
-    if preset is not None:
-        keys["preset"] = preset
+    overrides = calibrating.overrides()
     kinds = None if formats is None else [name for name in formats.split(",") if name and name != "none"]
     # What is missing shall be noticed before the calibration, not after. OpenVINO reads what ONNX wrote.
     if kinds is None or kinds:
         require_onnx()
     if kinds is None or "openvino" in kinds:
         require_openvino()
-    calibration = {"num_samples": calib_samples, "dataloader": calib_dataloader}
-    overrides: dict[str, object] = {
-        "quantizer": keys,
-        "calibration": {key: value for key, value in calibration.items() if value is not None},
-        "export": True if kinds is None else kinds,
-    }
-    if trust_checkpoint:
-        overrides["trust_checkpoint"] = True
-    if checkpoint_dir is not None:
-        overrides["checkpoint_dir"] = str(checkpoint_dir)
-    if resume:
-        overrides["resume"] = True
+    overrides["export"] = True if kinds is None else kinds
     display, common = Display(), Common(cfg_options, work_dir, threads, device)
     with opened(display, config, common, checkpoint, overrides=overrides, seed=seed) as bench:
         # A host, which the package and its command must not load before they know that it is wanted.
@@ -138,6 +98,7 @@ def quantize(
     display.comparison(done.record, done.notes)
 
 
+cli.add_command(comparison)
 cli.add_command(evaluate)
 cli.add_command(export)
 cli.add_command(lower)
