@@ -278,7 +278,9 @@ class Job(Generic[R]):
         return Calibrated(
             model=self.backend.student,
             config=self.config,
-            plan=QuantizationPlan(state.merged.folded, plans, float_layers, state.merged.baked, self.backend.skips),
+            plan=QuantizationPlan(
+                state.merged.folded, plans, float_layers, state.merged.baked, self.backend.skips, self.backend.outputs
+            ),
             units=tuple(state.units),
             merges=state.merged.records,
             seconds=seconds,

@@ -22,8 +22,9 @@ from repapq_plugin.core.files import atomically
 from repapq_plugin.errors import MergeError, ResultError
 from repapq_plugin.method.unit_result import UnitResult
 from repapq_plugin.quantizers.layers import weight_of
+from repapq_plugin.quantizers.outputs import insert_outputs
 from repapq_plugin.quantizers.own_forward import baked_layer
-from repapq_plugin.quantizers.plan import LayerPlan, QuantizationPlan, SkipPlan, insert_quantizers
+from repapq_plugin.quantizers.plan import LayerPlan, OutputPlan, QuantizationPlan, SkipPlan, insert_quantizers
 from repapq_plugin.quantizers.skips import insert_skips
 from repapq_plugin.reparam.fold import fold_named_pairs
 from repapq_plugin.reparam.merge import MergeRecord, merge_branches
@@ -146,6 +147,7 @@ def rebuild(model: nn.Module, plan: QuantizationPlan, merges: Sequence[MergeReco
     fold_named_pairs(merged, plan.folded)
     layers = insert_quantizers(merged, plan.layers, config)
     insert_skips(merged, plan.skips, plan.layers, layers, config)
+    insert_outputs(merged, plan.outputs, plan.layers, layers, config)
     return merged
 
 
@@ -231,6 +233,7 @@ def _plan(saved: dict[str, Any]) -> QuantizationPlan:
         float_layers=dict(saved["float_layers"]),
         baked=tuple(saved.get("baked", ())),
         skips={name: _skip_plan(values) for name, values in saved.get("skips", {}).items()},
+        outputs={name: _output_plan(values) for name, values in saved.get("outputs", {}).items()},
     )
 
 
@@ -242,6 +245,12 @@ def _layer_plan(saved: dict[str, Any]) -> LayerPlan:
 
 def _skip_plan(saved: dict[str, Any]) -> SkipPlan:
     plan = SkipPlan(**saved)
+    _check_bits(plan.bits)
+    return plan
+
+
+def _output_plan(saved: dict[str, Any]) -> OutputPlan:
+    plan = OutputPlan(**{**saved, "layers": tuple(saved["layers"])})
     _check_bits(plan.bits)
     return plan
 

@@ -92,10 +92,10 @@ class LayerLearner:
 
 @dataclass(frozen=True)
 class SkipLearner:
-    """The quantizer of what is added to a layer's output, if it is no layer's own: its scale learns.
+    """The quantizer of what is added to a layer's output, or of an output, if it is no layer's own: its scale learns.
 
     Args:
-        module: What adds.
+        module: What adds, or gives the output.
         quantizer: The quantizer.
     """
 

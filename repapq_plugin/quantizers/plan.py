@@ -70,6 +70,21 @@ class SkipPlan:
 
 
 @dataclass(frozen=True)
+class OutputPlan:
+    """How what a module gives is quantized.
+
+    Args:
+        layers: Module paths of the layers whose outputs it gives.
+        bits: Bits of them.
+        input_group: Layers of this group read it too and lend their quantizer; ``None``: it has its own.
+    """
+
+    layers: tuple[str, ...]
+    bits: int
+    input_group: int | None
+
+
+@dataclass(frozen=True)
 class QuantizationPlan:
     """What was folded, and how each layer is quantized.
 
@@ -79,6 +94,7 @@ class QuantizationPlan:
         layers: Quantized layers by module path, in call order.
         float_layers: Layers that stay float, with the reason.
         skips: How other summands are quantized, by the path of the module to whose output they are added.
+        outputs: How outputs are quantized that not only quantized layers read, by the path of what gives them.
     """
 
     folded: tuple[tuple[str, str], ...] = ()
@@ -86,11 +102,12 @@ class QuantizationPlan:
     float_layers: dict[str, str] = field(default_factory=dict)
     baked: tuple[str, ...] = ()
     skips: dict[str, SkipPlan] = field(default_factory=dict)
+    outputs: dict[str, OutputPlan] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
-        """Return plain values; skips go unsaid where there are none."""
+        """Return plain values; skips and outputs go unsaid where there are none."""
         values = dataclasses.asdict(self)
-        return {key: value for key, value in values.items() if key != "skips" or value}
+        return {key: value for key, value in values.items() if key not in ("skips", "outputs") or value}
 
 
 def plan_layers(model: nn.Module, trace: Trace, config: RepAPQConfig) -> tuple[dict[str, LayerPlan], dict[str, str]]:

@@ -64,10 +64,15 @@ class SensitivityBackend(PlainBackend[Sensitivity]):
         return self._told
 
     def quantizers_of(self, unit: Unit) -> list[nn.Module]:
-        """Return the fake quantizers of a unit's weights and inputs, and of what is added to its outputs."""
+        """Return the fake quantizers of a unit's weights and inputs, of what is added to its outputs, and of those."""
         layers = [self.layers[name] for name in unit.layers]
         added = [self._added[giver] for giver, skip in self._skips.items() if skip.layer in unit.layers]
-        return [*added, *(each for layer in layers for each in (layer.weight_fake_quant, layer.input_fake_quant))]
+        rounded = [self._rounded[giver] for giver, plan in self._outputs.items() if set(plan.layers) & set(unit.layers)]
+        return [
+            *added,
+            *rounded,
+            *(each for layer in layers for each in (layer.weight_fake_quant, layer.input_fake_quant)),
+        ]
 
     def deliver(self, calibrated: Calibrated, batches: Sequence[Batch]) -> Sensitivity:
         """Return what was measured."""

@@ -72,12 +72,13 @@ class LoadedModel:
             HostError: The model has no network part that can be taken out.
             ExportError: It cannot be exported.
         """
+        target = None if self.result is None else self.result.config.runs_on
         if self.hosted is not None:
             exported = Exported.of(self.hosted.export(kind, example, path))
         elif self.network is not None:
-            exported = export_tensor_path(self.network, example, path, kind)
+            exported = export_tensor_path(self.network, example, path, kind, target)
         else:
-            exported = export_network(self.model, example, path, kind)
+            exported = export_network(self.model, example, path, kind, target)
         return exported if origin is None else exported.made_by(origin)
 
 
