@@ -146,10 +146,19 @@ def smaller(batch: T) -> T | None:
 
     Tensors hold samples along their first axis, lists one in each member; all must agree in the number.
     """
+    size = samples_in(batch)
+    return None if size is None or size < 2 else _between(batch, 0, size // 2)
+
+
+def samples_in(batch: object) -> int | None:
+    """Return how many samples a batch holds (see `smaller`); ``None`` if it does not say."""
     sizes = _sample_counts(batch)
-    if len(sizes) != 1 or (size := sizes.pop()) < 2:
-        return None
-    return _first(batch, size // 2)
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def sample_of(batch: T, index: int) -> T:
+    """Return a batch of one sample out of one that says how many it holds."""
+    return _between(batch, index, index + 1)
 
 
 def _sample_counts(value: object) -> set[int]:
@@ -161,10 +170,10 @@ def _sample_counts(value: object) -> set[int]:
     return {count for member in members or () for count in _sample_counts(member)}
 
 
-def _first(value: T, count: int) -> T:
+def _between(value: T, start: int, stop: int) -> T:
     if isinstance(value, Tensor | list):
-        return cast(T, value[:count])
-    return rebuilt(value, lambda member: _first(member, count))
+        return cast(T, value[start:stop])
+    return rebuilt(value, lambda member: _between(member, start, stop))
 
 
 def changed(value: T, change: Callable[[Tensor], Tensor]) -> T:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from repapq_plugin.backend import Placing, PlainBackend
 from repapq_plugin.config import RepAPQConfig
-from repapq_plugin.core.checkpoints import Checkpoints, checkpoints_in
+from repapq_plugin.core.checkpoints import Checkpoints
 from repapq_plugin.core.losses import relative_loss
 from repapq_plugin.core.part_files import Record
 from repapq_plugin.core.progress import Report, counted
+from repapq_plugin.core.ranked_checkpoints import checkpoints_in
 from repapq_plugin.core.running import Batch, ForwardFn, call_model
 from repapq_plugin.core.tensors import floating_tensors
 from repapq_plugin.errors import CalibrationError, ConfigError
