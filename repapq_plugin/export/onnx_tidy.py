@@ -67,7 +67,7 @@ def _drop_flat_weights(graph: onnx.GraphProto) -> None:
         if node.op_type != "Flatten" or node.input[0] not in matrices or node.output[0] in results:
             continue
         if all(attribute.i == 1 for attribute in node.attribute):
-            _rewire(graph, node.output[0], node.input[0])
+            rewire(graph, node.output[0], node.input[0])
             graph.node.remove(node)
 
 
