@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from repapq_plugin import Progress, RepAPQConfig, quantize_model
 from repapq_plugin.core import ranks
+from tests.support.comparing import difference
 from tests.support.killing import same
 from tests.support.networks import Chain, Pyramid, settle
 from tests.support.ranked import on_ranks, values
@@ -67,16 +68,6 @@ def calibrate(
         "notes": result.notes,
         "reductions": ranks.traffic.calls["all-reduce"],
     }
-
-
-def difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Return the largest difference of learned tensors, each relative to its largest value."""
-    assert one.keys() == other.keys()
-    return max(
-        float((one[key] - other[key]).abs().max() / one[key].abs().max().clamp_min(1e-12))
-        for key in one
-        if one[key].is_floating_point() and one[key].numel()
-    )
 
 
 def calibrate_each(rank: int, shares: Shares, kind: type[nn.Module], keys: list[dict[str, object]]) -> list[object]:

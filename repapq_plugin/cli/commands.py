@@ -58,6 +58,13 @@ def cli() -> None:
     show_default=True,
     help="Also score the float network and plain PTQ (min-max ranges, nothing learned) on the same data.",
 )
+@click.option(
+    "--launcher",
+    type=click.Choice(["none", "pytorch", "slurm", "mpi"]),
+    default="none",
+    show_default=True,
+    help="What has started this command as one of several processes: torchrun, srun or mpirun.",
+)
 @device_option
 @common_options
 def quantize(
@@ -67,12 +74,14 @@ def quantize(
     seed: int | None,
     formats: str | None,
     compare: bool,
+    launcher: str,
     device: str | None,
     cfg_options: tuple[str, ...],
     work_dir: Path | None,
     threads: int | None,
 ) -> None:
     """Quantize the model of a config and compare it with the float one."""
+    from repapq_plugin.core.ranks import world
     from repapq_plugin.export.openvino import require_openvino
     from repapq_plugin.export.qdq_onnx import require_onnx
 
@@ -84,7 +93,7 @@ def quantize(
     if kinds is None or "openvino" in kinds:
         require_openvino()
     overrides["export"] = True if kinds is None else kinds
-    display, common = Display(), Common(cfg_options, work_dir, threads, device)
+    display, common = Display(), Common(cfg_options, work_dir, threads, device, launcher)
     with opened(display, config, common, checkpoint, overrides=overrides, seed=seed) as bench:
         # A host, which the package and its command must not load before they know that it is wanted.
         from repapq_plugin.hosts.openmmlab.steps import quantize_and_compare
@@ -93,7 +102,8 @@ def quantize(
         with resumable(checkpoints):
             done = quantize_and_compare(bench, display.step, compare=compare, threads=threads, checkpoints=checkpoints)
         done.record.seconds = dict(display.seconds)
-        done.record.write(bench.folder)
+        if world().rank == 0:
+            done.record.write(bench.folder)
         checkpoints.remove()
     display.comparison(done.record, done.notes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import time
 import warnings
@@ -53,8 +54,18 @@ class Display:
     """
 
     def __init__(self) -> None:
-        self._out = results_console()
-        self._err = Console(file=sys.stderr)
+        self._show(results_console(), Console(file=sys.stderr))
+        self._hidden = False
+        self.seconds: dict[str, float] = {}
+
+    def hide(self) -> None:
+        """Show nothing from now on, and log nothing: of several processes one shows."""
+        silent = Console(quiet=True)
+        self._show(silent, silent)
+        self._hidden = True
+
+    def _show(self, out: Console, err: Console) -> None:
+        self._out, self._err = out, err
         self._bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -65,7 +76,6 @@ class Display:
             TextColumn("{task.fields[detail]}"),
             console=self._err,
         )
-        self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
     def step(self, name: str, text: str) -> Iterator[Report]:
@@ -89,7 +99,8 @@ class Display:
     @contextlib.contextmanager
     def working(self, folder: Path) -> Iterator[None]:
         """Show bars, and send what toolboxes print to the work folder's log file."""
-        with (folder / LOG_FILE).open("w", buffering=1) as log, self._bars, _into(log):
+        path = Path(os.devnull) if self._hidden else folder / LOG_FILE
+        with path.open("w", buffering=1) as log, self._bars, _into(log):
             yield
 
     def line(self, text: str) -> None:

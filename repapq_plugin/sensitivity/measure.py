@@ -24,6 +24,7 @@ from repapq_plugin.core.losses import relative_loss
 from repapq_plugin.core.part_files import Record
 from repapq_plugin.core.progress import Report, counted
 from repapq_plugin.core.ranked_checkpoints import checkpoints_in
+from repapq_plugin.core.ranks import world
 from repapq_plugin.core.running import Batch, ForwardFn, call_model
 from repapq_plugin.core.tensors import floating_tensors
 from repapq_plugin.errors import CalibrationError, ConfigError
@@ -294,6 +295,8 @@ def sensitivity_job(
     checkpoints: Checkpoints,
 ) -> SensitivityJob:
     """Return a job that measures, its arguments checked; see `measure_sensitivity`."""
+    if world().size > 1:
+        raise ConfigError("Sensitivity is measured in one process; start one, or call it inside core.ranks.alone().")
     for key, value, lowest, highest in (
         ("batches", batches, 1, None),
         ("evaluations", evaluations, 0, MOST_EVALUATIONS),

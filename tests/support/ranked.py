@@ -85,6 +85,9 @@ def _run(rank: int, size: int, folder: str, function: Callable[..., object], arg
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if size > 1:
+        # As torchrun does; the address is not used, for the group is there already.
+        told = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+        os.environ.update({name: str(value) for name, value in told.items()})
         dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size)
     started, value, error = time.monotonic(), None, ""
     try:
