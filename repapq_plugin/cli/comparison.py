@@ -41,6 +41,11 @@ def seeds_of(words: str) -> list[int]:
 @click.argument("config", type=PathArgument)
 @click.argument("checkpoint", required=False)
 @click.option("--method", "methods", multiple=True, metavar="NAME", help=texts.METHOD_HELP)
+@click.option("--peer", "peers", multiple=True, metavar="NAME[:METHOD]", help=texts.PEER_HELP)
+@click.option(
+    "--env-dir", type=PathArgument, help="Where environments of peers are kept. [default: in the user's cache folder]"
+)
+@click.option("--peer-steps", type=click.IntRange(min=1), help="Steps of peers that learn. [default: the peer's own]")
 @click.option("--seeds", default="0", show_default=True, help="Seeds of the learning, with commas.")
 @click.option(
     "--runtime",
@@ -57,6 +62,9 @@ def comparison(
     config: Path,
     checkpoint: str | None,
     methods: Sequence[str],
+    peers: Sequence[str],
+    env_dir: Path | None,
+    peer_steps: int | None,
     seeds: str,
     runtime: Runtime,
     latency: bool,
@@ -68,11 +76,14 @@ def comparison(
 ) -> None:
     """Compare methods, and show one table."""
     from repapq_plugin.comparison.methods import chosen_methods
+    from repapq_plugin.comparison.peers import PeerOptions
     from repapq_plugin.comparison.show import lines_below, shown_table
     from repapq_plugin.export.openvino import require_openvino
 
     # What is not allowed shall be noticed before the work, not after.
     chosen_methods(methods)
+    others = PeerOptions(peers, env_dir, peer_steps)
+    others.chosen()
     wanted, overrides = seeds_of(seeds), calibrating.overrides()
     if runtime == "openvino":
         require_openvino()
@@ -81,7 +92,7 @@ def comparison(
         # A host, which the package and its command must not load before they know that it is wanted.
         from repapq_plugin.hosts.openmmlab.comparing import compare_on_bench
 
-        table, folder = compare_on_bench(bench, display.step, methods, wanted, runtime, latency=latency)
+        table, folder = compare_on_bench(bench, display.step, methods, wanted, runtime, latency=latency, peers=others)
     display.table(shown_table(table))
     for line in lines_below(table):
         display.line(line)

@@ -115,6 +115,10 @@ Ablations (--method ablations, or one of them; --method all takes both):
   no-affine, no-stage-term, no-equalize, no-constants,
   mae-loss, by-unit, solve-first
 
+Peers (--peer): onnxruntime, nncf and esp-ppq, each with its own defaults in an environment of its own, which uv makes
+when it is first wanted. A peer gets the merged float network and the same calibration images, and is scored by the same
+metric in the same run. A row says where a peer cannot do the scheme.
+
 Written to the folder comparison in the work folder:
 
 \b
@@ -127,6 +131,8 @@ The same command goes on where it was interrupted: rows that are there are not m
 """
 
 METHOD_HELP = "A method by its short name; repeatable. [default: all but ablations]"
+
+PEER_HELP = "Another tool, or one of its ways: nncf, onnxruntime:entropy, esp-ppq:rounding. Repeatable."
 
 SENSITIVITY_HELP = """\
 Measure what each unit of CONFIG's model costs at each bit width, and choose the bits that fit a budget best.

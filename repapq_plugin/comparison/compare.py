@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from repapq_plugin.comparison.methods import chosen_methods
 from repapq_plugin.comparison.own import own_tasks
+from repapq_plugin.comparison.peers import PeerOptions, peer_tasks
 from repapq_plugin.comparison.plot import can_plot, plot_comparison
 from repapq_plugin.comparison.subject import Runtime, Score, Subject
 from repapq_plugin.comparison.table import TABLE_FILE, Comparison, Row
@@ -42,6 +44,7 @@ def compare(
     folder: str | Path | None = None,
     runtime: Runtime = "openvino",
     latency: bool = True,
+    peers: PeerOptions | None = None,
     metrics: Mapping[str, str] | None = None,
     progress: Report | None = None,
 ) -> Comparison:
@@ -63,6 +66,7 @@ def compare(
             but one that failed is tried once more. ``None`` keeps nothing.
         runtime: What runs exported networks: ``"openvino"``, ``"onnxruntime"`` or ``"none"``.
         latency: Time them, in turns with the float network.
+        peers: Other tools beside our methods (`comparison.peers`).
         metrics: Metrics that a table shows, and how they are called; default: the first three, by their own names.
         progress: Called as the work goes on.
 
@@ -70,16 +74,14 @@ def compare(
         ConfigError: A value is not allowed; or the folder holds another comparison.
         ExportError: The table cannot be written, or a package for the runtime is missing.
     """
-    wanted = chosen_methods(methods)
+    wanted, others = chosen_methods(methods), peers or PeerOptions()
     _check_seeds(seeds)
-    if runtime != "none":
+    if runtime != "none" or others.chosen():
         require_onnx()
-    if folder is None:
-        with tempfile.TemporaryDirectory(prefix="repapq-compare-") as temporary:
-            subject = Subject(model, list(batches), score, config or RepAPQConfig(), runtime, Path(temporary), latency)
-            return _compare(subject, own_tasks(subject, wanted, seeds), metrics, progress)
-    subject = Subject(model, list(batches), score, config or RepAPQConfig(), runtime, Path(folder), latency)
-    return _compare(subject, own_tasks(subject, wanted, seeds), metrics, progress)
+    with nullcontext(folder) if folder is not None else tempfile.TemporaryDirectory(prefix="repapq-compare-") as place:
+        subject = Subject(model, list(batches), score, config or RepAPQConfig(), runtime, Path(place), latency)
+        tasks = [*own_tasks(subject, wanted, seeds), *peer_tasks(subject, others, seeds)]
+        return _compare(subject, tasks, metrics, progress)
 
 
 def _compare(

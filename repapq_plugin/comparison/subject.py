@@ -124,11 +124,13 @@ class Subject:
         """Score and time a quantized network's file on the runtime.
 
         Args:
-            path: ``.onnx``, or ``.xml`` for OpenVINO.
+            path: ``.onnx``; OpenVINO gets an IR of it, as of all others, or ``.xml``.
 
         Raises:
             ExportError: The runtime is missing or cannot load it.
         """
+        if self.runtime == "openvino" and path.suffix == ".onnx":
+            path = export_openvino(path, self.example, path.with_suffix(".xml")).path
         scores = self.score(self._opened(path))
         times = self._times({"float": self._float_file, "it": path}) if self.timed else {}
         return Judged(scores, _size(path), times.get("it"), times.get("float"))

@@ -68,7 +68,7 @@ def on_runtime(row: Row, subject: Subject, judge: Callable[[], Judged]) -> Row:
         return row
     try:
         found = judge()
-    except ExportError as error:
+    except (ExportError, RuntimeError) as error:  # runtimes raise the latter for what they cannot run
         return row.with_notes(f"not on {subject.runtime}: {error}")
     return replace(
         row,

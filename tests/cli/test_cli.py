@@ -40,6 +40,7 @@ def test_words_that_are_not_understood_end_in_code_2(words: list[str], capsys: p
         (["compare", "nowhere.py"], "The config nowhere.py does not exist."),
         (["compare", "nowhere.py", "--seeds", "0,a"], "--seeds '0,a' is not allowed; write whole numbers with commas"),
         (["compare", "nowhere.py", "--method", "qrdop"], "method='qrdop' is not allowed; choose from min-max"),
+        (["compare", "nowhere.py", "--peer", "ncnf"], "peer='ncnf' is not allowed; choose from onnxruntime, nncf, esp"),
         (["eval", "nowhere.py", "a.pt"], "a.pt is not a result; give a file ending in .safetensors"),
         (["eval", "nowhere.py", "a.onnx", "--backend", "simulated"], "needs a .safetensors or .pth result"),
     ],

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from repapq_plugin.comparison import Comparison, compare
+from repapq_plugin.comparison.peers import PeerOptions
 from repapq_plugin.comparison.subject import Runtime
 from repapq_plugin.errors import HostError
 from repapq_plugin.hosts.openmmlab.metrics import headlines
@@ -30,6 +31,7 @@ def compare_on_bench(
     runtime: Runtime,
     *,
     latency: bool = True,
+    peers: PeerOptions | None = None,
 ) -> tuple[Comparison, Path]:
     """Compare methods on a workbench's model; return the table and its folder.
 
@@ -40,6 +42,7 @@ def compare_on_bench(
         seeds: See `compare`.
         runtime: See `compare`.
         latency: See `compare`.
+        peers: See `compare`.
 
     Raises:
         HostError: The config names another host, or the model has no network part that can be taken out.
@@ -71,6 +74,7 @@ def compare_on_bench(
             folder=folder,
             runtime=runtime,
             latency=latency,
+            peers=peers,
             metrics=shown,
             progress=report,
         )
