@@ -79,6 +79,12 @@ def cli() -> None:
     "[default: the config's, else checkpoint in the work folder]",
 )
 @click.option("--resume", is_flag=True, help="Go on with what that folder keeps after an interruption.")
+@click.option(
+    "--report/--no-report",
+    "with_report",
+    default=None,
+    help="Also write report.html. [default: where its packages are installed]",
+)
 @device_option
 @common_options
 def quantize(
@@ -94,6 +100,7 @@ def quantize(
     trust_checkpoint: bool,
     checkpoint_dir: Path | None,
     resume: bool,
+    with_report: bool | None,
     device: str | None,
     cfg_options: tuple[str, ...],
     work_dir: Path | None,
@@ -108,6 +115,7 @@ def quantize(
         keys["preset"] = preset
     kinds = None if formats is None else [name for name in formats.split(",") if name and name != "none"]
     # What is missing shall be noticed before the calibration, not after. OpenVINO reads what ONNX wrote.
+    missing = without_report(with_report)
     if kinds is None or kinds:
         require_onnx()
     if kinds is None or "openvino" in kinds:
@@ -133,9 +141,35 @@ def quantize(
         with resumable(checkpoints):
             done = quantize_and_compare(bench, display.step, compare=compare, threads=threads, checkpoints=checkpoints)
         done.record.seconds = dict(display.seconds)
+        if with_report is not False and not missing:
+            from repapq_plugin.hosts.openmmlab.pages import write_page_of
+
+            with display.step("report", "Writing the report"):
+                done.record.add_file("report", write_page_of(bench, done, bench.folder))
         done.record.write(bench.folder)
         checkpoints.remove()
-    display.comparison(done.record, done.notes)
+    display.comparison(done.record, [*done.notes, missing])
+
+
+def without_report(wanted: bool | None) -> str:
+    """Return why there will be no report, if a package for it is missing and nobody asked for one.
+
+    Args:
+        wanted: Whether it was asked for; ``None``: nobody said.
+
+    Raises:
+        ConfigError: It was asked for, and a package is missing.
+    """
+    from repapq_plugin.report import require_report
+
+    try:
+        if wanted is not False:
+            require_report()
+    except RepAPQError as error:
+        if wanted:
+            raise
+        return str(error)
+    return ""
 
 
 cli.add_command(evaluate)
