@@ -21,6 +21,7 @@ from repapq_plugin.hosts.openmmlab.data import calibration_batches
 from repapq_plugin.hosts.openmmlab.hooks import CheckpointFitHook
 from repapq_plugin.hosts.openmmlab.network import serve_with
 from repapq_plugin.hosts.openmmlab.settings import Settings
+from repapq_plugin.hosts.openmmlab.showing import show
 from repapq_plugin.hosts.openmmlab.steps import Quantization
 from repapq_plugin.hosts.openmmlab.work import writable_folder
 from repapq_plugin.result import Calibrated
@@ -30,7 +31,7 @@ class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
     """Merges, quantizes and calibrates the runner's model, then tests it with the toolbox's own metric.
 
     In the runner's work folder it leaves ``repapq.safetensors`` (the quantized network), ``result.json`` (see `Record`)
-    and the exported files asked for.
+    and the exported files asked for. Scores, the losses of units and figures go to the runner's visualizer.
 
     Args:
         runner: The runner.
@@ -78,6 +79,7 @@ class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
         self.quantization: Quantization | None = None
         self.network: nn.Module | None = None
         self.checkpoints = Checkpoints()
+        self._batches: list[object] = []
 
     @property
     def result(self) -> Calibrated | None:
@@ -99,6 +101,12 @@ class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
         done.add_scores(self.settings.backend, metrics)
         done.record.write(Path(self.runner.work_dir))
         self.checkpoints.remove()
+        if self._batches:
+            try:
+                show(self.runner, done, self._batches, metrics)
+            except Exception as error:  # A visualizer backend is anybody's code; the scores stand without it.
+                self.runner.logger.warning(f"RepAPQ shows no figures: {type(error).__name__}: {error}")
+            self._batches = []  # shown once
         return metrics
 
     def _quantize(self) -> Quantization:
@@ -119,5 +127,5 @@ class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
         for kind in settings.formats:
             done.export(kind)
         self.network = done.network_on(settings.backend)
-        self.quantization = done
+        self.quantization, self._batches = done, batches
         return done
