@@ -30,15 +30,6 @@ LOG_FILE = "repapq.log"
 OFF_TERMINAL_WIDTH = 120
 """Columns of a table that goes into a file or a pipe."""
 
-SCORED = {
-    "float": "float",
-    "plain_ptq": "plain PTQ (min-max), {how}",
-    "repapq": "RepAPQ, {how}",
-    "onnxruntime": "RepAPQ INT8, onnxruntime",
-    "openvino": "RepAPQ INT8, OpenVINO",
-}
-"""Rows of the table, by what was scored."""
-
 
 def results_console() -> Console:
     """Return a console on what is stdout now: while a toolbox works, ``sys.stdout`` is the log file."""
@@ -113,25 +104,11 @@ class Display:
 
     def comparison(self, record: Record, notes: Sequence[str] = ()) -> None:
         """Show what was scored side by side, then the notes and the files."""
-        from repapq_plugin.hosts.openmmlab.metrics import headlines
-        from repapq_plugin.hosts.openmmlab.other_hosts import OWN
-        from repapq_plugin.report.table import Row, comparison_table
+        from repapq_plugin.hosts.openmmlab.pages import scored_rows
+        from repapq_plugin.report.table import comparison_table
 
-        labels: dict[str, str] = {}
-        for metrics in record.scores.values():
-            labels.update(headlines(metrics))
-        latency, host = record.latency.get("median_ms", {}), record.settings["host"]
-        rows = [
-            Row(
-                text.format(how="simulated" if host == OWN else f"by {host}"),
-                {label: record.scores[name].get(key) for key, label in labels.items()},
-                record.size_bytes.get(name),
-                latency.get(name),
-            )
-            for name, text in SCORED.items()
-            if name in record.scores
-        ]
-        self._out.print(comparison_table(rows, list(labels.values()), record.scheme, record.latency.get("how", "")))
+        rows, headings = scored_rows(record)
+        self._out.print(comparison_table(rows, headings, record.scheme, record.latency.get("how", "")))
         for note in filter(None, notes):
             self._out.print(f"note: {note}", markup=False)
         for name, paths in record.files.items():

@@ -22,6 +22,7 @@ from repapq_plugin.hosts.openmmlab.data import calibration_batches
 from repapq_plugin.hosts.openmmlab.hooks import CheckpointFitHook
 from repapq_plugin.hosts.openmmlab.network import serve_with
 from repapq_plugin.hosts.openmmlab.settings import Settings
+from repapq_plugin.hosts.openmmlab.showing import show
 from repapq_plugin.hosts.openmmlab.steps import Quantization
 from repapq_plugin.hosts.openmmlab.work import writable_folder
 from repapq_plugin.result import Calibrated
@@ -33,7 +34,7 @@ class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
     Under a launcher each rank calibrates on its share of the data and tests on its share; rank 0 writes.
 
     In the runner's work folder it leaves ``repapq.safetensors`` (the quantized network), ``result.json`` (see `Record`)
-    and the exported files asked for.
+    and the exported files asked for. Scores, the losses of units and figures go to the runner's visualizer.
 
     Args:
         runner: The runner.
@@ -81,6 +82,7 @@ class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
         self.quantization: Quantization | None = None
         self.network: nn.Module | None = None
         self.checkpoints = Checkpoints()
+        self._batches: list[object] = []
 
     @property
     def result(self) -> Calibrated | None:
@@ -103,6 +105,12 @@ class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
         if world().rank == 0:
             done.record.write(Path(self.runner.work_dir))
         self.checkpoints.remove()
+        if self._batches:
+            try:
+                show(self.runner, done, self._batches, metrics)
+            except Exception as error:  # A visualizer backend is anybody's code; the scores stand without it.
+                self.runner.logger.warning(f"RepAPQ shows no figures: {type(error).__name__}: {error}")
+            self._batches = []  # shown once
         return metrics
 
     def _quantize(self) -> Quantization:
@@ -123,5 +131,5 @@ class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
         for kind in settings.formats:
             done.export(kind)
         self.network = done.network_on(settings.backend)
-        self.quantization = done
+        self.quantization, self._batches = done, batches
         return done
