@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from integration.bench.reference import RESULTS, ROOT
+from integration.fuzz.reasons import fuzz_table
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "integration" / "bench" / "README.md")
 """The first shows a summary, the second everything else."""
@@ -310,6 +311,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "devices": devices_table,
     "nncf": nncf_table,
     "kills": kills_table,
+    "fuzz": lambda: fuzz_table(RESULTS / "fuzz.json"),
     "mixed-precision": mixed_table,
     "mimicnorm": training_table,
     "mimicnorm-quantization": outlier_table,
