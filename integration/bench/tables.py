@@ -18,6 +18,7 @@ import click
 from integration.bench.mimicnorm_tables import outlier_table, training_table
 from integration.bench.reference import RESULTS, ROOT
 from integration.bench.table_parts import NOTHING, PRESETS, Row, markdown, mean_of, rows_of
+from integration.fuzz.reasons import fuzz_table
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "integration" / "bench" / "README.md")
 """The first shows a summary, the second everything else."""
@@ -249,6 +250,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "devices": devices_table,
     "nncf": nncf_table,
     "kills": kills_table,
+    "fuzz": lambda: fuzz_table(RESULTS / "fuzz.json"),
     "mixed-precision": mixed_table,
     "mimicnorm": training_table,
     "mimicnorm-quantization": outlier_table,
