@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +22,9 @@ from repapq_plugin.core.files import atomically
 from repapq_plugin.errors import MergeError, ResultError
 from repapq_plugin.method.unit_result import UnitResult
 from repapq_plugin.quantizers.layers import weight_of
+from repapq_plugin.quantizers.outputs import insert_outputs
 from repapq_plugin.quantizers.own_forward import baked_layer
-from repapq_plugin.quantizers.plan import LayerPlan, QuantizationPlan, SkipPlan, insert_quantizers
+from repapq_plugin.quantizers.plan import LayerPlan, OutputPlan, QuantizationPlan, SkipPlan, insert_quantizers
 from repapq_plugin.quantizers.skips import insert_skips
 from repapq_plugin.reparam.fold import fold_named_pairs
 from repapq_plugin.reparam.merge import MergeRecord, merge_branches
@@ -117,6 +119,7 @@ class CalibrationResult(Calibrated):
             quantized = rebuild(model, record.plan, record.merges, record.config)
         except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError, MergeError) as error:
             raise ResultError(_misfit(path, str(error))) from error
+        _untie(quantized, tensors)
         expected = set(_own_state(quantized))
         missing, unexpected = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
         if missing or unexpected:
@@ -144,6 +147,7 @@ def rebuild(model: nn.Module, plan: QuantizationPlan, merges: Sequence[MergeReco
     fold_named_pairs(merged, plan.folded)
     layers = insert_quantizers(merged, plan.layers, config)
     insert_skips(merged, plan.skips, plan.layers, layers, config)
+    insert_outputs(merged, plan.outputs, plan.layers, layers, config)
     return merged
 
 
@@ -164,6 +168,16 @@ def _own_state(model: nn.Module) -> dict[str, Tensor]:
         seen.add(place)
         state[key] = value
     return state
+
+
+def _untie(model: nn.Module, names: Collection[str]) -> None:
+    """Give each parameter that is saved by itself memory of its own: of two tied layers one may have stayed float."""
+    for name in set(names) - set(_own_state(model)):
+        path, _, key = name.rpartition(".")
+        with suppress(AttributeError):
+            owner = model.get_submodule(path)
+            if isinstance(tied := owner._parameters.get(key), nn.Parameter):
+                owner._parameters[key] = nn.Parameter(tied.detach().clone(), tied.requires_grad)
 
 
 class _Record(NamedTuple):
@@ -219,6 +233,7 @@ def _plan(saved: dict[str, Any]) -> QuantizationPlan:
         float_layers=dict(saved["float_layers"]),
         baked=tuple(saved.get("baked", ())),
         skips={name: _skip_plan(values) for name, values in saved.get("skips", {}).items()},
+        outputs={name: _output_plan(values) for name, values in saved.get("outputs", {}).items()},
     )
 
 
@@ -230,6 +245,12 @@ def _layer_plan(saved: dict[str, Any]) -> LayerPlan:
 
 def _skip_plan(saved: dict[str, Any]) -> SkipPlan:
     plan = SkipPlan(**saved)
+    _check_bits(plan.bits)
+    return plan
+
+
+def _output_plan(saved: dict[str, Any]) -> OutputPlan:
+    plan = OutputPlan(**{**saved, "layers": tuple(saved["layers"])})
     _check_bits(plan.bits)
     return plan
 

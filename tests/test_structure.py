@@ -42,7 +42,7 @@ ORDER = [
     ("result",),
     ("backend",),
     ("job",),
-    ("sensitivity",),
+    ("sensitivity", "diagnosis"),
     ("export", "evaluation", "report"),
     ("comparison",),
     ("_moved",),
@@ -58,8 +58,8 @@ SHARED_BY_HOSTS = {"hosted"}
 
 # What belongs to one host, or to one runtime, and is loaded only by who uses it.
 FOREIGN = {
-    "ai_edge_litert", "executorch", "litert_torch", "matplotlib", "mmcv", "mmdet", "mmengine", "mmpretrain", "mmseg",
-    "mmyolo", "nncf", "onnx", "onnxruntime", "onnxscript", "openvino", "timm", "torchao", "torchvision",
+    "ai_edge_litert", "executorch", "jinja2", "litert_torch", "matplotlib", "mmcv", "mmdet", "mmengine", "mmpretrain",
+    "mmseg", "mmyolo", "nncf", "onnx", "onnxruntime", "onnxscript", "openvino", "timm", "torchao", "torchvision",
 }  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def quantize_with_nncf(float_xml: Path, images: list[Tensor], path: Path) -> Non
 
 
 def on_onnxruntime(made: Prepared, threads: int) -> dict[str, Candidate]:
-    """Return float32 (its default), ours for two targets, and what its own static quantization makes of both."""
+    """Return float32 (its default), ours for it and for any runtime, and what its own static quantization makes."""
     import onnx
     import onnxruntime
 
@@ -114,9 +114,9 @@ def on_onnxruntime(made: Prepared, threads: int) -> dict[str, Candidate]:
         quantize_with_onnxruntime(made, signed)
     return {
         "float32": candidate("float"),
-        "RepAPQ, uint8": candidate("generic", against="onnxruntime, uint8"),
+        "RepAPQ": candidate("onnxruntime", against="onnxruntime, uint8"),
+        "RepAPQ for any runtime": candidate("generic"),
         "onnxruntime, uint8": candidate("theirs_u8", rival=True),
-        "RepAPQ, int8": candidate("onnxruntime", against="onnxruntime, int8"),
         "onnxruntime, int8": candidate("theirs_s8", rival=True),
     }
 

@@ -95,7 +95,7 @@ def prepare(folder: Path, names: Sequence[str], presets: Sequence[str], steps: i
                 if target == "openvino":
                     export_openvino(network, images[:BATCH], stem.with_suffix(".xml"))
                 else:
-                    export_onnx(network, images[:BATCH], stem.with_suffix(".onnx"))
+                    export_onnx(network, images[:BATCH], stem.with_suffix(".onnx"), target=config.runs_on)
                     for form, given in (("integers", None), ("rounded", batches)):
                         program = quantized_program(network, images[:BATCH], batches=_of_size(given))
                         program.save(folder / f"{name}_{preset}_{form}.pt2")

@@ -11,22 +11,25 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 import click
 
+from integration.bench.mimicnorm_tables import outlier_table, training_table
 from integration.bench.reference import RESULTS, ROOT
+from integration.bench.table_parts import NOTHING, PRESETS, Row, markdown, mean_of, rows_of
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "integration" / "bench" / "README.md")
 """The first shows a summary, the second everything else."""
 
-PRESETS = ("w8a8", "w6a6", "w4a4", "w3a3")
 CLASSIFIERS = {"repvgg": "RepVGG, top-1 %", "mobileone": "MobileOne, top-1 %"}
+MASKS = "coco/segm_mAP"
+"""A metric that the summary leaves out: masks lose what their boxes lose."""
+
 SCENES = {
     ("yolov6-n", "coco/bbox_mAP"): ("YOLOv6-n, box mAP", 100),
     ("rtmdet-ins", "coco/bbox_mAP"): ("RTMDet-Ins, box mAP", 100),
-    ("rtmdet-ins", "coco/segm_mAP"): ("RTMDet-Ins, mask mAP", 100),
+    ("rtmdet-ins", MASKS): ("RTMDet-Ins, mask mAP", 100),
     ("repvgg-fcn", "mIoU"): ("RepVGG-FCN, mIoU %", 1),
 }
 """What is shown of which network, and what the toolbox's figure is multiplied by to be in percent."""
@@ -38,32 +41,6 @@ NNCF_MODELS = {
     "rtmdet-ins": ("RTMDet-Ins, box mAP", 100, 1),
     "repvgg-fcn": ("RepVGG-FCN, mIoU %", 1, 2),
 }
-
-NOTHING = "–"
-
-Row = dict[str, Any]
-
-
-def rows_of(name: str, part: str = "rows") -> list[Row]:
-    """Return a result's rows on the test split, or none if it is not there yet."""
-    path = RESULTS / f"{name}.json"
-    rows: list[Row] = json.loads(path.read_text()).get(part, []) if path.exists() else []
-    return [row for row in rows if row.get("split", "test") == "test"]
-
-
-def mean_of(values: Iterable[float]) -> str:
-    """Return mean and sample standard deviation of percentages."""
-    values = list(values)
-    if not values:
-        return NOTHING
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
-
-
-def markdown(header: list[str], body: list[list[str]]) -> str:
-    """Return a table."""
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def scores(rows: list[Row], value: Callable[[Row], float], name: str, methods: tuple[str, str]) -> list[list[str]]:
@@ -83,7 +60,7 @@ def summary_table() -> str:
     methods = ("plain PTQ", "RepAPQ")
     body: list[list[str]] = []
     for (model, metric), (title, factor) in SCENES.items():
-        rows = [row for row in rows_of("scenes") if row["model"] == model]
+        rows = [row for row in rows_of("scenes") if row["model"] == model and metric != MASKS]
         if rows:
             name = f"{title}, float {factor * rows[0]['float'][metric]:.1f}"
             body += scores(rows, lambda row, m=metric, f=factor: f * row["simulated"][m], name, methods)  # type: ignore[misc]
@@ -210,44 +187,6 @@ def nncf_table() -> str:
         shown = [title, bits_of(rows[0]), key[2], seeds, *figures, integers(rows[0]), str(rows[0]["operators"])]
         body.append(shown)
     return markdown(["mean", "bits", "by", "seeds", "float", "torch", "OpenVINO", "INT8 layers", "operators"], body)
-
-
-def training_table() -> str:
-    """Return what networks score that were trained with batch norm, with MimicNorm and with no norm."""
-    rows = rows_of("mimicnorm", "accuracy")
-    methods = ("batch norm", "MimicNorm", "no norm")
-    body = []
-    order = list(dict.fromkeys(row["network"] for row in rows))
-    for network, epochs in sorted(
-        {(row["network"], row["epochs"]) for row in rows}, key=lambda key: (order.index(key[0]), key[1])
-    ):
-        scores = {
-            m: [r["accuracy"] for r in rows if (r["network"], r["epochs"], r["method"]) == (network, epochs, m)]
-            for m in methods
-        }
-        if scores["batch norm"] and scores["MimicNorm"]:
-            gap = statistics.mean(scores["MimicNorm"]) - statistics.mean(scores["batch norm"])
-            cells = (mean_of(scores[method]) for method in methods)
-            body.append([network, str(epochs), *cells, f"{gap:+.2f}"])
-    return markdown(["top-1 %", "epochs", *methods, "MimicNorm less batch norm"], body)
-
-
-def outlier_table() -> str:
-    """Return how differently trained RepVGGs quantize, and how far their weights and activations reach."""
-    rows = rows_of("mimicnorm", "quantization")
-    body = []
-    for network, method in dict.fromkeys((row["network"], row["method"]) for row in rows):
-        found = [row for row in rows if (row["network"], row["method"]) == (network, method)]
-        cells = [mean_of(row["float"] for row in found)]
-        for preset in PRESETS[:3]:
-            pairs = (mean_of(row[way][preset] for row in found) for way in ("plain PTQ", "RepAPQ"))
-            cells.append(" / ".join(pairs))
-        for part in ("weights", "activations"):
-            means = (statistics.mean(row[part][key] for row in found) for key in ("kurtosis", "peak"))
-            cells.append(" / ".join(f"{mean:.1f}" for mean in means))
-        body.append([f"{network}, {method}", *cells])
-    bits = [f"{preset.upper()}: plain / RepAPQ" for preset in PRESETS[:3]]
-    return markdown(["top-1 %", "float", *bits, "weights: kurtosis / peak", "activations: kurtosis / peak"], body)
 
 
 def overhead_table() -> str:

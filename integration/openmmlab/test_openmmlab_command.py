@@ -22,6 +22,7 @@ from integration.openmmlab.scenes import ASSETS, DETECTOR, DETECTOR_W6A6, FEW_SC
 from repapq_plugin.cli import main
 from repapq_plugin.errors import HostError
 from repapq_plugin.hosts.openmmlab.work import writable_folder
+from tests.support.markup import Markup
 
 KEPT = {"checkpoint.json", "checkpoint.lock", "part-00000.safetensors"}
 """What is kept of a calibration that has found its ranges."""
@@ -60,6 +61,17 @@ def test_quantize_scores_exports_times_and_records(quantized: tuple[Path, dict[s
     assert any(unit["kept"] for unit in units)
     assert record["settings"]["quantizer"]["seed"] == 0
     assert {"repapq_plugin", "torch", "mmyolo", "openvino"} <= record["versions"].keys()
+
+
+def test_the_report_shows_scores_predictions_and_every_unit(quantized: tuple[Path, dict[str, Any]]) -> None:
+    folder, record = quantized
+    assert record["files"]["report"] == [str(folder / "report.html")]
+    page = Markup((folder / "report.html").read_text())
+    assert f"{record['scores']['openvino']['coco/bbox_mAP']:.4f}" in page.text
+    assert len(page.all("img")) == 3 and all(image["src"].startswith("data:image/") for image in page.all("img"))
+    assert {unit["name"] for unit in record["calibration"]["units"]} <= set(page.text.split())
+    assert len(page.all("svg")) > 20
+    assert "No predictions are drawn" not in page.text
 
 
 def _evaluate(capsys: pytest.CaptureFixture[str], folder: Path, file: str, *more: str) -> float:

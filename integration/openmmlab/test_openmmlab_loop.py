@@ -53,8 +53,26 @@ def test_the_loop_quantizes_once_and_leaves_its_files(detector_checkpoint: Path,
     assert record["scheme"].startswith("W6A6")
     assert record["calibration"]["units"]
     assert (tmp_path / "loop" / "repapq.safetensors").stat().st_size > 100_000
+    scalars, images = _visualized(tmp_path / "loop")
+    assert scalars["repapq/coco/bbox_mAP"] == [(0, pytest.approx(metrics["coco/bbox_mAP"]))]
+    units = record["calibration"]["units"]
+    for when in ("before", "after"):
+        losses = [(step, unit[f"loss_{when}"]) for step, unit in enumerate(units) if unit[f"loss_{when}"] is not None]
+        assert scalars[f"repapq/loss_{when}"] == losses
+    assert {"repapq_losses", "repapq_activations", "repapq_outliers"} == {"_".join(n.split("_")[:2]) for n in images}
     assert runner.test() == pytest.approx(metrics)
     assert runner.model is quantized
+    assert _visualized(tmp_path / "loop")[0].keys() == scalars.keys()
+
+
+def _visualized(folder: Path) -> tuple[dict[str, list[tuple[int, float]]], list[str]]:
+    """What the toolbox's own backend wrote: values and steps by name, and images."""
+    scalars: dict[str, list[tuple[int, float]]] = {}
+    for file in folder.rglob("vis_data/scalars.json"):
+        for line in map(json.loads, file.read_text().splitlines()):
+            for name in line.keys() - {"step"}:
+                scalars.setdefault(name, []).append((line["step"], line[name]))
+    return scalars, sorted(path.stem for path in folder.rglob("vis_image/repapq*.png"))
 
 
 def test_the_hook_merges_for_tests_only_and_keeps_the_score(detector_checkpoint: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from integration.openmmlab.scenes import ROOT
-from repapq_plugin.errors import HostError
+from repapq_plugin.errors import ConfigError, HostError
 from repapq_plugin.hosts.openmmlab.mimicnorm import run_images
 from repapq_plugin.hosts.openmmlab.network import run_batch
 from repapq_plugin.hosts.openmmlab.workbench import Workbench, open_config
@@ -84,6 +84,33 @@ def test_resumed_training_keeps_its_weights(tmp_path: Path) -> None:
     assert set(before) == set(after)
     assert all(torch.allclose(value, after[key], atol=1e-6) for key, value in before.items())
     assert largest_mean(runner.model) <= 1e-6
+
+
+def test_the_authors_recipe_is_taken_from_a_config(tmp_path: Path) -> None:
+    cfg = few_steps(tmp_path)
+    cfg.custom_hooks[0].recipe = "authors"
+    cfg.optim_wrapper.optimizer = {"type": "SGD", "lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": False}
+    cfg.optim_wrapper.paramwise_cfg = None
+    runner = Runner.from_cfg(cfg)
+    start: dict[str, torch.Tensor] = {}
+    runner.register_hook(AtTheStart(start), "LOWEST")
+    runner.train()
+    convolutions = [name for name, module in runner.model.named_modules() if isinstance(module, nn.Conv2d)]
+    drawn = max((start[f"{name}.weight"] for name in convolutions), key=torch.numel)
+    # He-normal weights of their fan-in, less the filters' means; nothing is scaled afterwards.
+    assert float(drawn.std()) == pytest.approx((2 / drawn[0].numel()) ** 0.5, rel=0.05)
+    assert largest_mean(runner.model) <= 1e-6
+    linear = runner.model.head.fc[0]
+    assert isinstance(linear, nn.Linear) and float(linear.weight.detach().mean(1).abs().max()) > 1e-3
+    assert all(group["weight_decay"] == 1e-4 for group in runner.optim_wrapper.optimizer.param_groups)
+
+
+@pytest.mark.parametrize("recipe", ["author", {"linear_means": False}])
+def test_an_unknown_recipe_ends_the_start_of_a_training(recipe: object, tmp_path: Path) -> None:
+    cfg = few_steps(tmp_path)
+    cfg.custom_hooks[0].recipe = recipe
+    with pytest.raises(ConfigError, match="Did you mean '(authors|linear_mean)'"):
+        Runner.from_cfg(cfg)
 
 
 def test_a_model_without_a_known_last_layer_has_to_name_one(tmp_path: Path) -> None:

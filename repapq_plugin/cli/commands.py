@@ -58,6 +58,19 @@ def cli() -> None:
     show_default=True,
     help="Also score the float network and plain PTQ (min-max ranges, nothing learned) on the same data.",
 )
+@click.option(
+    "--launcher",
+    type=click.Choice(["none", "pytorch", "slurm", "mpi"]),
+    default="none",
+    show_default=True,
+    help="What has started this command as one of several processes: torchrun, srun or mpirun.",
+)
+@click.option(
+    "--report/--no-report",
+    "with_report",
+    default=None,
+    help="Also write report.html. [default: where its packages are installed]",
+)
 @device_option
 @common_options
 def quantize(
@@ -67,24 +80,28 @@ def quantize(
     seed: int | None,
     formats: str | None,
     compare: bool,
+    launcher: str,
+    with_report: bool | None,
     device: str | None,
     cfg_options: tuple[str, ...],
     work_dir: Path | None,
     threads: int | None,
 ) -> None:
     """Quantize the model of a config and compare it with the float one."""
+    from repapq_plugin.core.ranks import alone, world
     from repapq_plugin.export.openvino import require_openvino
     from repapq_plugin.export.qdq_onnx import require_onnx
 
     overrides = calibrating.overrides()
     kinds = None if formats is None else [name for name in formats.split(",") if name and name != "none"]
     # What is missing shall be noticed before the calibration, not after. OpenVINO reads what ONNX wrote.
+    missing = without_report(with_report)
     if kinds is None or kinds:
         require_onnx()
     if kinds is None or "openvino" in kinds:
         require_openvino()
     overrides["export"] = True if kinds is None else kinds
-    display, common = Display(), Common(cfg_options, work_dir, threads, device)
+    display, common = Display(), Common(cfg_options, work_dir, threads, device, launcher)
     with opened(display, config, common, checkpoint, overrides=overrides, seed=seed) as bench:
         # A host, which the package and its command must not load before they know that it is wanted.
         from repapq_plugin.hosts.openmmlab.steps import quantize_and_compare
@@ -93,9 +110,36 @@ def quantize(
         with resumable(checkpoints):
             done = quantize_and_compare(bench, display.step, compare=compare, threads=threads, checkpoints=checkpoints)
         done.record.seconds = dict(display.seconds)
-        done.record.write(bench.folder)
+        if world().rank == 0:
+            if with_report is not False and not missing:
+                from repapq_plugin.hosts.openmmlab.pages import write_page_of
+
+                with display.step("report", "Writing the report"), alone():
+                    done.record.add_file("report", write_page_of(bench, done, bench.folder))
+            done.record.write(bench.folder)
         checkpoints.remove()
-    display.comparison(done.record, done.notes)
+    display.comparison(done.record, [*done.notes, missing])
+
+
+def without_report(wanted: bool | None) -> str:
+    """Return why there will be no report, if a package for it is missing and nobody asked for one.
+
+    Args:
+        wanted: Whether it was asked for; ``None``: nobody said.
+
+    Raises:
+        ConfigError: It was asked for, and a package is missing.
+    """
+    from repapq_plugin.report import require_report
+
+    try:
+        if wanted is not False:
+            require_report()
+    except RepAPQError as error:
+        if wanted:
+            raise
+        return str(error)
+    return ""
 
 
 cli.add_command(comparison)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import time
 import warnings
@@ -29,15 +30,6 @@ LOG_FILE = "repapq.log"
 OFF_TERMINAL_WIDTH = 120
 """Columns of a table that goes into a file or a pipe."""
 
-SCORED = {
-    "float": "float",
-    "plain_ptq": "plain PTQ (min-max), {how}",
-    "repapq": "RepAPQ, {how}",
-    "onnxruntime": "RepAPQ INT8, onnxruntime",
-    "openvino": "RepAPQ INT8, OpenVINO",
-}
-"""Rows of the table, by what was scored."""
-
 
 def results_console() -> Console:
     """Return a console on what is stdout now: while a toolbox works, ``sys.stdout`` is the log file."""
@@ -53,8 +45,18 @@ class Display:
     """
 
     def __init__(self) -> None:
-        self._out = results_console()
-        self._err = Console(file=sys.stderr)
+        self._show(results_console(), Console(file=sys.stderr))
+        self._hidden = False
+        self.seconds: dict[str, float] = {}
+
+    def hide(self) -> None:
+        """Show nothing from now on, and log nothing: of several processes one shows."""
+        silent = Console(quiet=True)
+        self._show(silent, silent)
+        self._hidden = True
+
+    def _show(self, out: Console, err: Console) -> None:
+        self._out, self._err = out, err
         self._bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -65,7 +67,6 @@ class Display:
             TextColumn("{task.fields[detail]}"),
             console=self._err,
         )
-        self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
     def step(self, name: str, text: str) -> Iterator[Report]:
@@ -89,7 +90,8 @@ class Display:
     @contextlib.contextmanager
     def working(self, folder: Path) -> Iterator[None]:
         """Show bars, and send what toolboxes print to the work folder's log file."""
-        with (folder / LOG_FILE).open("w", buffering=1) as log, self._bars, _into(log):
+        path = Path(os.devnull) if self._hidden else folder / LOG_FILE
+        with path.open("w", buffering=1) as log, self._bars, _into(log):
             yield
 
     def line(self, text: str) -> None:
@@ -102,25 +104,11 @@ class Display:
 
     def comparison(self, record: Record, notes: Sequence[str] = ()) -> None:
         """Show what was scored side by side, then the notes and the files."""
-        from repapq_plugin.hosts.openmmlab.metrics import headlines
-        from repapq_plugin.hosts.openmmlab.other_hosts import OWN
-        from repapq_plugin.report.table import Row, comparison_table
+        from repapq_plugin.hosts.openmmlab.pages import scored_rows
+        from repapq_plugin.report.table import comparison_table
 
-        labels: dict[str, str] = {}
-        for metrics in record.scores.values():
-            labels.update(headlines(metrics))
-        latency, host = record.latency.get("median_ms", {}), record.settings["host"]
-        rows = [
-            Row(
-                text.format(how="simulated" if host == OWN else f"by {host}"),
-                {label: record.scores[name].get(key) for key, label in labels.items()},
-                record.size_bytes.get(name),
-                latency.get(name),
-            )
-            for name, text in SCORED.items()
-            if name in record.scores
-        ]
-        self._out.print(comparison_table(rows, list(labels.values()), record.scheme, record.latency.get("how", "")))
+        rows, headings = scored_rows(record)
+        self._out.print(comparison_table(rows, headings, record.scheme, record.latency.get("how", "")))
         for note in filter(None, notes):
             self._out.print(f"note: {note}", markup=False)
         for name, paths in record.files.items():

@@ -27,12 +27,14 @@ class Common:
         work_dir: Where files are written; ``None``: by the config's name.
         threads: CPU threads for torch and OpenVINO; ``None``: all.
         device: What torch runs the model on; ``None``: what the toolbox chooses.
+        launcher: What has started this process as one of several.
     """
 
     cfg_options: tuple[str, ...]
     work_dir: Path | None
     threads: int | None
     device: str | None = None
+    launcher: str = "none"
 
 
 def common_options(function: Callable[..., None]) -> Callable[..., None]:

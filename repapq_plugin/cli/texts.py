@@ -32,6 +32,8 @@ Loads CHECKPOINT (default: the config's load_from), merges the branches, calibra
                         pair per quantized tensor
   repapq.xml, .bin      the same network for OpenVINO
   float.xml, .bin       the float network, merged, to compare with
+  report.html           all of it as a page: scores, predictions, losses,
+                        activations and their outliers (--no-report)
   result.json           everything in the table, and more (below)
   repapq.log, toolbox/  what the toolbox printed and logged
   checkpoint/           each finished part of the calibration, until all

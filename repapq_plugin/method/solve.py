@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from repapq_plugin.core import ranks
 from repapq_plugin.core.hooks import Hooks
 from repapq_plugin.core.losses import sample_floor
 from repapq_plugin.core.watch import FunctionWatch
@@ -190,6 +191,22 @@ class Moments:
             )
             total = new if total is None else total + new
         return total
+
+    @classmethod
+    def over_ranks(cls, mine: Moments | None) -> Moments | None:
+        """Return the sum of the moments of all ranks, some of which may have none."""
+        shapes = ranks.gather(None if mine is None else (mine.read.shape, str(mine.read.device.type)))
+        known = next((shape for shape in shapes if shape is not None), None)
+        if len(shapes) == 1 or known is None:
+            return mine
+        (groups, inputs), device = known
+        if mine is None:
+            first = torch.zeros(groups, inputs, dtype=torch.float64, device=device)
+            second = torch.zeros(groups, inputs, inputs, dtype=torch.float64, device=device)
+            mine = cls(0.0, first, first, second, second)
+        count = torch.tensor([mine.count], dtype=torch.float64, device=mine.read.device)
+        count, *sums = ranks.sum_([count, mine.read, mine.wanted, mine.square, mine.cross])
+        return cls(float(count), *sums)
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(*(getattr(self, key) + getattr(other, key) for key in vars(self)))

@@ -43,18 +43,20 @@ def comparison_table(rows: Sequence[Row], columns: Sequence[str], title: str, ca
     for row in rows:
         table.add_row(
             row.name,
-            *(_score(row.scores.get(heading), heading) for heading in columns),
-            ABSENT if row.size_bytes is None else _size(row.size_bytes),
+            *(score_text(row.scores.get(heading), heading) for heading in columns),
+            ABSENT if row.size_bytes is None else size_text(row.size_bytes),
             ABSENT if row.latency_ms is None else f"{row.latency_ms:.2f} ms",
         )
     return table
 
 
-def _score(value: float | None, heading: str) -> str:
+def score_text(value: float | None, heading: str) -> str:
+    """Return a score as a column of that heading shows it."""
     if value is None:
         return ABSENT
     return f"{value:.2f}" if heading.endswith("%") else f"{value:.4f}"
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Return a size in bytes as people read it."""
     return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"

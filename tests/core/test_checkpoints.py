@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from repapq_plugin.core.checkpoints import LOCK, MANIFEST, CheckpointFolder, Checkpoints, checkpoints_in
+from repapq_plugin.core.checkpoints import LOCK, MANIFEST, CheckpointFolder, Checkpoints
 from repapq_plugin.core.fingerprints import Fingerprint
 from repapq_plugin.core.part_files import Record
+from repapq_plugin.core.ranked_checkpoints import checkpoints_in
 from repapq_plugin.errors import CheckpointError, ConfigError
 from tests.support.disk import largest_file
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from repapq_plugin.core.checkpoints import Checkpoints
 from repapq_plugin.core.progress import ProgressLines
+from repapq_plugin.core.ranks import world
 from repapq_plugin.errors import HostError
 from repapq_plugin.hosts.openmmlab._compat import drop_hooks_on_weights
 from repapq_plugin.hosts.openmmlab.checkpoint import guard
@@ -21,6 +22,7 @@ from repapq_plugin.hosts.openmmlab.data import calibration_batches
 from repapq_plugin.hosts.openmmlab.hooks import CheckpointFitHook
 from repapq_plugin.hosts.openmmlab.network import serve_with
 from repapq_plugin.hosts.openmmlab.settings import Settings
+from repapq_plugin.hosts.openmmlab.showing import show
 from repapq_plugin.hosts.openmmlab.steps import Quantization
 from repapq_plugin.hosts.openmmlab.work import writable_folder
 from repapq_plugin.result import Calibrated
@@ -29,8 +31,10 @@ from repapq_plugin.result import Calibrated
 class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
     """Merges, quantizes and calibrates the runner's model, then tests it with the toolbox's own metric.
 
+    Under a launcher each rank calibrates on its share of the data and tests on its share; rank 0 writes.
+
     In the runner's work folder it leaves ``repapq.safetensors`` (the quantized network), ``result.json`` (see `Record`)
-    and the exported files asked for.
+    and the exported files asked for. Scores, the losses of units and figures go to the runner's visualizer.
 
     Args:
         runner: The runner.
@@ -78,6 +82,7 @@ class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
         self.quantization: Quantization | None = None
         self.network: nn.Module | None = None
         self.checkpoints = Checkpoints()
+        self._batches: list[object] = []
 
     @property
     def result(self) -> Calibrated | None:
@@ -97,14 +102,21 @@ class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
         with served:
             metrics: dict[str, float] = super().run()
         done.add_scores(self.settings.backend, metrics)
-        done.record.write(Path(self.runner.work_dir))
+        if world().rank == 0:
+            done.record.write(Path(self.runner.work_dir))
         self.checkpoints.remove()
+        if self._batches:
+            try:
+                show(self.runner, done, self._batches, metrics)
+            except Exception as error:  # A visualizer backend is anybody's code; the scores stand without it.
+                self.runner.logger.warning(f"RepAPQ shows no figures: {type(error).__name__}: {error}")
+            self._batches = []  # shown once
         return metrics
 
     def _quantize(self) -> Quantization:
         runner, settings = self.runner, self.settings
-        if is_model_wrapper(runner.model):
-            raise HostError("RepAPQTestLoop quantizes in one process; start the test tool with --launcher none.")
+        if is_model_wrapper(runner.model):  # of training on several ranks, each of which has the whole model
+            runner.model = runner.model.module
         if isinstance(runner.model, BaseTTAModel):
             raise HostError("RepAPQTestLoop does not know test-time augmentation; run the test tool without --tta.")
         folder = writable_folder(runner.work_dir)
@@ -119,5 +131,5 @@ class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
         for kind in settings.formats:
             done.export(kind)
         self.network = done.network_on(settings.backend)
-        self.quantization = done
+        self.quantization, self._batches = done, batches
         return done
