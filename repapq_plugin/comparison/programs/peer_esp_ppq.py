@@ -20,7 +20,7 @@ WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 """Operators with weights."""
 
 LSQ_RATE = {True: 1e-5, False: 1e-4}
-"""Rate of LSQ at 8 bits (its default) and below, where it learns nothing visible with that."""
+"""Rate of LSQ at 8 bits (its default) and below (our choice: a grid of fewer bits has larger steps)."""
 
 
 def quantize(
