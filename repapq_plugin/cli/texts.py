@@ -126,6 +126,7 @@ Written to the folder comparison in the work folder:
 \b
   comparison.json       all rows
   comparison.csv        the same as a table
+  comparison.html       all of it as a page, where its packages are there
   comparison.png, .svg  the first metric of each method
   networks/             of each row the calibrated network and its files
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from repapq_plugin.comparison.methods import chosen_methods
 from repapq_plugin.comparison.own import own_tasks
+from repapq_plugin.comparison.page import has_report, write_comparison
 from repapq_plugin.comparison.peers import PeerOptions, peer_tasks
 from repapq_plugin.comparison.plot import can_plot, plot_comparison
 from repapq_plugin.comparison.subject import Runtime, Score, Subject
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 FLOAT = "float"
 """Name of the float network's row."""
 
+PAGE_FILE = "comparison.html"
 PICTURES = ("comparison.png", "comparison.svg")
 
 
@@ -102,6 +104,8 @@ def _compare(
     if can_plot():
         for name in PICTURES:
             plot_comparison(table, subject.folder / name)
+    if has_report():
+        write_comparison(table, subject.folder / PAGE_FILE)
     return table
 
 

@@ -70,6 +70,7 @@ def test_rows_say_what_was_done_and_what_it_took(
     assert table.drop(by["repapq"].simulated)["snr"] == pytest.approx(
         table.floats["snr"] - by["repapq"].simulated["snr"]
     )
+    assert "RepAPQ" in (tmp_path / "comparison.html").read_text()
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "comparison.svg").read_text().startswith("<?xml")
     written = (tmp_path / "comparison.json").read_bytes()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from repapq_plugin.comparison.page import write_comparison
 from repapq_plugin.comparison.show import lines_below, shown_table
 from repapq_plugin.comparison.table import Comparison, Row, finite
 
@@ -44,9 +45,21 @@ def test_the_table_shows_every_scheme_and_every_reason() -> None:
     console = Console(width=200, record=True, file=StringIO())
     console.print(shown_table(TABLE))
     text = console.export_text()
-    for part in ("W4A4: weights so", "Method A (2 seeds)", "W4A4 (mse)", "90.50 ± 0.71", "1.50", "cannot do 4 bits"):
+    for part in ("W4A4: weights so", "Method A (2 seeds)", "90.50 ± 0.71", "1.50", "Method B"):
         assert part in text
-    assert list(lines_below(TABLE)) == ["Method B: no figures: it cannot do 4 bits"]
+    assert list(lines_below(TABLE)) == [
+        "scheme: Method A: W4A4 (mse)",
+        "scheme: Method B: W8A8 only",
+        "Method B: no figures: it cannot do 4 bits",
+    ]
+
+
+def test_the_page_shows_them_too_and_loads_nothing(tmp_path: Path) -> None:
+    text = write_comparison(TABLE, tmp_path / "page.html").read_text()
+    for part in (TABLE.scheme, "Method A (2 seeds)", "90.50 ± 0.71", "W4A4 (mse)", "W8A8 only", "it cannot do 4 bits"):
+        assert part in text
+    assert text.count("<svg") == 1 and "<script" not in text and 'src="http' not in text
+    assert "1.50 below float" in text
 
 
 def test_scores_are_finite_numbers_by_name() -> None:
