@@ -18,7 +18,7 @@ import torch.distributed as dist
 PRELOADED = ["torch._dynamo", "repapq_plugin", "tests.support.networks", "tests.support.killing"]
 """What the process imports once from which all others are forked."""
 
-LONGEST = 120.0
+LONGEST = 900.0
 """Seconds after which processes are given up."""
 
 
