@@ -23,6 +23,7 @@ from torch.nn import functional
 from repapq_plugin.core import ranks
 from repapq_plugin.core.hooks import Hooks
 from repapq_plugin.core.losses import sample_floor
+from repapq_plugin.core.running import is_out_of_memory
 from repapq_plugin.core.watch import FunctionWatch
 from repapq_plugin.method.sites import Quantizer
 
@@ -248,8 +249,9 @@ def solve_layer(layer: nn.Module, teacher: nn.Module, quantizer: Quantizer, mome
             best = rows + torch.linalg.solve(damped, rows @ (cross - square), left=False)
             solved = _rounded(best, damped, quantizer, weight)
             break
-        except torch.linalg.LinAlgError:
-            continue
+        except RuntimeError as error:  # torch.linalg.LinAlgError, which torch's types do not know
+            if is_out_of_memory(error):
+                raise
     else:
         return
     weight.copy_(solved.reshape(weight.shape))
