@@ -6,7 +6,7 @@ All methods quantize the same merged float network with the same 512 calibration
 seed decides over the learning alone. Scores are of the 2,000 test images that ship (``--source full``: of all 10,000),
 simulated and in integers on OpenVINO. Seconds are processor time of the calibrating process, all threads together, so
 that a loaded machine does not show in them; nothing is timed by the wall. Results go to ``results/compare.json`` after
-every network and preset; rows that are in the work folder already are not made again. ``--split val`` is for choosing.
+every row; rows that are in the work folder already are not made again. ``--split val`` is for choosing.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from integration.bench.reference import (
     load_classifier,
     write_result,
 )
-from repapq_plugin import RepAPQConfig
+from repapq_plugin import Progress, RepAPQConfig
 from repapq_plugin.comparison import Comparison, compare
 from repapq_plugin.comparison.peers import PeerOptions
+from repapq_plugin.comparison.table import TABLE_FILE
 from repapq_plugin.hosts.openmmlab.network import TensorPath
 
 SCORED = 250
@@ -52,9 +53,17 @@ def rows_of(table: Comparison, **about: object) -> list[dict[str, Any]]:
     """Return what is kept of a comparison: its rows without machines' paths."""
     kept = []
     for row in table.rows:
-        said = {key: value for key, value in asdict(row).items() if value not in ((), {}, None, "", False)}
+        said = {key: value for key, value in asdict(row).items() if value or value == 0 and value is not False}
         kept.append({**about, "float": table.floats["top-1 %"], "common_scheme": table.scheme, **said})
     return kept
+
+
+def keep(table: Comparison, name: str, about: dict[str, Any]) -> None:
+    """Put the rows of a comparison into the results, in the place of those of the same network and bits."""
+    path = RESULTS / f"{name}.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    others = [row for row in rows if any(row[key] != value for key, value in about.items())]
+    write_result(name, {"environment": environment(), "rows": [*others, *rows_of(table, **about)]})
 
 
 @click.command()
@@ -86,7 +95,6 @@ def main(
 ) -> None:
     """Compare, and print one line per row."""
     logging.basicConfig(level=logging.WARNING)
-    path = RESULTS / f"{name}.json"
     for model_name in names:
         model = load_classifier(model_name)
         images, labels = images_and_labels(split, source, model)
@@ -100,22 +108,25 @@ def main(
                 "images": len(labels),
                 "steps": config.steps,
             }
-            with torch.no_grad():
-                table = compare(
-                    TensorPath(model).eval(),
-                    batches,
-                    lambda network: {"top-1 %": top1(network, images, labels)},  # noqa: B023
-                    config,
-                    methods=methods,
-                    seeds=[int(seed) for seed in seeds.split(",")],
-                    folder=work_dir / f"{model_name}-{preset}-{split}-{source}-{config.steps}",
-                    latency=False,
-                    peers=PeerOptions(peers, env_dir, peer_steps),
-                    progress=lambda progress: click.echo(f"{progress.done} of {progress.total}: {progress.part}"),
-                )
-            rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
-            others = [row for row in rows if any(row[key] != value for key, value in about.items())]
-            write_result(name, {"environment": environment(), "rows": [*others, *rows_of(table, **about)]})
+            folder = work_dir / f"{model_name}-{preset}-{split}-{source}-{config.steps}"
+
+            def kept(progress: Progress, about: dict[str, Any] = about, folder: Path = folder) -> None:
+                click.echo(f"{progress.done} of {progress.total}: {progress.part}")
+                if (folder / TABLE_FILE).is_file():
+                    keep(Comparison.load(folder), name, about)
+
+            table = compare(
+                TensorPath(model).eval(),
+                batches,
+                lambda network: {"top-1 %": top1(network, images, labels)},  # noqa: B023
+                config,
+                methods=methods,
+                seeds=[int(seed) for seed in seeds.split(",")],
+                folder=folder,
+                latency=False,
+                peers=PeerOptions(peers, env_dir, peer_steps),
+                progress=kept,
+            )
             for row in table.rows:
                 scores = {**row.simulated, **{f"integer {key}": value for key, value in row.integer.items()}}
                 click.echo(f"{model_name} {preset} {row.title}, seed {row.seed}: {scores or row.failed}")

@@ -120,7 +120,7 @@ def measure_observers(seed: int) -> list[dict[str, Any]]:
 class Deep(nn.Module):
     """A stem and equal units of one convolution and a ReLU, then a classifier."""
 
-    def __init__(self, units: int, width: int = 16) -> None:
+    def __init__(self, units: int, width: int = 8) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, padding=1)
         self.units = nn.ModuleList(
@@ -138,9 +138,10 @@ class Deep(nn.Module):
 def measure_depth(units: int, schedule: str, steps: int) -> dict[str, Any]:
     """Return the processor time of one calibration, all of it, and per unit."""
     torch.manual_seed(0)
-    model, batches = Deep(units).eval(), [torch.randn(8, 3, 16, 16) for _ in range(8)]
+    model, batches = Deep(units).eval(), [torch.randn(4, 3, 8, 8) for _ in range(4)]
     config = RepAPQConfig(steps=steps, schedule=schedule)  # type: ignore[arg-type]
     seconds, result = cpu_seconds(lambda: quantize_model(model, batches, config))
+    # The stem and the classifier are units as well.
     return {"units": units, "found": len(result.units), "schedule": schedule, "steps": steps, "seconds": seconds}
 
 
@@ -184,16 +185,17 @@ def observers(seeds: str) -> None:
 
 
 @main.command()
-@click.option("--steps", default=10, show_default=True, help="Steps of a unit or a stage.")
+@click.option("--steps", default=5, show_default=True, help="Steps of a unit or a stage.")
 @click.option("--repeats", default=3, show_default=True, help="How often each is measured.")
 def depth(steps: int, repeats: int) -> None:
     """Time calibrations of networks of more and more units."""
+    measure_depth(UNITS[0], "stage", steps)  # what is done once in a process
     rows = []
     for _ in range(repeats):
         for schedule in ("unit", "stage"):
             for units in UNITS:
                 rows.append(measure_depth(units, schedule, steps))
-                click.echo(f"{schedule}, {units} units: {1000 * rows[-1]['seconds'] / units:.1f} ms a unit")
+                click.echo(f"{schedule}, {units} units: {1000 * rows[-1]['seconds'] / rows[-1]['found']:.1f} ms a unit")
     put("depth", rows)
 
 

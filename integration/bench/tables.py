@@ -296,7 +296,8 @@ def depth_table() -> str:
     units = list(dict.fromkeys(row["units"] for row in rows))
     for schedule in dict.fromkeys(row["schedule"] for row in rows):
         least = [
-            min(row["seconds"] / n for row in rows if (row["schedule"], row["units"]) == (schedule, n)) for n in units
+            min(row["seconds"] / row["found"] for row in rows if (row["schedule"], row["units"]) == (schedule, n))
+            for n in units
         ]
         body.append([schedule, *(f"{1000 * value:.0f}" for value in least), f"{least[-1] / least[0]:.2f}"])
     ends = f"{units[-1]} by {units[0]}" if units else ""
