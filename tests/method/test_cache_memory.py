@@ -36,7 +36,7 @@ def calibrate(rank: int, budget: int) -> tuple[int, int, dict[str, Tensor]]:
 
     config = RepAPQConfig(steps=2, activation_observer="min_max", affine=False, equalize=False)
     torch.manual_seed(2)
-    data = [torch.rand(4, 4, 128, 128) for _ in range(24)]
+    data = [torch.rand(4, 4, 128, 128) for _ in range(16)]
     quantize_model(network(), data[:2], config.replace(cache_bytes=0))  # libraries load what they need
     ActivationCache.put = noted  # type: ignore[method-assign, assignment]
     Path("/proc/self/clear_refs").write_text("5")  # the peak is what memory is now
@@ -47,7 +47,7 @@ def calibrate(rank: int, budget: int) -> tuple[int, int, dict[str, Tensor]]:
 
 def test_memory_stays_within_a_budget_of_a_tenth_of_the_need() -> None:
     unbounded, need, wanted = values(1, calibrate, 2**40)[0]
-    assert unbounded >= 0.8 * need > 100e6, "all that is cached is in memory, and the measure sees it"
+    assert unbounded >= 0.8 * need > 60e6, "all that is cached is in memory, and the measure sees it"
     nothing, _, _ = values(1, calibrate, 0)[0]
     grown, held, found = values(1, calibrate, need // 10)[0]
     assert 0.9 * need // 10 <= held <= need // 10
