@@ -222,7 +222,7 @@ def latency_table() -> str:
                 ratio = next((r for pair, r in row["ours_by_theirs"].items() if pair.startswith(f"{name} by ")), None)
                 shown = NOTHING if ratio is None else f"{ratio:.3f}"
                 body.append(
-                    [f"{network}, {row['input'][2]}", runtime, name, row["precision"][name], f"{median:.2f}", shown]
+                    [f"{network}, {row['size']}", runtime, name, row["precision"][name], f"{median:.2f}", shown]
                 )
     return markdown(["network, pixels", "runtime", "form", "precision", "ms", "ours by theirs"], body)
 
