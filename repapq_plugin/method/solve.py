@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from repapq_plugin.core.hooks import Hooks
 from repapq_plugin.core.losses import sample_floor
+from repapq_plugin.core.running import is_out_of_memory
 from repapq_plugin.core.watch import FunctionWatch
 from repapq_plugin.method.sites import Quantizer
 
@@ -231,8 +232,9 @@ def solve_layer(layer: nn.Module, teacher: nn.Module, quantizer: Quantizer, mome
             best = rows + torch.linalg.solve(damped, rows @ (cross - square), left=False)
             solved = _rounded(best, damped, quantizer, weight)
             break
-        except torch.linalg.LinAlgError:
-            continue
+        except RuntimeError as error:  # torch's error of linear algebra is one
+            if is_out_of_memory(error):
+                raise
     else:
         return
     weight.copy_(solved.reshape(weight.shape))
