@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from repapq_plugin.config import MAX_BITS, MIN_BITS, RepAPQConfig
 from repapq_plugin.core.copies import is_half, own_copy, takes_halves
-from repapq_plugin.core.files import atomically
+from repapq_plugin.core.files import atomically, digest_of
 from repapq_plugin.errors import MergeError, ResultError
 from repapq_plugin.method.unit_result import UnitResult
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
@@ -102,7 +101,7 @@ class CalibrationResult(Calibrated):
         state = _own_state(self.model)
         # Copies: the format refuses tensors that share their memory, as a buffer and a slice of it do.
         tensors = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
-        header = {"format": FORMAT, "result": record, "digest": _digest(record, tensors)}
+        header = {"format": FORMAT, "result": record, "digest": digest_of(record, tensors)}
         try:
             with atomically(target) as partial:
                 save_file(tensors, partial, metadata=header)
@@ -209,15 +208,6 @@ def _check_quantizers(model: nn.Module) -> None:
             raise ValueError(f"{name}.zero_point is not from {low} to {high}")
 
 
-def _digest(record: str, tensors: Mapping[str, Tensor]) -> str:
-    """Return a hash of all that a result says, by which a damaged file is told."""
-    found = hashlib.sha256(record.encode())
-    for key, tensor in sorted(tensors.items()):
-        found.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
 class _Record(NamedTuple):
     """What the header of a saved result says; the fields of `Calibrated` but the model."""
 
@@ -240,7 +230,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], _Record]:
     if header.get("format") not in (FORMAT, OLDER_FORMAT):
         raise ResultError(f"{path} is not a result of this plugin: format {header.get('format')!r}, not {FORMAT!r}.")
     try:
-        if header.get("digest", digest := _digest(header["result"], tensors)) != digest:
+        if header.get("digest", digest := digest_of(header["result"], tensors)) != digest:
             raise ValueError("it is not what was written")
         saved = json.loads(header["result"])
         record = _Record(

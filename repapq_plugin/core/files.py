@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from repapq_plugin.errors import ExportError
 
@@ -107,3 +110,17 @@ def remove_orphans(prefix: str, parent: str | None = None) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
         except (Timeout, OSError):
             continue
+
+
+def digest_of(record: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return a hash of what a file says, by which a damaged one is told.
+
+    Args:
+        record: Its text.
+        tensors: Its tensors by name, in one piece each and on the processor.
+    """
+    found = hashlib.sha256(record.encode())
+    for key, tensor in sorted(tensors.items()):
+        found.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from repapq_plugin.core.files import atomically
+from repapq_plugin.core.files import atomically, digest_of
 from repapq_plugin.core.running import random_states, set_random_states
 from repapq_plugin.errors import CheckpointError
 
@@ -49,8 +49,10 @@ def write_part(path: Path, name: str, record: Record, tensors: Tensors) -> None:
     states = {RANDOM + key: state for key, state in random_states().items()}
     # Copies: the format refuses tensors that share their memory.
     copies = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in {**tensors, **states}.items()}
+    text = json.dumps(record)
+    header = {"name": name, "record": text, "digest": digest_of(name + text, copies)}
     with atomically(path) as partial:
-        save_file(copies, partial, metadata={"name": name, "record": json.dumps(record)})
+        save_file(copies, partial, metadata=header)
 
 
 def bring_back(path: Path, load: Load) -> Record:
@@ -74,6 +76,8 @@ def _read(path: Path, tensors: bool = False) -> tuple[str, Record, dict[str, Ten
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             found = {key: file.get_tensor(key) for key in file.keys()} if tensors else {}
+        if tensors and header.get("digest") != digest_of(header["name"] + header["record"], found):
+            raise ValueError("it is not what was written")
         return header["name"], dict(json.loads(header["record"])), found
     except (OSError, SafetensorError, LookupError, ValueError, TypeError, RecursionError) as error:
         raise _damaged(path, error) from error

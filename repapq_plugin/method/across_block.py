@@ -22,7 +22,7 @@ from repapq_plugin.core.checkpoints import Checkpoints
 from repapq_plugin.core.losses import Alike, relative_loss
 from repapq_plugin.core.progress import Advance
 from repapq_plugin.core.running import is_out_of_memory
-from repapq_plugin.errors import CalibrationError, RepAPQError
+from repapq_plugin.errors import CalibrationError, CheckpointError, RepAPQError
 from repapq_plugin.method.learners import Learner, load_state, state_of
 from repapq_plugin.method.optimise import Outcome, Outputs, Subject, reconstruct, split_batches
 from repapq_plugin.method.partition import Stage, Unit, is_inside
@@ -188,7 +188,10 @@ class AcrossBlockCalibrator:
             partial(state_of, learners),
             partial(load_state, learners),
         )
-        return [UnitResult(**unit) for unit in cast("list[dict[str, Any]]", record["units"])]
+        try:
+            return [UnitResult(**unit) for unit in cast("list[dict[str, Any]]", record["units"])]
+        except (LookupError, TypeError) as error:
+            raise CheckpointError(f"A part of the checkpoint says nothing of what was solved: {error!r}.") from error
 
     def _share(self) -> Share:
         return Share(self.networks.own, self.config.loss)

@@ -17,6 +17,7 @@ from repapq_plugin.config import RepAPQConfig
 from repapq_plugin.core import ranks
 from repapq_plugin.core.part_files import Halfway, Record, Tensors
 from repapq_plugin.core.progress import Advance
+from repapq_plugin.errors import CheckpointError
 from repapq_plugin.method.learners import (
     Learner,
     leave_ties,
@@ -58,8 +59,15 @@ class Outcome:
 
     @classmethod
     def of(cls, record: Mapping[str, object]) -> Outcome:
-        """Return the outcome that ``dataclasses.asdict`` turned into ``record``."""
-        return cls(**cast("dict[str, Any]", record))
+        """Return the outcome that ``dataclasses.asdict`` turned into ``record``.
+
+        Raises:
+            CheckpointError: It turned nothing into that.
+        """
+        try:
+            return cls(**cast("dict[str, Any]", record))
+        except TypeError as error:
+            raise CheckpointError(f"A part of the checkpoint says nothing of what was learned: {error}.") from error
 
 
 def split_batches(count: int, guard_fraction: float, views: int = 1) -> tuple[list[int], list[int]]:

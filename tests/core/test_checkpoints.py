@@ -239,12 +239,16 @@ def test_a_disk_that_fills_up_stops_the_keeping_and_not_the_work(
     assert worker.did == ["second", "third"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "another", "deep"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "another", "deep", "changed"])
 def test_a_part_that_is_damaged_is_named_with_what_to_do(tmp_path: Path, wanted: list[Record], damage: str) -> None:
     Worker().run(CheckpointFolder(tmp_path))
     path = tmp_path / "part-00001.safetensors"
     data = path.read_bytes()
-    path.write_bytes({"cut": data[:-1], "empty": b"", "text": b"x" * 100}.get(damage, data))
+    path.write_bytes(
+        {"cut": data[:-1], "empty": b"", "text": b"x" * 100, "changed": data[:-1] + bytes([data[-1] ^ 1])}.get(
+            damage, data
+        )
+    )
     if damage == "another":  # a sound file that does not say what it is
         save_file({"tensor": torch.ones(3)}, path)
     if damage == "deep":
