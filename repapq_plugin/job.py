@@ -38,6 +38,7 @@ from repapq_plugin.merging import merge_for_inference as merge_for_inference
 from repapq_plugin.method.across_block import AcrossBlockCalibrator, total_steps
 from repapq_plugin.method.agreement import disagreement
 from repapq_plugin.method.cache import ActivationCache
+from repapq_plugin.method.estimate import estimate_job
 from repapq_plugin.method.learners import snapshot
 from repapq_plugin.method.optimise import split_batches
 from repapq_plugin.method.partition import Stage, find_stages, find_units
@@ -210,6 +211,8 @@ class Job(Generic[R]):
 
     def find_ranges(self, state: State, part: str = "ranges") -> None:
         """Give every quantizer its starting range; ``part`` is what the checkpoints call it."""
+        if "learn" in self.backend.phases and (self.config.steps or self.config.solve):
+            say_estimate(self, state)
         advance = counted("ranges", ranks.most(len(state.batches)), self.report)
         student, sites = self.backend.student, self.backend.sites
         run = partial(self.forward, student)
@@ -287,6 +290,24 @@ class Job(Generic[R]):
             seconds=seconds,
             notes=(*state.merged.notes, *self.drift.notes, *state.notes),
         )
+
+
+def say_estimate(job: Job[R], state: State) -> None:
+    """Say what the rest of a calibration will take; nothing that comes later depends on it."""
+    networks, batches = (state.teacher, job.backend.student), state.batches or state.examples
+    with seeded(job.config.seed):
+        expected = estimate_job(
+            networks,
+            state.stages,
+            job.config,
+            batches,
+            job.backend.sites.weights,
+            partial(job.forward, state.teacher),
+            total_steps(state.stages, job.config, job.checkpoints.finished),
+        )
+    logger.info("Estimate: %s.", expected)
+    if job.report is not None:
+        job.report(expected.progress)
 
 
 def quantize_model(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def calibrate(
 
     def report(progress: Progress) -> None:
         if progress.phase == "calibration" and dies == f"{rank} {progress.done}":
+            (Path(folder).parent / "died").write_text(str(time.monotonic()))
             os.kill(os.getpid(), signal.SIGKILL)
 
     config = RepAPQConfig.from_preset("w4a4", **{"steps": 10, **keys})
@@ -76,8 +78,8 @@ def calibrate_each(rank: int, shares: Shares, kind: type[nn.Module], keys: list[
 
 
 def test_ranges_of_two_processes_are_those_of_one_to_the_last_bit() -> None:
-    observers = ("auto", "mae", "percentile", "min_max")
-    keys = [{"activation_observer": name, "steps": 0} for name in observers] + [{"steps": 0, "target": "tensorrt"}]
+    keys = [{"steps": 0}, {"steps": 0, "activation_observer": "percentile"}]
+    keys.append({"steps": 0, "activation_observer": "min_max", "target": "tensorrt"})
     [alone] = values(1, calibrate_each, split, Pyramid, keys)
     for found in values(2, calibrate_each, split, Pyramid, keys):
         for one, other, each in zip(found, alone, keys, strict=True):
@@ -85,8 +87,8 @@ def test_ranges_of_two_processes_are_those_of_one_to_the_last_bit() -> None:
 
 
 def test_what_two_processes_learn_is_what_one_learns() -> None:
-    schedules = ("unit", "stage", "network")
-    keys = [{"schedule": name, "steps": 8} for name in schedules] + [{"views": 2, "drop_probability": 0.5, "steps": 4}]
+    keys = [{"schedule": name, "steps": 3} for name in ("unit", "stage")]
+    keys.append({"views": 2, "drop_probability": 0.5, "steps": 2})
     keys.append({"weight_bits": 8, "activation_bits": 8, "schedule": "network", "steps": 100})
     [alone] = values(1, calibrate_each, split, Pyramid, keys)
     first, second = values(2, calibrate_each, split, Pyramid, keys)
@@ -96,7 +98,7 @@ def test_what_two_processes_learn_is_what_one_learns() -> None:
             assert difference(one["numbers"], wanted["numbers"]) <= (1e-4 if each["steps"] == 100 else 1e-5), each
             assert [unit[:2] for unit in one["units"]] == [unit[:2] for unit in wanted["units"]]
             assert [unit[2] for unit in one["units"]] == pytest.approx([unit[2] for unit in wanted["units"]], rel=1e-4)
-    steps = first[4]["reductions"] - first[3]["reductions"]
+    steps = first[3]["reductions"] - first[2]["reductions"]
     assert 100 <= steps <= 103, "one for each step, and three for what comes before"
 
 
@@ -108,8 +110,8 @@ def test_solved_weights_are_the_same_on_all_ranks_and_better_than_rounded_ones()
 
 @pytest.mark.parametrize("shares", [uneven, on_the_first], ids=["uneven", "a rank without data"])
 def test_each_sample_counts_alike_wherever_it_lies(shares: Shares) -> None:
-    [alone] = values(1, calibrate, split, Chain, {})
-    found = values(3, calibrate, shares, Chain, {})
+    [alone] = values(1, calibrate, split, Chain, {"steps": 3})
+    found = values(3, calibrate, shares, Chain, {"steps": 3})
     for each in found:
         assert same(each["numbers"], found[0]["numbers"])
         assert difference(each["numbers"], alone["numbers"]) <= 1e-5
@@ -118,14 +120,14 @@ def test_each_sample_counts_alike_wherever_it_lies(shares: Shares) -> None:
 
 
 def test_a_rank_that_dies_stops_the_others_and_any_number_of_ranks_goes_on(tmp_path: Path) -> None:
-    keys = {"schedule": "stage", "steps": 10}
+    keys = {"schedule": "stage", "steps": 4}
     wanted = values(2, calibrate, split, Chain, keys)[0]
     one, other = tmp_path / "one", tmp_path / "other"
     for folder in (one, other):
-        first, second = on_ranks(2, calibrate, split, Chain, keys, str(folder), "1 25")
+        first, second = on_ranks(2, calibrate, split, Chain, keys, str(folder), "1 10")
         assert second.status == -signal.SIGKILL and first.status == 0
         assert first.error.startswith("RankError: Rank 1 has ended.") and "resume=True" in first.error
-        assert first.seconds < 60
+        assert first.at - float((tmp_path / "died").read_text()) < 60
         assert sorted(path.name for path in folder.glob("*")) == [
             "checkpoint.json", "checkpoint.lock", *(f"part-{number:05d}.safetensors" for number in range(3))
         ]  # fmt: skip

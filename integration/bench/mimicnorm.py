@@ -59,7 +59,15 @@ def keep(part: str, row: dict[str, Any]) -> None:
     write_result("mimicnorm", content)
 
 
-CHOICES: Mapping[str, Recipe] = {**RECIPES, "fan-in-9": Recipe(min_fan_in=9), "fan-in-50": Recipe(min_fan_in=50)}
+CHOICES: Mapping[str, Recipe] = {
+    **RECIPES,
+    "scalars": Recipe(concatenated=True),
+    "dense": Recipe(min_fan_in=1, linear_mean=False),
+    "dense-linear": Recipe(min_fan_in=1),
+    "dense-scalars": Recipe(min_fan_in=1, linear_mean=False, concatenated=True),
+    "fan-in-9": Recipe(min_fan_in=9),
+}
+"""Recipes that `accuracy` can compare."""
 
 
 @dataclass(frozen=True)

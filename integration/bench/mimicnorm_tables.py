@@ -17,9 +17,9 @@ def way_of(row: Row) -> str:
     return method if recipe == Recipe() else f"{method}, fan-in above {recipe.min_fan_in}"
 
 
-def training_table(part: str = "accuracy") -> str:
+def training_table() -> str:
     """Return what networks score that were trained with batch norm, with MimicNorm and with no norm."""
-    rows = rows_of("mimicnorm", part)
+    rows = rows_of("mimicnorm", "accuracy")
     found = {way_of(row) for row in rows}
     of_ours = sorted(way for way in found if way.startswith("MimicNorm"))
     ways = ["batch norm", *of_ours, *({"no norm"} & found)]
@@ -38,9 +38,9 @@ def training_table(part: str = "accuracy") -> str:
     return markdown(["top-1 %", "epochs", *ways, "MimicNorm less batch norm"], body)
 
 
-def outlier_table(part: str = "quantization") -> str:
+def outlier_table() -> str:
     """Return how differently trained networks quantize, and how far their weights and activations reach."""
-    rows = rows_of("mimicnorm", part)
+    rows = rows_of("mimicnorm", "quantization")
     body = []
     for network, way in dict.fromkeys((row["network"], way_of(row)) for row in rows):
         found = [row for row in rows if (row["network"], way_of(row)) == (network, way)]
@@ -48,8 +48,8 @@ def outlier_table(part: str = "quantization") -> str:
         for preset in PRESETS[:3]:
             pairs = (mean_of(row[how][preset] for row in found) for how in ("plain PTQ", "RepAPQ"))
             cells.append(" / ".join(pairs))
-        for part_of in ("weights", "activations"):
-            means = (statistics.mean(row[part_of][key] for row in found) for key in ("kurtosis", "peak"))
+        for part in ("weights", "activations"):
+            means = (statistics.mean(row[part][key] for row in found) for key in ("kurtosis", "peak"))
             cells.append(" / ".join(f"{mean:.1f}" for mean in means))
         body.append([f"{network}, {way}", *cells])
     bits = [f"{preset.upper()}: plain / RepAPQ" for preset in PRESETS[:3]]

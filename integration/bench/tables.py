@@ -18,6 +18,7 @@ import click
 from integration.bench.mimicnorm_tables import outlier_table, training_table
 from integration.bench.reference import RESULTS, ROOT
 from integration.bench.table_parts import NOTHING, PRESETS, Row, markdown, mean_of, rows_of
+from integration.fuzz.reasons import fuzz_table
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "integration" / "bench" / "README.md")
 """The first shows a summary, the second everything else."""
@@ -221,7 +222,7 @@ def latency_table() -> str:
                 ratio = next((r for pair, r in row["ours_by_theirs"].items() if pair.startswith(f"{name} by ")), None)
                 shown = NOTHING if ratio is None else f"{ratio:.3f}"
                 body.append(
-                    [f"{network}, {row['input'][2]}", runtime, name, row["precision"][name], f"{median:.2f}", shown]
+                    [f"{network}, {row['size']}", runtime, name, row["precision"][name], f"{median:.2f}", shown]
                 )
     return markdown(["network, pixels", "runtime", "form", "precision", "ms", "ours by theirs"], body)
 
@@ -328,6 +329,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "devices": devices_table,
     "nncf": nncf_table,
     "kills": kills_table,
+    "fuzz": lambda: fuzz_table(RESULTS / "fuzz.json"),
     "mixed-precision": mixed_table,
     "mimicnorm": training_table,
     "mimicnorm-quantization": outlier_table,

@@ -11,8 +11,10 @@ import torch
 from playwright.sync_api import Browser, Page
 
 from repapq_plugin import RepAPQConfig, quantize_model
+from repapq_plugin.diagnosis import diagnose
+from repapq_plugin.diagnosis.differences import LayerDifference
 from repapq_plugin.method.unit_result import UnitResult
-from repapq_plugin.report import Evidence, write_report
+from repapq_plugin.report import Evidence, difference_section, write_diagnosis, write_report
 from repapq_plugin.report.html import MOST_BYTES
 from repapq_plugin.report.pictures import picture
 from repapq_plugin.report.table import Row
@@ -21,9 +23,21 @@ from tests.support.networks import Chain, batches, settle
 WIDTHS = (400, 1600)
 
 
-@pytest.fixture(scope="module")
-def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["calibration", "diagnosis"])
+def page_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
+    if request.param == "diagnosis":
+        data = batches()
+        data[0][1, 2] *= 40
+        found = diagnose(settle(Chain()), data, RepAPQConfig(weight_bits=4, activation_bits=4, steps=0))
+        names = [f"folder_of_images_{index:020}.jpg" for index in range(64)]
+        differences = [LayerDifference(f"a_layer_of_a_long_name.{i}.conv", 0, 10.0 ** (i - 6), 1e-7) for i in range(6)]
+        return write_diagnosis(
+            found,
+            tmp_path_factory.mktemp("page") / "diagnosis.html",
+            samples=names,
+            difference=difference_section(differences, "repapq.onnx"),
+        )
     result = quantize_model(settle(Chain()), batches(), RepAPQConfig(weight_bits=4, activation_bits=4, steps=0))
     units = [
         UnitResult(name, "stage", 0.2, 0.1, index != 1, 1.0, "it was no better" if index == 1 else "")
@@ -64,6 +78,7 @@ def test_nothing_is_loaded_and_nothing_fails(opened: tuple[Page, list[str], list
         details.click()
     assert said == []
     assert [url for url in asked if not url.startswith("data:")] == [page_file.as_uri()]
+    assert page.evaluate("[...document.images].length + document.querySelectorAll('svg').length") > 2
     assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
     assert page_file.stat().st_size <= MOST_BYTES
 

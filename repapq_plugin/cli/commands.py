@@ -15,6 +15,7 @@ from rich.console import Console
 from repapq_plugin.cli import texts
 from repapq_plugin.cli.comparison import comparison
 from repapq_plugin.cli.devices import accelerators
+from repapq_plugin.cli.diagnose import diagnose
 from repapq_plugin.cli.display import Display, show_diagnosis
 from repapq_plugin.cli.lowering import lower
 from repapq_plugin.cli.opening import Resumable, opened, resumable
@@ -145,6 +146,7 @@ def without_report(wanted: bool | None) -> str:
 cli.add_command(comparison)
 cli.add_command(evaluate)
 cli.add_command(export)
+cli.add_command(diagnose)
 cli.add_command(lower)
 cli.add_command(sensitivity)
 

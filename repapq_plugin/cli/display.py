@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from repapq_plugin.core.progress import Progress, ProgressLines, Report
+from repapq_plugin.core.progress import ESTIMATE, Progress, ProgressLines, Report
 
 if TYPE_CHECKING:
     from repapq_plugin.cli.doctor import Diagnosis
@@ -77,6 +77,10 @@ class Display:
         lines = ProgressLines(lambda line: self._err.print(f"{text}: {line}", markup=False, soft_wrap=True))
 
         def report(progress: Progress) -> None:
+            if progress.phase == ESTIMATE:
+                click.echo(f"{text}: {progress.part}")
+                self._err.print(f"{text}: {progress.part}", markup=False, soft_wrap=True)
+                return
             self._bars.update(task, completed=progress.done, total=progress.total, detail=progress.detail)
             if not self._err.is_terminal:
                 lines(progress)

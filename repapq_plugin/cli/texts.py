@@ -9,6 +9,7 @@ Post-training quantization of reparameterized networks (RepAPQ) for OpenMMLab co
   repapq export   [CONFIG] RESULT       write a result as ONNX or OpenVINO
   repapq compare  CONFIG [CHECKPOINT]   methods side by side in one table
   repapq sensitivity CONFIG [CHECKPOINT]  bits of each unit for a budget
+  repapq diagnose CONFIG [CHECKPOINT]   why a model loses, and what helps
   repapq targets  [NAME]                what runtimes can compute, with sources
   repapq check    FILE --target NAME    whether an ONNX file keeps a target's rules
   repapq doctor                         what is installed and works together
@@ -155,6 +156,24 @@ ranked only. Written to the work folder:
                         -q layer_bits="$(cat layer_bits.json)"
   checkpoint/           each measurement, until all is done; --resume
                         goes on with them, also with another budget
+"""
+
+DIAGNOSE_HELP = """\
+Find out why CONFIG's model loses by quantization, and what helps.
+
+Every unit is looked at with its branches, merged, with channels equalized and constants folded, and calibrated: the
+largest value, kurtosis, the share of the range that the top 0.1 % use, and signal over noise, of the unit and of each
+channel. Channels that stand out are named with the images that cause it. Remedies are named with their reason: fold
+constants, equalize, more bits, keep float. Written to the work folder:
+
+\b
+  diagnosis.html        all of it as a page, with these images
+  diagnosis.json        all figures, by unit, moment and channel
+  checkpoint/           each finished part of the calibration, until all
+                        is done; --resume goes on with them
+
+With --file FILE.onnx nothing is calibrated. The file is run by onnxruntime, and each layer compared with the simulation
+on the very input that the runtime gave it; the first one that computes something else is named.
 """
 
 TARGETS_HELP = """\

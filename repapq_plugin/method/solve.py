@@ -12,7 +12,7 @@ Source: rounding with compensation is GPTQ (arXiv:2210.17323), the target that k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.nn import functional
 from repapq_plugin.core import ranks
 from repapq_plugin.core.hooks import Hooks
 from repapq_plugin.core.losses import sample_floor
+from repapq_plugin.core.running import is_out_of_memory
 from repapq_plugin.core.watch import FunctionWatch
 from repapq_plugin.method.sites import Quantizer
 
@@ -233,25 +234,47 @@ def solve_layer(layer: nn.Module, teacher: nn.Module, quantizer: Quantizer, mome
         layer: A convolution or linear layer, its weight ``(outputs, inputs / groups, *kernel)``.
         teacher: The same in the float network.
         quantizer: The quantizer of the weight; its range stays.
-        moments: Of what the layer reads.
+        moments: Of what the layer reads. If nothing can be made of them, the layer stays as it is.
     """
     weight, bias, target = layer.weight, layer.bias, teacher.weight
     assert isinstance(weight, Tensor) and isinstance(target, Tensor)
     groups, inputs = moments.read.shape
     rows = target.double().reshape(groups, -1, inputs)
     square, cross = moments.covariances(centred=bias is not None)
-    damped = square + torch.eye(inputs, dtype=square.dtype, device=square.device) * (
-        DAMPING * square.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + torch.finfo(torch.float32).tiny
-    )
-    # The least-squares solution, and near it where the inputs do not say.
-    best = rows + torch.linalg.solve(damped, rows @ (cross - square), left=False)
-    weight.copy_(_rounded(best, damped, quantizer, weight).reshape(weight.shape))
+    eye = torch.eye(inputs, dtype=square.dtype, device=square.device)
+    for damping in _dampings(square, moments.square.diagonal(dim1=1, dim2=2).mean(1) / moments.count):
+        damped = square + eye * damping[:, None, None]
+        try:
+            # The least-squares solution, and near it where the inputs do not say.
+            best = rows + torch.linalg.solve(damped, rows @ (cross - square), left=False)
+            solved = _rounded(best, damped, quantizer, weight)
+            break
+        except RuntimeError as error:  # torch.linalg.LinAlgError, which torch's types do not know
+            if is_out_of_memory(error):
+                raise
+    else:
+        return
+    weight.copy_(solved.reshape(weight.shape))
     if isinstance(bias, Tensor):
         # What is multiplied is what the quantizer makes of the weight, to the last bit.
         rounded = quantizer.module(weight).double().reshape(rows.shape)
         read, wanted = moments.means()
         shift = (rows @ wanted[:, :, None] - rounded @ read[:, :, None]).flatten()
         bias.copy_(shift if teacher.bias is None else teacher.bias + shift)
+
+
+def _dampings(square: Tensor, power: Tensor) -> Iterator[Tensor]:
+    """Yield what to add to the diagonal, ``(groups,)``, from the least on: inputs that hardly change need more.
+
+    Args:
+        square: ``(groups, inputs, inputs)``; there nothing is left of it but what rounding made of their power.
+        power: Mean power of the inputs, ``(groups,)``.
+    """
+    numbers = torch.finfo(torch.float32)
+    least = DAMPING * square.diagonal(dim1=1, dim2=2).mean(1) + numbers.tiny
+    yield least
+    for exponent in range(7):
+        yield torch.maximum(least, 10**exponent * numbers.eps * power)
 
 
 def _rounded(rows: Tensor, square: Tensor, quantizer: Quantizer, weight: Tensor) -> Tensor:

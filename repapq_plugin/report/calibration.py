@@ -16,6 +16,7 @@ from repapq_plugin.diagnosis.seen import SeenTensor, observe_activations
 from repapq_plugin.method.unit_result import UnitResult
 from repapq_plugin.report.html import require_report, write_page
 from repapq_plugin.report.page import Figure, Headline, Line, Page, Section, Table
+from repapq_plugin.report.parts import facts_section, named_table
 from repapq_plugin.report.table import ABSENT, Row, score_text, size_text
 from repapq_plugin.result import Calibrated
 
@@ -106,10 +107,8 @@ def calibration_page(result: Calibrated, evidence: Evidence) -> Page:
             _float_layers(result),
             _layers(result),
             _merges(result),
-            Section("Scheme", _SETTINGS, [_named("Setting", "Value", result.config.to_dict())], folded=True),
-            Section(
-                "How it was made", tables=[_named("", "", facts, title) for title, facts in evidence.facts.items()]
-            ),
+            Section("Scheme", _SETTINGS, [named_table(result.config.to_dict())], folded=True),
+            facts_section(evidence.facts),
             _calibrated_on(evidence.calibrated_on),
         ),
     )
@@ -302,25 +301,10 @@ def _calibrated_on(samples: Sequence[str]) -> Section:
     said = {str(index): name for index, name in enumerate(samples)}
     title = "Calibration samples"
     return (
-        Section(title, [f"{len(said)} samples."], [_named("Number", "Name", said)], folded=True)
+        Section(title, [f"{len(said)} samples."], [named_table(said, columns=("Number", "Name"))], folded=True)
         if said
         else Section(title)
     )
-
-
-def _named(name: str, value: str, facts: Mapping[str, object], title: str = "") -> Table:
-    rows = [Line((key, _text(said))) for key, said in facts.items()]
-    return Table((name or "What", value or "Value"), rows, title=title, text_columns=2)
-
-
-def _text(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_text(said)}" for key, said in value.items()) or ABSENT
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_text, value)) or ABSENT
-    return str(value)
 
 
 def _loss(value: float) -> str:

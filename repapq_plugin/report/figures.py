@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from repapq_plugin.diagnosis.judge import ENOUGH, noise_of
 from repapq_plugin.diagnosis.seen import SeenTensor
+from repapq_plugin.diagnosis.table import MomentName, UnitDiagnosis
 from repapq_plugin.method.unit_result import UnitResult
 from repapq_plugin.report.page import Figure
-from repapq_plugin.report.svg import LARGE, PAGE, Colours, bare, finished, new_figure, style
+from repapq_plugin.report.svg import LARGE, PAGE, SMALL, Colours, bare, finished, new_figure, style
 
 WIDE, NARROW = 860, 290
 """Width in pixels of a figure that takes the whole width, and of one of several side by side."""
@@ -138,6 +141,72 @@ def outlier_map(name: str, peaks: Tensor, samples: Sequence[str] = (), colours: 
         f"half of all channels and samples stay below {typical:.3g}."
     )
     return Figure(finished(figure, colours), f"Map of {channels} channels by {count} samples. {said}", said, wide=True)
+
+
+@style()
+def moments(units: Sequence[UnitDiagnosis], colours: Colours = PAGE) -> Figure:
+    """Draw the signal over noise of every unit's products, merged, conditioned and calibrated, in call order."""
+    longest = max((len(unit.name) for unit in units), default=0)
+    left, top, bottom = min(20 + GLYPH * longest, WIDE * 0.45), 30, 34
+    height = top + bottom + ROW * max(1, len(units))
+    figure = new_figure(WIDE, height)
+    axes = figure.add_axes((left / WIDE, bottom / height, (WIDE - left - 20) / WIDE, (height - top - bottom) / height))
+    bare(axes, colours, size=LARGE)
+    axes.axvline(ENOUGH, color=colours.line, linewidth=1.2, zorder=0)
+    for place, unit in enumerate(units):
+        at = {name: noise_of(moment.inputs, moment.weights).snr for name, moment in unit.moments.items()}
+        reached = {"merged": at.get("merged"), "conditioned": at.get("conditioned"), "calibrated": unit.snr}
+        known = {name: snr for name, snr in reached.items() if snr is not None and math.isfinite(snr)}
+        if len(known) > 1:
+            axes.plot((min(known.values()), max(known.values())), (place, place), color=colours.line, linewidth=3)
+        weak = known.get("calibrated", math.inf) < ENOUGH
+        for name, snr in known.items():
+            axes.scatter(snr, place, s=28, zorder=3, **_mark(name, weak, colours))
+    for name, label in (("merged", "merged"), ("conditioned", "conditioned"), ("calibrated", "calibrated")):
+        axes.scatter([], [], s=28, label=label, **_mark(name, False, colours))
+    axes.scatter([], [], s=28, label=f"below {ENOUGH:.0f} dB", **_mark("calibrated", True, colours))
+    axes.set_ylim(len(units) - 0.4, -0.6)
+    axes.set_yticks(np.arange(len(units)), [unit.name for unit in units])
+    axes.grid(axis="x", color=colours.line, linewidth=0.6, alpha=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("signal over noise of a unit's products, in dB")
+    legend = axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=LARGE, borderpad=0, handletextpad=0.3
+    )
+    for text in legend.get_texts():
+        text.set_color(colours.ink)
+    return Figure(finished(figure, colours), f"Signal over noise of {len(units)} units at three moments.", wide=True)
+
+
+def _mark(moment: str, weak: bool, colours: Colours) -> dict[str, Any]:
+    """Return how a unit is marked at a moment."""
+    if moment == "calibrated":
+        return {"color": colours.other if weak else colours.accent}
+    inside = colours.card if moment == "merged" else colours.line
+    return {"facecolor": inside, "edgecolor": colours.soft, "linewidth": 1.2}
+
+
+@style()
+def channel_profile(unit: UnitDiagnosis, colours: Colours = PAGE) -> Figure:
+    """Draw the largest value of each channel in order of size, merged and conditioned, relative to the typical one."""
+    figure = new_figure(NARROW, 150)
+    axes = bare(figure.add_axes((0.1, 0.16, 0.87, 0.8)), colours, left=True)
+    drawn: tuple[tuple[MomentName, str], ...] = (("merged", colours.other), ("conditioned", colours.accent))
+    for name, colour in drawn:
+        moment = unit.moments.get(name)
+        if moment is None:
+            continue
+        maxima = np.sort(moment.inputs.by_channel.maximum.numpy())[::-1]
+        typical = float(np.median(maxima[maxima > 0])) if (maxima > 0).any() else 1.0
+        axes.plot(np.arange(len(maxima)), np.maximum(maxima / typical, 1e-3), color=colour, linewidth=1.6, label=name)
+    axes.locator_params(axis="x", integer=True)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.minorticks_off()
+    for text in axes.legend(loc="upper right", frameon=False, fontsize=SMALL).get_texts():
+        text.set_color(colours.ink)
+    said = f"{unit.name}: largest values over the typical channel's"
+    return Figure(finished(figure, colours), f"Channels in order of size. {said}", said)
 
 
 def share(part: float) -> str:

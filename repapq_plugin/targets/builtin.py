@@ -90,6 +90,7 @@ _ALL = (
     Target(
         "openvino",
         bias="either",
+        quantized_operators=("Concat", "MaxPool", *MOVING),
         shared_grid_operators=("Concat",),
         activation_types=("uint8",),
         file="OpenVINO IR, or QDQ ONNX",

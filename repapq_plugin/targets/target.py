@@ -18,6 +18,9 @@ CONTAINER_BITS = 8
 INTEGERS = ("uint8", "int8", "uint16", "int16")
 """Types of activations and of weights that a target may name; this package writes the first two."""
 
+LAYER_OPERATORS = ("Conv", "ConvTranspose", "Gemm")
+"""ONNX operators of the layers that are quantized; a linear layer is a Gemm, whatever it becomes in a file."""
+
 BIASES = ("float", "int32", "either")
 """How a target wants the biases of quantized layers."""
 
@@ -139,6 +142,8 @@ class Target:
             self._check_texts(key)
         for key in ("activation_types", "weight_types"):
             self._check_texts(key, INTEGERS)
+        if not set(self.rounded_outputs) <= set(LAYER_OPERATORS):
+            raise self._refused("rounded_outputs", self.rounded_outputs, f"names out of {', '.join(LAYER_OPERATORS)}")
         rules = tuple(Rule(**rule) if isinstance(rule, Mapping) else rule for rule in self.rules)
         if not all(isinstance(rule, Rule) for rule in rules):
             raise self._refused("rules", self.rules, "a list of Rule")

@@ -18,7 +18,7 @@ import torch.distributed as dist
 PRELOADED = ["torch._dynamo", "repapq_plugin", "tests.support.networks", "tests.support.killing"]
 """What the process imports once from which all others are forked."""
 
-LONGEST = 120.0
+LONGEST = 900.0
 """Seconds after which processes are given up."""
 
 
@@ -29,13 +29,13 @@ class Ended:
     Args:
         value: What its function returned.
         error: What it raised instead, as class name and text; empty if it did not.
-        seconds: From the beginning to its end.
+        at: When, by ``time.monotonic``, which all processes share.
         status: Of its process; negative: the signal that killed it.
     """
 
     value: Any
     error: str
-    seconds: float
+    at: float
     status: int
 
 
@@ -77,8 +77,8 @@ def _ended(folder: Path, rank: int, status: int) -> Ended:
     path = folder / f"{rank}.pt"
     if not path.exists():
         return Ended(None, "", 0.0, status)
-    value, error, seconds = torch.load(path, weights_only=False)
-    return Ended(value, error, seconds, status)
+    value, error, at = torch.load(path, weights_only=False)
+    return Ended(value, error, at, status)
 
 
 def _run(rank: int, size: int, folder: str, function: Callable[..., object], args: Sequence[object]) -> None:
@@ -89,7 +89,7 @@ def _run(rank: int, size: int, folder: str, function: Callable[..., object], arg
         told = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
         os.environ.update({name: str(value) for name, value in told.items()})
         dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size)
-    started, value, error = time.monotonic(), None, ""
+    value, error = None, ""
     try:
         value = function(rank, *args)
     except BaseException as raised:
@@ -97,7 +97,7 @@ def _run(rank: int, size: int, folder: str, function: Callable[..., object], arg
         if os.environ.get("SHOW_RANKS"):
             traceback.print_exc()
     path = Path(folder) / f"{rank}.pt"
-    torch.save((value, error, time.monotonic() - started), path.with_suffix(".part"))
+    torch.save((value, error, time.monotonic()), path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)
     if not error and size > 1:
         dist.destroy_process_group()

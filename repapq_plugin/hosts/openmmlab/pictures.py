@@ -118,11 +118,16 @@ def _drawn(visualizer: Visualizer, raw: Tensor, sample: BaseDataElement) -> Imag
     return np.asarray(visualizer.get_image(), np.uint8)
 
 
-def _as_loaded(raw: Tensor, sample: BaseDataElement) -> Image:
-    """Return the image of a sample before it was resized and padded, from what the network is given of it."""
+def raw_image(raw: Tensor) -> Image:
+    """Return what a toolbox collates, ``(channels, height, width)`` from 0 to 255, as an image."""
     pixels = raw.detach().cpu().float().permute(1, 2, 0).numpy().clip(0, 255).astype(np.uint8)
     # Toolboxes load blue, green and red.
-    pixels = np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels[..., ::-1]
+    return np.ascontiguousarray(np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels[..., ::-1])
+
+
+def _as_loaded(raw: Tensor, sample: BaseDataElement) -> Image:
+    """Return the image of a sample before it was resized and padded, from what the network is given of it."""
+    pixels = raw_image(raw)
     padding = sample.get("pad_param")
     if padding is not None:
         top, bottom, left, right = (round(float(each)) for each in padding)

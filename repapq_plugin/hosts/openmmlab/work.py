@@ -168,7 +168,7 @@ def export_network(model: nn.Module, example: Tensor, path: Path, kind: str, tar
         example: Preprocessed image, float ``(1, C, H, W)``; its size is the exported one.
         path: File to write, without suffix.
         kind: ``'onnx'`` or ``'openvino'``.
-        target: For what an ONNX file is written; ``None``: for any runtime.
+        target: For what the file is written; ``None``: for any runtime.
 
     Raises:
         HostError: The model has no network part that can be taken out.
@@ -185,7 +185,7 @@ def export_tensor_path(
     file = path.with_name(path.name + SUFFIXES[kind])
     if kind == "onnx":
         return Exported.of(export_onnx(network, example, file, target=target))
-    return Exported.of(export_openvino(network, example, file))
+    return Exported.of(export_openvino(network, example, file, target=target))
 
 
 def open_network(path: str | Path, backend: str, threads: int | None = None) -> nn.Module:
