@@ -56,7 +56,7 @@ def environment_with(name: str, requirements: Sequence[str], folder: Path, pytho
     with FileLock(folder / f"{name}.lock"):
         if _held(target) == wanted:
             return python_of(target)
-        uv = shutil.which("uv")
+        uv = shutil.which("uv") or os.environ.get("UV")  # which uv tells whom it runs
         if uv is None:
             raise HostError(
                 f"The peer {name} needs an environment of its own, which uv makes, and uv is not installed: "

@@ -102,5 +102,6 @@ def test_an_environment_is_made_once_and_anew_for_other_packages(tmp_path: Path)
 
 def test_without_uv_the_remedy_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("UV", raising=False)
     with pytest.raises(HostError, match="uv is not installed: pip install uv"):
         environment_with("peer", ["a"], tmp_path / "envs")
