@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from integration.bench.mimicnorm import RUNS, kurtosis, outliers, peak, saved_bytes, train
-from integration.bench.mimicnorm_networks import NETWORKS, build, repvgg
+from integration.bench.mimicnorm import PHOTOGRAPH_RUNS, RUNS, kurtosis, outliers, peak
+from integration.bench.mimicnorm_cost import saved_bytes
+from integration.bench.mimicnorm_networks import NETWORKS, PHOTOGRAPH_NETWORKS, build, repvgg
+from integration.bench.mimicnorm_training import photographs, train
 from repapq_plugin.mimicnorm import LastBatchNorm, WeightMean
 
 
@@ -56,3 +62,31 @@ def test_fewer_activations_are_kept_without_norms() -> None:
     }
     assert kept["no norm"] <= kept["MimicNorm"] < 0.85 * kept["batch norm"]
     assert set(NETWORKS) == {network for network, _ in RUNS}
+
+
+def test_photographs_are_read_from_folders_and_learned(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0)
+    for split, count in (("train", 130), ("test", 3)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                image = pixels.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(image).save(folder / f"{index}.png")
+    whole, chosen = photographs(tmp_path, "test"), photographs(tmp_path, "val", held_out=10)
+    assert (len(whole.images), len(whole.scored[0]), whole.classes) == (260, 6, 2)
+    assert (len(chosen.images), len(chosen.scored[0])) == (250, 10)
+    assert not any(torch.equal(image, other) for image in chosen.scored[0] for other in chosen.images)
+    model = build("ShuffleNetV2", "MimicNorm", whole.images[:16], "authors", PHOTOGRAPH_NETWORKS)
+    losses = train(model, whole.images, whole.labels, 1, 0.01, 0, "authors", moved=True)
+    assert len(losses) == 1 and np.isfinite(losses[0])
+
+
+@pytest.mark.parametrize("network", PHOTOGRAPH_NETWORKS)
+def test_networks_for_photographs_have_one_norm_and_score_every_class(network: str) -> None:
+    torch.manual_seed(0)
+    model = build(network, "MimicNorm", torch.randn(4, 3, 32, 32), networks=PHOTOGRAPH_NETWORKS).eval()
+    norms = [type(module) for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert norms == [LastBatchNorm] and (network, "MimicNorm") in PHOTOGRAPH_RUNS
+    with torch.no_grad():
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 from torch import Tensor, nn
@@ -21,13 +22,14 @@ from repapq_plugin.core.copies import plain_copy
 from repapq_plugin.core.fingerprints import Fingerprint, fingerprint
 from repapq_plugin.core.running import Batch, ForwardFn
 from repapq_plugin.method.learners import LayerLearner, Learner, SkipLearner
-from repapq_plugin.method.qpr import attach_affine, fold_affine
+from repapq_plugin.method.qpr import attach_affine, fold_affine, round_bias
 from repapq_plugin.method.sites import ActivationSite, Quantizer, Sites, WeightSite
 from repapq_plugin.observers import RangeObserver
 from repapq_plugin.policy import observer_class
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
-from repapq_plugin.quantizers.layers import QuantizedLayer, float_layer, weight_of
-from repapq_plugin.quantizers.plan import LayerPlan, SkipPlan, insert_quantizers
+from repapq_plugin.quantizers.layers import OUTPUT, QuantizedLayer, float_layer, weight_of
+from repapq_plugin.quantizers.outputs import find_outputs, insert_outputs, remove_outputs
+from repapq_plugin.quantizers.plan import LayerPlan, OutputPlan, SkipPlan, insert_quantizers
 from repapq_plugin.quantizers.skips import SKIPS, find_skips, insert_skips, remove_skips
 from repapq_plugin.quantizers.trace import Trace
 from repapq_plugin.result import Calibrated, CalibrationResult
@@ -119,6 +121,11 @@ class Backend(ABC, Generic[R]):
     @property
     def skips(self) -> dict[str, SkipPlan]:
         """How what is added to layers' outputs is quantized; nothing, unless a backend places such quantizers."""
+        return {}
+
+    @property
+    def outputs(self) -> dict[str, OutputPlan]:
+        """How outputs are quantized that not only quantized layers read; nothing, unless a backend does that."""
         return {}
 
     @abstractmethod
@@ -222,21 +229,24 @@ class OwnQuantizer(Quantizer):
 class PlainBackend(Backend[R]):
     """Carries the plugin's own quantizers: each layer plays the role of a `QuantizedLayer`."""
 
+    rounds_outputs: bool = True
+    """Whether outputs can be quantized that not only quantized layers read."""
+
     def place(self, task: Placing) -> None:
         """See `Backend`."""
         self.student = plain_copy(task.teacher)
         for parameter in self.student.parameters():
             parameter.requires_grad_(False)
         self._plans = dict(task.plans)
-        self._folds_exactly = task.config.runs_on.folds_exactly
-        self._skips = self._found_skips(task)
+        self._target = task.config.runs_on
+        run = partial(task.forward, task.teacher, task.batches[0])
+        self._skips = find_skips(task.teacher, run, task.plans) if self._target.quantizes_residuals else {}
+        operators = self._target.rounded_outputs if self.rounds_outputs else ()
+        self._outputs = find_outputs(task.teacher, run, task.plans, operators) if operators else {}
         self.layers: dict[str, QuantizedLayer] = insert_quantizers(self.student, task.plans, task.config)
-        self._added = insert_skips(self.student, self._skips, task.plans, self.layers, task.config)
-
-    def _found_skips(self, task: Placing) -> dict[str, SkipPlan]:
-        if not task.config.runs_on.quantizes_residuals:
-            return {}
-        return find_skips(task.teacher, lambda: task.forward(task.teacher, task.batches[0]), task.plans)
+        placed = (task.plans, self.layers, task.config)
+        self._added = insert_skips(self.student, self._skips, *placed)
+        self._rounded = insert_outputs(self.student, self._outputs, *placed)
 
     @property
     def skips(self) -> dict[str, SkipPlan]:
@@ -244,10 +254,14 @@ class PlainBackend(Backend[R]):
         return dict(self._skips)
 
     @property
-    def _own_added(self) -> dict[str, LearnableFakeQuantize]:
-        """Quantizers of summands that no layer reads, by the path of the module to whose output they are added."""
+    def outputs(self) -> dict[str, OutputPlan]:
+        """See `Backend`."""
+        return dict(self._outputs)
+
+    def _own(self, placed: Mapping[str, LearnableFakeQuantize]) -> dict[str, LearnableFakeQuantize]:
+        """Return those quantizers that are no layer's, by their key."""
         of_layers = {layer.input_fake_quant for layer in self.layers.values()}
-        return {giver: quantizer for giver, quantizer in self._added.items() if quantizer not in of_layers}
+        return {giver: quantizer for giver, quantizer in placed.items() if quantizer not in of_layers}
 
     @property
     def sites(self) -> Sites:
@@ -255,8 +269,10 @@ class PlainBackend(Backend[R]):
         inputs: dict[LearnableFakeQuantize, str] = {}
         for name, layer in self.layers.items():
             inputs.setdefault(layer.input_fake_quant, f"The input of {name!r}")
-        for giver, quantizer in self._own_added.items():
+        for giver, quantizer in self._own(self._added).items():
             inputs[quantizer] = f"What is added to the output of {giver!r}"
+        for giver, quantizer in self._own(self._rounded).items():
+            inputs[quantizer] = f"The output of {giver or 'the network'!r}"
         return Sites(
             {
                 name: WeightSite(name, layer, OwnQuantizer(layer.weight_fake_quant), layer.float_forward)
@@ -275,19 +291,25 @@ class PlainBackend(Backend[R]):
         owners = Counter(id(p) for layer in self.layers.values() for p in (weight_of(layer), layer.bias))
         for layer in self.layers.values():
             if owners[id(weight_of(layer))] == 1 and owners[id(layer.bias)] == 1:
-                attach_affine(layer, inside=not self._folds_exactly)
+                attach_affine(layer, inside=not self._target.folds_exactly)
 
     def learners(self) -> dict[str, Learner]:
         """See `Backend`."""
         learners: dict[str, Learner] = {name: LayerLearner(layer) for name, layer in self.layers.items()}
-        for giver, quantizer in self._own_added.items():
+        for giver, quantizer in self._own(self._added).items():
             adding = self._skips[giver].adding
             name = ".".join(part for part in (adding, SKIPS, giver) if part)
             learners[name] = SkipLearner(self.student.get_submodule(adding), quantizer)
+        for giver, quantizer in self._own(self._rounded).items():
+            name = ".".join(part for part in (giver, OUTPUT) if part)
+            learners[name] = SkipLearner(self.student.get_submodule(giver), quantizer)
         return learners
 
     def fold(self, teacher: nn.Module, left_float: Mapping[str, str]) -> None:
         """Fold the affine layers, lay weights on their grid, and give failed layers their float weights back."""
+        ended = [giver for giver, plan in self._outputs.items() if set(plan.layers) & left_float.keys()]
+        remove_outputs(self.student, ended)
+        self._outputs = {giver: plan for giver, plan in self._outputs.items() if giver not in ended}
         for name in left_float:
             self._plans.pop(name)
             layer, original = float_layer(self.layers[name]), teacher.get_submodule(name)
@@ -295,12 +317,17 @@ class PlainBackend(Backend[R]):
         lost = [giver for giver, plan in self._skips.items() if plan.layer in left_float]
         remove_skips(self.student, lost)
         self._skips = {giver: plan for giver, plan in self._skips.items() if giver not in lost}
-        for quantizer in self._added.values():
+        for quantizer in (*self._added.values(), *self._rounded.values()):
             _finish(quantizer)
-        for layer in dict.fromkeys(layer for name, layer in self.layers.items() if name not in left_float):
+        folded = dict.fromkeys(layer for name, layer in self.layers.items() if name not in left_float)
+        for layer in folded:
             fold_affine(layer)
             for quantizer in (layer.weight_fake_quant, layer.input_fake_quant):
                 _finish(quantizer)
+        owners = Counter(id(layer.bias) for layer in folded)
+        for layer in folded:
+            if self._target.rounds_biases and owners[id(layer.bias)] == 1:
+                round_bias(layer)
 
 
 def _finish(quantizer: LearnableFakeQuantize) -> None:

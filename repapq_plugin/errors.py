@@ -28,6 +28,10 @@ class CheckpointError(RepAPQError):
     """A checkpoint folder cannot be used, is used by another process, or holds another calibration."""
 
 
+class RankError(RepAPQError):
+    """Another process of the same calibration has ended or failed; the message says which."""
+
+
 class ExportError(RepAPQError):
     """A quantized model cannot be written for a runtime, or what was written failed its check."""
 

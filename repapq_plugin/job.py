@@ -20,25 +20,25 @@ from repapq_plugin.backend import Backend, OwnBackend, Placing
 from repapq_plugin.conditioning.constant_channels import fold_constant_channels
 from repapq_plugin.conditioning.equalize import equalize_channels
 from repapq_plugin.config import RepAPQConfig
-from repapq_plugin.core.checkpoints import Checkpoints, checkpoints_in
+from repapq_plugin.core import ranks
+from repapq_plugin.core.checkpoints import Checkpoints
 from repapq_plugin.core.copies import own_batch, own_copy, smaller
+from repapq_plugin.core.data import shared_data
 from repapq_plugin.core.drift import Drift, find_drift, kept_buffers, reset_buffers
+from repapq_plugin.core.fingerprints import same_on_ranks
 from repapq_plugin.core.notes import listed
 from repapq_plugin.core.progress import Progress as Progress
 from repapq_plugin.core.progress import Report as Report
 from repapq_plugin.core.progress import counted as counted
+from repapq_plugin.core.ranked_checkpoints import checkpoints_in
 from repapq_plugin.core.running import Batch, ForwardFn, call_model, runs, seeded
-from repapq_plugin.core.tensors import floating_tensors, tensors_of
 from repapq_plugin.errors import CalibrationError
 from repapq_plugin.merging import Merged as Merged
 from repapq_plugin.merging import merge_for_inference as merge_for_inference
-from repapq_plugin.method.across_block import (
-    AcrossBlockCalibrator,
-    mean_relative_loss,
-    total_steps,
-)
+from repapq_plugin.method.across_block import AcrossBlockCalibrator, total_steps
 from repapq_plugin.method.agreement import disagreement
 from repapq_plugin.method.cache import ActivationCache
+from repapq_plugin.method.estimate import estimate_job
 from repapq_plugin.method.learners import snapshot
 from repapq_plugin.method.optimise import split_batches
 from repapq_plugin.method.partition import Stage, find_stages, find_units
@@ -47,7 +47,7 @@ from repapq_plugin.method.stage_activations import Networks
 from repapq_plugin.method.starting_ranges import not_quantizing, set_starting_ranges
 from repapq_plugin.method.unit_result import UnitResult
 from repapq_plugin.method.views import Views, count_views
-from repapq_plugin.method.whole import keep_what_helps, outside
+from repapq_plugin.method.whole import Whole, error_of_whole, keep_what_helps, outside
 from repapq_plugin.quantizers.plan import LayerPlan, QuantizationPlan, plan_layers
 from repapq_plugin.quantizers.trace import Trace, trace_network
 from repapq_plugin.result import Calibrated, CalibrationResult
@@ -63,7 +63,7 @@ class State:
 
     Args:
         merged: The float network that supervises, and how it was merged.
-        batches: Calibration batches.
+        batches: Calibration batches; of several ranks those of this one.
         done: Phases that are finished.
         trace: What a forward pass showed (after ``plan``).
         plans: Bits of each layer that is to be quantized, by module path (after ``plan``).
@@ -71,6 +71,7 @@ class State:
         stages: What is supervised together, in call order (after ``place``).
         units: What became of each unit (after ``learn``).
         notes: What is worth telling with the result.
+        shown: Set with several ranks: see `examples`.
     """
 
     merged: Merged
@@ -82,6 +83,12 @@ class State:
     stages: list[Stage] = field(default_factory=list)
     units: list[UnitResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    shown: Sequence[Batch] = ()
+
+    @property
+    def examples(self) -> Sequence[Batch]:
+        """Batches by which is seen how the network is made: the same on all ranks."""
+        return self.shown or self.batches
 
     @property
     def teacher(self) -> nn.Module:
@@ -121,31 +128,27 @@ class Job(Generic[R]):
     def run(self, model: nn.Module, data: Iterable[Batch]) -> R:
         """Do all phases of the backend, one after the other, on a copy of ``model``.
 
+        With several ranks each calls this with the same model and its own data.
+
         Raises:
             RepAPQError: See `quantize_model`, and the backend's ``check``.
         """
         started = time.perf_counter()
-        given = list(data)
-        if not given:
-            raise CalibrationError("The calibration data holds no batch; give at least one.")
-        batches = [batch for batch in given if _holds_values(batch)] or given
-        with torch.inference_mode(False), seeded(self.config.seed):
-            self.backend.check(model, batches, self.config)
-            state = State(Merged(model), batches)
-            if len(batches) < len(given):
-                state.notes.append(
-                    f"{len(given) - len(batches)} of {len(given)} batches hold no value and were left out."
-                )
-            with self.checkpoints.opened(partial(self.backend.fingerprint, model, batches, self.config)):
+        with ranks.together(), torch.inference_mode(False), seeded(self.config.seed):
+            shares = shared_data(data)
+            state = State(Merged(model), shares.batches, notes=list(shares.notes), shown=shares.shown)
+            self.backend.check(model, state.batches or state.examples, self.config)
+            describe = partial(self.backend.fingerprint, model, state.batches, self.config)
+            with self.checkpoints.opened(same_on_ranks(describe)):
                 for phase in self.backend.phases:
                     getattr(self, phase)(state)
                     state.done.append(phase)
             state.notes += self.checkpoints.notes
-            return self.backend.deliver(self._calibrated(state, time.perf_counter() - started), state.batches)
+            return self.backend.deliver(self._calibrated(state, time.perf_counter() - started), state.examples)
 
     def merge(self, state: State) -> None:
         """Merge branches and fold norms, on a copy."""
-        run = self._passing(state.batches[0])
+        run = self._passing(state.examples[0])
         self.drift = find_drift(own_copy(state.teacher), run)
         state.merged = merge_for_inference(state.teacher, run)
 
@@ -153,8 +156,10 @@ class Job(Generic[R]):
         """Decide what is quantized, and with how many bits."""
         teacher = state.teacher
         with torch.no_grad():
-            state.batches = self.backend.join(teacher, state.batches)
-        state.trace = trace_network(teacher, lambda: self.forward(teacher, state.batches[0]))
+            state.batches, state.shown = (
+                self.backend.join(teacher, batches) if batches else batches for batches in (state.batches, state.shown)
+            )
+        state.trace = trace_network(teacher, lambda: self.forward(teacher, state.examples[0]))
         state.plans, state.float_layers = plan_layers(teacher, state.trace, self.config)
         state.notes += self.config.runs_on.remarks({bits for plan in state.plans.values() for bits in plan.bits})
 
@@ -166,16 +171,18 @@ class Job(Generic[R]):
 
         with torch.no_grad():
             if self.config.fold_constants:
-                fold_constant_channels(state.teacher, run, state.batches, state.plans)
+                fold_constant_channels(state.teacher, run, state.batches, state.plans, state.examples)
             if self.config.equalize:
-                state.notes += equalize_channels(state.teacher, run, state.batches, state.plans).notes
+                equalized = equalize_channels(state.teacher, run, state.batches, state.plans, state.examples)
+                state.notes += equalized.notes
+        ranks.level(dict(state.teacher.state_dict()))
 
     def place(self, state: State) -> None:
         """Let the backend make the network that carries quantizers, and find units and stages in it."""
         teacher, config = state.teacher, self.config
         while True:
-            self.backend.place(Placing(teacher, state.trace, state.plans, state.batches, self.forward, config))
-            differing = self._differing_when_off(state)
+            self.backend.place(Placing(teacher, state.trace, state.plans, state.examples, self.forward, config))
+            differing = ranks.first(partial(self._differing_when_off, state))
             if differing is None:
                 break
             if differing not in state.plans or not self.backend.places_again:
@@ -192,8 +199,8 @@ class Job(Generic[R]):
 
     def _differing_when_off(self, state: State) -> str | None:
         """Return by which layer the placed network, its quantizers off, differs from the float one, if it does."""
-        first, half = state.batches[0], smaller(state.batches[0])
-        other = half if half is not None and runs(partial(self.forward, state.teacher, half)) else state.batches[-1]
+        first, half = state.examples[0], smaller(state.examples[0])
+        other = half if half is not None and runs(partial(self.forward, state.teacher, half)) else state.examples[-1]
         passes = [self._passing(batch) for batch in ([first] if other is first else [first, other])]
         sites = self.backend.sites
         with not_quantizing(sites.quantizers):
@@ -204,7 +211,9 @@ class Job(Generic[R]):
 
     def find_ranges(self, state: State, part: str = "ranges") -> None:
         """Give every quantizer its starting range; ``part`` is what the checkpoints call it."""
-        advance = counted("ranges", len(state.batches), self.report)
+        if "learn" in self.backend.phases and (self.config.steps or self.config.solve):
+            say_estimate(self, state)
+        advance = counted("ranges", ranks.most(len(state.batches)), self.report)
         student, sites = self.backend.student, self.backend.sites
         run = partial(self.forward, student)
         self.checkpoints.once(
@@ -221,14 +230,14 @@ class Job(Generic[R]):
             return
         if config.affine:
             backend.attach_affine()
-        views = count_views(state.batches, config.views)
+        views = count_views(state.examples, config.views)
         networks = Networks(
             backend.student,
             state.teacher,
             backend.learners(),
             backend.sites.weights,
             state.trace,
-            Views(state.batches, views, config.seed),
+            Views(state.batches, views, config.seed, ranks.most(len(state.batches))),
             self.forward,
             backend.run_alone,
             views,
@@ -254,16 +263,11 @@ class Job(Generic[R]):
                 f"{len(calibrator.left_float)} layers could not be calibrated: {listed(calibrator.left_float)}"
             )
 
-    @torch.no_grad()
     def _whole_error(self, state: State) -> float:
         """Return the relative error of the quantized network's outputs on held-out batches."""
-        _, held_out = split_batches(len(state.batches), self.config.guard_fraction)
-        total = 0.0
-        for index in held_out:
-            wanted = floating_tensors(self.forward(state.teacher, state.batches[index]))
-            got = floating_tensors(self.forward(self.backend.student, state.batches[index]))
-            total += float(mean_relative_loss(got, wanted, self.config.loss))
-        return total / len(held_out)
+        _, held_out = split_batches(ranks.most(len(state.batches)), self.config.guard_fraction)
+        whole = Whole(self.backend.student, state.teacher, state.batches, self.forward)
+        return error_of_whole(whole, held_out, self.config.loss)
 
     def fold(self, state: State) -> None:
         """Fold the affine layers, and leave the network as it is delivered."""
@@ -278,7 +282,9 @@ class Job(Generic[R]):
         return Calibrated(
             model=self.backend.student,
             config=self.config,
-            plan=QuantizationPlan(state.merged.folded, plans, float_layers, state.merged.baked, self.backend.skips),
+            plan=QuantizationPlan(
+                state.merged.folded, plans, float_layers, state.merged.baked, self.backend.skips, self.backend.outputs
+            ),
             units=tuple(state.units),
             merges=state.merged.records,
             seconds=seconds,
@@ -286,9 +292,22 @@ class Job(Generic[R]):
         )
 
 
-def _holds_values(batch: Batch) -> bool:
-    tensors = tensors_of(batch)
-    return not tensors or any(tensor.numel() for tensor in tensors)
+def say_estimate(job: Job[R], state: State) -> None:
+    """Say what the rest of a calibration will take; nothing that comes later depends on it."""
+    networks, batches = (state.teacher, job.backend.student), state.batches or state.examples
+    with seeded(job.config.seed):
+        expected = estimate_job(
+            networks,
+            state.stages,
+            job.config,
+            batches,
+            job.backend.sites.weights,
+            partial(job.forward, state.teacher),
+            total_steps(state.stages, job.config, job.checkpoints.finished),
+        )
+    logger.info("Estimate: %s.", expected)
+    if job.report is not None:
+        job.report(expected.progress)
 
 
 def quantize_model(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +22,11 @@ from repapq_plugin.core.copies import is_half, own_copy, takes_halves
 from repapq_plugin.core.files import atomically
 from repapq_plugin.errors import MergeError, ResultError
 from repapq_plugin.method.unit_result import UnitResult
-from repapq_plugin.quantizers.layers import weight_of
+from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
+from repapq_plugin.quantizers.layers import QuantizedLayer, weight_of
+from repapq_plugin.quantizers.outputs import insert_outputs
 from repapq_plugin.quantizers.own_forward import baked_layer
-from repapq_plugin.quantizers.plan import LayerPlan, QuantizationPlan, SkipPlan, insert_quantizers
+from repapq_plugin.quantizers.plan import LayerPlan, OutputPlan, QuantizationPlan, SkipPlan, insert_quantizers
 from repapq_plugin.quantizers.skips import insert_skips
 from repapq_plugin.reparam.fold import fold_named_pairs
 from repapq_plugin.reparam.merge import MergeRecord, merge_branches
@@ -94,10 +98,11 @@ class CalibrationResult(Calibrated):
             ResultError: The file cannot be written; nothing half-written is left.
         """
         target = Path(path)
-        header = {"format": FORMAT, "result": json.dumps(self.summary())}
+        record = json.dumps(self.summary())
         state = _own_state(self.model)
         # Copies: the format refuses tensors that share their memory, as a buffer and a slice of it do.
         tensors = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
+        header = {"format": FORMAT, "result": record, "digest": _digest(record, tensors)}
         try:
             with atomically(target) as partial:
                 save_file(tensors, partial, metadata=header)
@@ -117,6 +122,7 @@ class CalibrationResult(Calibrated):
             quantized = rebuild(model, record.plan, record.merges, record.config)
         except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError, MergeError) as error:
             raise ResultError(_misfit(path, str(error))) from error
+        _untie(quantized, tensors)
         expected = set(_own_state(quantized))
         missing, unexpected = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
         if missing or unexpected:
@@ -124,7 +130,8 @@ class CalibrationResult(Calibrated):
             raise ResultError(_misfit(path, counted))
         try:
             quantized.load_state_dict(tensors, strict=False)
-        except RuntimeError as error:
+            _check_quantizers(quantized)
+        except (RuntimeError, ValueError) as error:
             raise ResultError(_misfit(path, str(error))) from error
         return cls(quantized.eval(), *record)
 
@@ -144,6 +151,7 @@ def rebuild(model: nn.Module, plan: QuantizationPlan, merges: Sequence[MergeReco
     fold_named_pairs(merged, plan.folded)
     layers = insert_quantizers(merged, plan.layers, config)
     insert_skips(merged, plan.skips, plan.layers, layers, config)
+    insert_outputs(merged, plan.outputs, plan.layers, layers, config)
     return merged
 
 
@@ -164,6 +172,50 @@ def _own_state(model: nn.Module) -> dict[str, Tensor]:
         seen.add(place)
         state[key] = value
     return state
+
+
+def _untie(model: nn.Module, names: Collection[str]) -> None:
+    """Give each parameter that is saved by itself memory of its own: of two tied layers one may have stayed float."""
+    for name in set(names) - set(_own_state(model)):
+        path, _, key = name.rpartition(".")
+        with suppress(AttributeError):
+            owner = model.get_submodule(path)
+            if isinstance(tied := owner._parameters.get(key), nn.Parameter):
+                owner._parameters[key] = nn.Parameter(tied.detach().clone(), tied.requires_grad)
+
+
+def _check_quantizers(model: nn.Module) -> None:
+    """Make sure that scales and zero points are some.
+
+    Raises:
+        ValueError: A scale is no number, or its shape or a zero point is not one of its grid.
+    """
+    wanted = {
+        layer.weight_fake_quant: weight_of(layer).shape
+        for layer in model.modules()
+        if isinstance(layer, QuantizedLayer)
+    }
+    for name, quantizer in model.named_modules():
+        if not isinstance(quantizer, LearnableFakeQuantize):
+            continue
+        count = wanted[quantizer][quantizer.ch_axis] if quantizer.per_channel and quantizer in wanted else 1
+        for what, values in (("log_scale", quantizer.log_scale), ("zero_point", quantizer.zero_point)):
+            if values.shape != (count,):
+                raise ValueError(f"{name}.{what} has the shape {tuple(values.shape)} and not {(count,)}")
+        if not quantizer.log_scale.isfinite().all():
+            raise ValueError(f"{name}.log_scale holds what is no number")
+        low, high = quantizer.quant_min, quantizer.quant_max
+        if not ((quantizer.zero_point >= low) & (quantizer.zero_point <= high)).all():
+            raise ValueError(f"{name}.zero_point is not from {low} to {high}")
+
+
+def _digest(record: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return a hash of all that a result says, by which a damaged file is told."""
+    found = hashlib.sha256(record.encode())
+    for key, tensor in sorted(tensors.items()):
+        found.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 class _Record(NamedTuple):
@@ -188,6 +240,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], _Record]:
     if header.get("format") not in (FORMAT, OLDER_FORMAT):
         raise ResultError(f"{path} is not a result of this plugin: format {header.get('format')!r}, not {FORMAT!r}.")
     try:
+        if header.get("digest", digest := _digest(header["result"], tensors)) != digest:
+            raise ValueError("it is not what was written")
         saved = json.loads(header["result"])
         record = _Record(
             RepAPQConfig.from_dict(saved["config"]),
@@ -219,6 +273,7 @@ def _plan(saved: dict[str, Any]) -> QuantizationPlan:
         float_layers=dict(saved["float_layers"]),
         baked=tuple(saved.get("baked", ())),
         skips={name: _skip_plan(values) for name, values in saved.get("skips", {}).items()},
+        outputs={name: _output_plan(values) for name, values in saved.get("outputs", {}).items()},
     )
 
 
@@ -230,6 +285,12 @@ def _layer_plan(saved: dict[str, Any]) -> LayerPlan:
 
 def _skip_plan(saved: dict[str, Any]) -> SkipPlan:
     plan = SkipPlan(**saved)
+    _check_bits(plan.bits)
+    return plan
+
+
+def _output_plan(saved: dict[str, Any]) -> OutputPlan:
+    plan = OutputPlan(**{**saved, "layers": tuple(saved["layers"])})
     _check_bits(plan.bits)
     return plan
 

@@ -235,7 +235,7 @@ def test_progress_goes_from_nothing_to_all_by_ones(schedule: str, network_steps:
     settings = config(schedule=schedule, network_steps=network_steps)
     Job(OwnBackend(), settings, report=seen.append).run(settle(Chain()), batches())
     phases = list(dict.fromkeys(progress.phase for progress in seen))
-    assert phases == ["ranges", "calibration"]
+    assert phases == ["estimate", "ranges", "calibration"]
     for phase in phases:
         done = [progress.done for progress in seen if progress.phase == phase]
         totals = {progress.total for progress in seen if progress.phase == phase}

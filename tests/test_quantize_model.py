@@ -10,7 +10,7 @@ from repapq_plugin.core.losses import mae_loss
 from repapq_plugin.core.tensors import floating_tensors
 from repapq_plugin.errors import CalibrationError, ConfigError
 from repapq_plugin.quantizers.layers import QuantizedLayer
-from tests.support.networks import Chain, Pyramid, TwoBranchBlock, batches, settle
+from tests.support.networks import Chain, Fragile, Pyramid, TwoBranchBlock, batches, settle
 
 slow = pytest.mark.slow
 
@@ -186,6 +186,28 @@ def test_a_network_with_nothing_to_quantize_is_an_error():
         quantize_model(settle(Chain()), batches(), config(keep_float=("*",)))
 
 
+class Closes(nn.Module):
+    """Runs through a function that keeps the network itself, which no copy changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = Chain()
+        self.run = lambda x: self.body(x)
+
+    def forward(self, x):
+        return self.run(x)
+
+
+def test_networks_that_hide_their_layers_are_refused_with_what_to_do():
+    model, data = settle(Chain()), batches()
+    with pytest.raises(CalibrationError, match="keeps the model in a variable"):
+        quantize_model(settle(Closes()), data)
+    with pytest.raises(CalibrationError, match="A script hides its layers"):
+        quantize_model(torch.jit.trace(model, data[0]), data)
+    with pytest.raises(CalibrationError, match="A graph holds operations"):
+        quantize_model(torch.export.export(model, (data[0],)).module(), data)
+
+
 @pytest.mark.parametrize("key", ["keep_float", "units", "stages"])
 def test_patterns_that_match_nothing_are_errors(key):
     with pytest.raises(ConfigError, match=rf"{key}: the pattern 'neck\.\*'"):
@@ -203,20 +225,6 @@ def test_dead_channels_and_constant_activations_are_handled():
     result = quantize_model(model, batches(), config())
     x = torch.randn(4, 3, 16, 16)
     assert torch.isfinite(result.model(x)).all()
-
-
-class Fragile(nn.Module):
-    """Runs inside its network, but not a second time on other data of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(TwoBranchBlock(8, 8), TwoBranchBlock(8, 8))
-        self.allowed = True
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.allowed:
-            raise KeyError("context")
-        return self.blocks(x)
 
 
 class FragileNetwork(Chain):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from repapq_plugin import CalibrationResult, RepAPQConfig, quantize_model
 from repapq_plugin.core.tensors import floating_tensors
 from repapq_plugin.errors import ResultError
-from tests.support.networks import Chain, Pyramid, batches, settle
+from tests.support.networks import Chain, Fragile, Pyramid, batches, settle
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,34 @@ def test_buffers_that_share_memory_are_saved(tmp_path):
     result.model.head = result.model.table[:2]  # a copy of a network may share or not
     loaded = CalibrationResult.load(result.save(tmp_path / "result.safetensors"), model)
     assert loaded.model.head.tolist() == [0.0, 1.0] and loaded.model.table.tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+class TiedToFragile(torch.nn.Module):
+    """Two layers of one weight, of which one runs inside its network only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.other = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 1), Fragile()
+        self.other.blocks = torch.nn.Conv2d(8, 8, 1)
+        self.other.blocks.weight = self.one.weight
+        self.head = torch.nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.other.allowed = True
+        try:
+            return self.head(self.other(self.one(self.stem(x).sigmoid()).sigmoid()).sigmoid())
+        finally:
+            self.other.allowed = False
+
+
+def test_tied_weights_of_which_one_stayed_float_come_back_apart(tmp_path):
+    model = TiedToFragile().eval()
+    result = quantize_model(model, batches(), RepAPQConfig.from_preset("w4a4", steps=2))
+    assert set(result.float_layers) == {"other.blocks"}
+    assert not torch.equal(result.model.one.weight, result.model.other.blocks.weight)
+    loaded = CalibrationResult.load(result.save(tmp_path / "result.safetensors"), model)
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(loaded.model(x), result.model(x))
 
 
 def test_the_summary_is_plain_json(pair):
@@ -171,6 +199,7 @@ def test_a_result_of_the_version_before_computes_what_it_did_and_is_saved_as_ver
         # Convolutions add up in another order on another processor.
         torch.testing.assert_close(output, value, rtol=1e-5, atol=1e-6)
     (stored, header), (again, header_again) = contents(EARLIER), contents(loaded.save(tmp_path / "again.safetensors"))
+    assert len(header_again.pop("digest")) == 64
     assert header_again == {"format": "repapq-result-2", "result": as_saved_today(header["result"])}
     tensors = own_keys(stored)
     assert again.keys() == tensors.keys()

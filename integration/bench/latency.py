@@ -1,6 +1,9 @@
-"""How fast INT8 is: ours, float and other tools' INT8, side by side in OpenVINO, onnxruntime and torch's inductor.
+"""How fast INT8 is: ours, float and other tools' INT8, side by side in OpenVINO, onnxruntime, inductor and XNNPACK.
 
-    python -m integration.bench.latency                       # everything, about five minutes
+    python -m integration.bench.latency --quick               # OpenVINO and onnxruntime, about two minutes
+    python -m integration.bench.latency                       # inductor too, about five minutes
+    python -m integration.bench.latency --write-programs DIR  # for XNNPACK, which wants other packages:
+    python -m integration.bench.latency --programs DIR        # where executorch is installed
     python -m integration.bench.latency --network repvgg_a0 --runtime openvino --rounds 20
 
 Weights are random (time does not depend on them), statistics of norms are those of a few training passes. All
@@ -12,7 +15,6 @@ what is float beside integers, in bf16 on processors with AMX unless it is told 
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import sys
 import tempfile
@@ -26,10 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from integration.bench.latency_candidates import RUNTIMES, Candidate, Prepared
+from integration.bench.latency_xnnpack import on_xnnpack, write_programs
 from integration.bench.reference import RESULTS, ROOT, environment, write_result
-from repapq_plugin import RepAPQConfig, quantize_model
 from repapq_plugin.evaluation.latency import measure_latency
-from repapq_plugin.export import export_onnx, export_openvino
 from repapq_plugin.job import merge_for_inference
 
 NETWORKS = {"repvgg_a0": 224, "yolov6_n": 640}
@@ -74,22 +75,12 @@ def settled(network: nn.Module, size: int) -> tuple[nn.Module, list[Tensor]]:
 
 
 def prepared(name: str, folder: Path, seed: int, size: int) -> Prepared:
-    """Make a network, merge it, quantize it for two targets, and write all files that candidates are made of."""
+    """Make a network and merge it; candidates make their files of it."""
     torch.manual_seed(seed)
     network, batches = make_detector(size) if name == "yolov6_n" else make_network(name, size)
     image = batches[0][:1].clone()
     merged = merge_for_inference(network, lambda m: m(image)).network
-    export_onnx(merged, image, folder / "float.onnx", dynamic_batch=False)
-    export_openvino(folder / "float.onnx", image, folder / "float.xml")
-    results = {}
-    for target in ("generic", "onnxruntime"):
-        # Ranges by min and max, and nothing learned: time does not depend on either.
-        config = RepAPQConfig.from_preset("w8a8", seed=seed, target=target).plain()
-        results[target] = quantize_model(merged, batches, config)
-        export_onnx(results[target], image, folder / f"{target}.onnx", dynamic_batch=False)
-    export_openvino(folder / "generic.onnx", image, folder / "generic.xml")
-    images = [one[None] for batch in batches for one in batch]
-    return Prepared(folder, merged.eval(), results["generic"], image, images)
+    return Prepared(folder, merged.eval(), batches, seed)
 
 
 def timed(candidates: Mapping[str, Candidate], rounds: int) -> dict[str, Any]:
@@ -129,16 +120,27 @@ def show(network: str, runtime: str, row: Mapping[str, Any]) -> None:
 @click.command()
 @click.option("--network", "networks", multiple=True, type=click.Choice(list(NETWORKS)), help="Default: all.")
 @click.option("--runtime", "runtimes", multiple=True, type=click.Choice(list(RUNTIMES)), help="Default: all.")
+@click.option("--quick", is_flag=True, help="OpenVINO and onnxruntime, 30 rounds.")
+@click.option(
+    "--write-programs",
+    "write_programs_to",
+    type=click.Path(path_type=Path),
+    help="Write what --programs reads, and time nothing.",
+)
+@click.option("--programs", type=click.Path(path_type=Path, exists=True), help="Race on XNNPACK, from this folder.")
 @click.option("--threads", default=2, show_default=True)
-@click.option("--rounds", default=60, show_default=True)
+@click.option("--rounds", type=int, help="Paired rounds. [default: 60, or 30 if quick]")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--size", type=int, help="Height and width of the input, for a try. Default: that of the network.")
 @click.option("--dry", is_flag=True, help="Print only; write no result.")
 def main(
     networks: tuple[str, ...],
     runtimes: tuple[str, ...],
+    quick: bool,
+    write_programs_to: Path | None,
+    programs: Path | None,
     threads: int,
-    rounds: int,
+    rounds: int | None,
     seed: int,
     size: int | None,
     dry: bool,
@@ -146,31 +148,42 @@ def main(
     """Measure and write ``results/latency.json``."""
     torch.set_num_threads(threads)
     started = time.perf_counter()
-    where = environment()
-    for package in ("timm", "onnx", "torchao"):
-        where["versions"][package] = importlib.metadata.version(package)
-    path = RESULTS / "latency.json"
-    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    if "rows" not in content:
-        content = {"rows": {}}
+    rounds = rounds or (30 if quick else 60)
+    if quick:
+        runtimes = runtimes or ("openvino", "onnxruntime")
     for name in networks or NETWORKS:
+        pixels = size or NETWORKS[name]
         with tempfile.TemporaryDirectory() as folder:
-            made = prepared(name, Path(folder), seed, size or NETWORKS[name])
+            if programs is not None:
+                keep(name, "xnnpack", timed(on_xnnpack(programs / name), rounds), pixels, seed, None, dry)
+                continue
+            made = prepared(name, Path(folder), seed, pixels)
+            if write_programs_to is not None:
+                write_programs(made, write_programs_to / name)
+                continue
             for runtime in runtimes or RUNTIMES:
-                row = timed(RUNTIMES[runtime](made, threads), rounds)
-                row |= {
-                    "input": list(made.image.shape),
-                    "scheme": made.result.config.scheme,
-                    "threads": threads,
-                    "seed": seed,
-                    "command": f"python -m integration.bench.latency {' '.join(sys.argv[1:])}".strip(),
-                    "environment": where,
-                }
-                show(name, runtime, row)
-                content["rows"].setdefault(name, {})[runtime] = row
-                if not dry:
-                    write_result("latency", content)
-    click.echo(f"{where}\n{time.perf_counter() - started:.0f} seconds")
+                keep(name, runtime, timed(RUNTIMES[runtime](made, threads), rounds), pixels, seed, threads, dry)
+    click.echo(f"{time.perf_counter() - started:.0f} seconds")
+
+
+def keep(
+    network: str, runtime: str, row: dict[str, Any], pixels: int, seed: int, threads: int | None, dry: bool
+) -> None:
+    """Print a row, and write it to ``results/latency.json`` unless ``dry``."""
+    where = environment("timm", "onnx", "torchao", "executorch")
+    row |= {
+        "size": pixels,
+        "threads": threads,
+        "seed": seed,
+        "command": f"python -m integration.bench.latency {' '.join(sys.argv[1:])}".strip(),
+        "environment": where,
+    }
+    show(network, runtime, row)
+    path = RESULTS / "latency.json"
+    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"rows": {}}
+    content["rows"].setdefault(network, {})[runtime] = row
+    if not dry:
+        write_result("latency", content)
 
 
 if __name__ == "__main__":

@@ -13,28 +13,59 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repapq_plugin import CalibrationResult
+from repapq_plugin import CalibrationResult, RepAPQConfig, export_onnx, export_openvino, quantize_model
 from repapq_plugin.evaluation.runtimes import OpenVINONetwork
 from repapq_plugin.export.openvino import layer_kernels
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prepared:
-    """A network and the files that it stands in.
+    """A float network, and what candidates are made of; each file and result is made when it is first wanted.
 
     Args:
-        folder: Holds ``float.onnx``, ``float.xml``, ``generic.onnx``, ``generic.xml``, ``onnxruntime.onnx``.
+        folder: For files.
         merged: The float network, branches merged.
-        result: Our INT8, for the default target.
-        image: Float ``(1, 3, H, W)``.
-        images: Such images, which ranges were found on.
+        batches: What ranges are found on, float ``(N, 3, H, W)`` each.
+        seed: Seed of the calibration.
     """
 
     folder: Path
     merged: nn.Module
-    result: CalibrationResult
-    image: Tensor
-    images: list[Tensor]
+    batches: list[Tensor]
+    seed: int = 0
+    results: dict[str, CalibrationResult] = field(default_factory=dict)
+
+    @property
+    def image(self) -> Tensor:
+        """One image, float ``(1, 3, H, W)``."""
+        return self.batches[0][:1].clone()
+
+    @property
+    def images(self) -> list[Tensor]:
+        """All images that ranges are found on, one by one."""
+        return [image[None] for batch in self.batches for image in batch]
+
+    def result(self, target: str) -> CalibrationResult:
+        """Return our INT8 for a target: ranges by min and max, nothing learned. Time does not depend on either."""
+        if target not in self.results:
+            config = RepAPQConfig.from_preset("w8a8", seed=self.seed, target=target).plain()
+            self.results[target] = quantize_model(self.merged, self.batches, config)
+        return self.results[target]
+
+    def onnx(self, name: str) -> Path:
+        """Return the ONNX file of the ``float`` network, or of ours for a target."""
+        path = self.folder / f"{name}.onnx"
+        if not path.exists():
+            source = self.merged if name == "float" else self.result(name)
+            export_onnx(source, self.image, path, dynamic_batch=False)
+        return path
+
+    def xml(self, name: str) -> Path:
+        """Return the IR that OpenVINO makes of `onnx`."""
+        path = self.folder / f"{name}.xml"
+        if not path.exists():
+            export_openvino(self.onnx(name), self.image, path)
+        return path
 
 
 @dataclass(frozen=True)
@@ -59,7 +90,8 @@ class Candidate:
 def on_openvino(made: Prepared, threads: int) -> dict[str, Candidate]:
     """Return float32, OpenVINO's default float, ours and NNCF's."""
     theirs = made.folder / "nncf.xml"
-    quantize_with_nncf(made.folder / "float.xml", made.images, theirs)
+    quantize_with_nncf(made.xml("float"), made.images, theirs)
+    ours = made.xml("openvino")
 
     def candidate(path: Path, precision: str | None = None, **more: Any) -> Candidate:
         shapes = [tuple(made.image.shape)]
@@ -72,11 +104,11 @@ def on_openvino(made: Prepared, threads: int) -> dict[str, Candidate]:
         return Candidate(lambda: request.infer([array], share_inputs=True, share_outputs=True), said, kernels, **more)
 
     return {
-        "float32": candidate(made.folder / "float.xml", "f32"),
-        "float by default": candidate(made.folder / "float.xml"),
-        "RepAPQ": candidate(made.folder / "generic.xml", against="NNCF"),
+        "float32": candidate(made.xml("float"), "f32"),
+        "float by default": candidate(made.xml("float")),
+        "RepAPQ": candidate(ours, against="NNCF"),
         "NNCF": candidate(theirs, rival=True),
-        "RepAPQ, the rest float32": candidate(made.folder / "generic.xml", "f32", against="NNCF, the rest float32"),
+        "RepAPQ, the rest float32": candidate(ours, "f32", against="NNCF, the rest float32"),
         "NNCF, the rest float32": candidate(theirs, "f32", rival=True),
     }
 
@@ -93,35 +125,32 @@ def quantize_with_nncf(float_xml: Path, images: list[Tensor], path: Path) -> Non
 
 
 def on_onnxruntime(made: Prepared, threads: int) -> dict[str, Candidate]:
-    """Return float32 (its default), ours for two targets, and what its own static quantization makes of both."""
+    """Return float32 (its default), ours for it and for any runtime, and what its own static quantization makes."""
     import onnx
     import onnxruntime
 
-    def candidate(name: str, **more: Any) -> Candidate:
-        optimized = made.folder / f"{name}.optimized.onnx"
+    def candidate(path: Path, **more: Any) -> Candidate:
+        optimized = path.with_suffix(".optimized.onnx")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
         options.optimized_model_filepath = str(optimized)
-        path = str(made.folder / f"{name}.onnx")
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         kernels = Counter(node.op_type for node in onnx.load(optimized).graph.node)
         feed = {session.get_inputs()[0].name: made.image.numpy()}
         integer = any(kernel.startswith(("QLinear", "QGemm", "QAttention", "MatMulInteger")) for kernel in kernels)
         precision = "int8, the rest float32" if integer else "float32"
         return Candidate(lambda: session.run(None, feed), precision, kernels, **more)
 
-    for signed in (False, True):
-        quantize_with_onnxruntime(made, signed)
     return {
-        "float32": candidate("float"),
-        "RepAPQ, uint8": candidate("generic", against="onnxruntime, uint8"),
-        "onnxruntime, uint8": candidate("theirs_u8", rival=True),
-        "RepAPQ, int8": candidate("onnxruntime", against="onnxruntime, int8"),
-        "onnxruntime, int8": candidate("theirs_s8", rival=True),
+        "float32": candidate(made.onnx("float")),
+        "RepAPQ": candidate(made.onnx("onnxruntime"), against="onnxruntime, uint8"),
+        "RepAPQ for any runtime": candidate(made.onnx("generic")),
+        "onnxruntime, uint8": candidate(quantize_with_onnxruntime(made, signed=False), rival=True),
+        "onnxruntime, int8": candidate(quantize_with_onnxruntime(made, signed=True), rival=True),
     }
 
 
-def quantize_with_onnxruntime(made: Prepared, signed: bool) -> None:
+def quantize_with_onnxruntime(made: Prepared, signed: bool) -> Path:
     """Quantize the float file with onnxruntime's own static quantization: Q/DQ pairs, weights int8 per channel."""
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -136,18 +165,20 @@ def quantize_with_onnxruntime(made: Prepared, signed: bool) -> None:
 
     source = made.folder / "float.pre.onnx"
     if not source.exists():
-        quant_pre_process(str(made.folder / "float.onnx"), str(source))
+        quant_pre_process(str(made.onnx("float")), str(source))
+    path = made.folder / f"theirs_{'s8' if signed else 'u8'}.onnx"
     kind = quantization.QuantType.QInt8 if signed else quantization.QuantType.QUInt8
     logging.getLogger().setLevel(logging.ERROR)
     quantization.quantize_static(
         str(source),
-        str(made.folder / f"theirs_{'s8' if signed else 'u8'}.onnx"),
+        str(path),
         Images(),
         quant_format=quantization.QuantFormat.QDQ,
         per_channel=True,
         activation_type=kind,
         weight_type=quantization.QuantType.QInt8,
     )
+    return path
 
 
 def on_inductor(made: Prepared, threads: int) -> dict[str, Candidate]:
@@ -158,31 +189,32 @@ def on_inductor(made: Prepared, threads: int) -> dict[str, Candidate]:
 
     from repapq_plugin.hosts import pt2e
 
+    image = made.image
     torch.set_num_threads(threads)
     torch._dynamo.reset()
     inductor.freezing = True
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = prepare_pt2e(torch.export.export(made.merged, (made.image,)).module(), quantizer)
-        for image in made.images:
-            theirs(image)
+        theirs = prepare_pt2e(torch.export.export(made.merged, (image,)).module(), quantizer)
+        for each in made.images:
+            theirs(each)
         networks = {
-            "float32": made.merged,
-            "RepAPQ": convert_pt2e(pt2e.prepare_learned(made.result, (made.image,))),
+            "float32": made.merged.eval(),
+            "RepAPQ": convert_pt2e(pt2e.prepare_learned(made.result("generic"), (image,))),
             "pt2e": convert_pt2e(theirs),
         }
         compiled = {}
         for name, network in networks.items():
             run = torch.compile(network)
             try:
-                run(made.image)
+                run(image)
                 compiled[name] = run
             except RuntimeError as error:  # inductor makes no kernel of YOLOv6-n's quantized transposed convolutions
                 print(f"inductor cannot compile {name}: {str(error).strip().splitlines()[0]}")
 
     def candidate(name: str, precision: str, **more: Any) -> Candidate:
-        return Candidate(lambda: compiled[name](made.image), precision, **more)
+        return Candidate(lambda: compiled[name](image), precision, **more)
 
     raced = {
         "float32": candidate("float32", "float32"),

@@ -60,8 +60,12 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100 * right / len(labels)
 
 
-def environment() -> dict[str, Any]:
-    """Return what a figure depends on besides its command: processor features, threads, versions."""
+def environment(*more: str) -> dict[str, Any]:
+    """Return what a figure depends on besides its command: processor features, threads, versions.
+
+    Args:
+        *more: Packages whose versions count besides, where they are installed.
+    """
     flags = ""
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -74,8 +78,15 @@ def environment() -> dict[str, Any]:
             feature for feature in ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8") if feature in flags
         ],
         "threads": torch.get_num_threads(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {name: found for name in (*packages, *more) if (found := _version(name))},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def write_result(name: str, content: dict[str, Any]) -> Path:

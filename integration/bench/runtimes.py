@@ -85,7 +85,7 @@ def prepare(folder: Path, names: Sequence[str], presets: Sequence[str], steps: i
         batches = calibration_batches(model)
         save_file({"images": images.contiguous(), "labels": labels.contiguous()}, folder / f"{name}.safetensors")
         for preset in presets:
-            for target in ("onnxruntime", "openvino"):
+            for target in ("onnxruntime", "openvino", "executorch"):
                 config = RepAPQConfig.from_preset(preset, target=target)
                 config = config.replace(steps=config.steps if steps is None else steps)
                 result = quantize_model(model, batches, config, forward_fn=forward)
@@ -94,8 +94,9 @@ def prepare(folder: Path, names: Sequence[str], presets: Sequence[str], steps: i
                 stem = folder / f"{name}_{preset}_{target}"
                 if target == "openvino":
                     export_openvino(network, images[:BATCH], stem.with_suffix(".xml"))
+                elif target == "onnxruntime":
+                    export_onnx(network, images[:BATCH], stem.with_suffix(".onnx"), target=config.runs_on)
                 else:
-                    export_onnx(network, images[:BATCH], stem.with_suffix(".onnx"))
                     for form, given in (("integers", None), ("rounded", batches)):
                         program = quantized_program(network, images[:BATCH], batches=_of_size(given))
                         program.save(folder / f"{name}_{preset}_{form}.pt2")
@@ -143,7 +144,7 @@ def run_executorch(stem: Path, folder: Path, form: str) -> tuple[nn.Module, int,
     from repapq_plugin.evaluation.mobile import ExecuTorchNetwork
     from repapq_plugin.export.executorch import export_executorch
 
-    base = folder / f"{stem.name}_{FORMS[form]}"
+    base = folder / (f"{stem.name}_{FORMS[form]}" if form else stem.name)
     written = export_executorch(base.with_suffix(".pt2"), None, base.with_suffix(".pte"))
     return ExecuTorchNetwork(written.path), written.integer_layers, written.layers
 
@@ -153,7 +154,7 @@ def run_litert(stem: Path, folder: Path, form: str) -> tuple[nn.Module, int, int
     from repapq_plugin.evaluation.mobile import LiteRTNetwork
     from repapq_plugin.export.litert import export_litert
 
-    base = folder / f"{stem.name}_{FORMS[form]}"
+    base = folder / (f"{stem.name}_{FORMS[form]}" if form else stem.name)
     written = export_litert(base.with_suffix(".pt2"), None, base.with_suffix(".tflite"))
     return LiteRTNetwork(written.path, threads=1), written.integer_layers, written.layers
 
@@ -165,8 +166,8 @@ Opens = Callable[[Path, Path, str], tuple[nn.Module, int, int]]
 RUNTIMES: dict[str, tuple[Opens, str, tuple[str, ...]]] = {
     "onnxruntime": (run_onnxruntime, "onnxruntime", ("float products", "integers")),
     "openvino": (run_openvino, "openvino", ("integers",)),
-    "executorch": (run_executorch, "onnxruntime", ("integers", "all rounded")),
-    "litert": (run_litert, "onnxruntime", ("integers", "all rounded")),
+    "executorch": (run_executorch, "executorch", ("integers", "all rounded")),
+    "litert": (run_litert, "executorch", ("integers", "all rounded")),
 }
 """What opens a file, the target for which its network was quantized, and the forms that are scored."""
 
@@ -185,7 +186,7 @@ def score(folder: Path, runtimes: Sequence[str]) -> None:
         for runtime in runtimes:
             opens, target, forms = RUNTIMES[runtime]
             reference = load_file(folder / f"{model}_{preset}_{target}.safetensors")
-            if target == "openvino":  # it adds float biases
+            if target != "executorch":  # one adds float biases, the other's are rounded in the calibrated network
                 reference["integers"] = reference["calibrated"]
             for form in forms:
                 mobile = runtime in ("executorch", "litert")

@@ -11,22 +11,26 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 import click
 
+from integration.bench.mimicnorm_tables import outlier_table, training_table
 from integration.bench.reference import RESULTS, ROOT
+from integration.bench.table_parts import NOTHING, PRESETS, Row, markdown, mean_of, rows_of
+from integration.fuzz.reasons import fuzz_table
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "integration" / "bench" / "README.md")
 """The first shows a summary, the second everything else."""
 
-PRESETS = ("w8a8", "w6a6", "w4a4", "w3a3")
 CLASSIFIERS = {"repvgg": "RepVGG, top-1 %", "mobileone": "MobileOne, top-1 %"}
+MASKS = "coco/segm_mAP"
+"""A metric that the summary leaves out: masks lose what their boxes lose."""
+
 SCENES = {
     ("yolov6-n", "coco/bbox_mAP"): ("YOLOv6-n, box mAP", 100),
     ("rtmdet-ins", "coco/bbox_mAP"): ("RTMDet-Ins, box mAP", 100),
-    ("rtmdet-ins", "coco/segm_mAP"): ("RTMDet-Ins, mask mAP", 100),
+    ("rtmdet-ins", MASKS): ("RTMDet-Ins, mask mAP", 100),
     ("repvgg-fcn", "mIoU"): ("RepVGG-FCN, mIoU %", 1),
 }
 """What is shown of which network, and what the toolbox's figure is multiplied by to be in percent."""
@@ -38,32 +42,6 @@ NNCF_MODELS = {
     "rtmdet-ins": ("RTMDet-Ins, box mAP", 100, 1),
     "repvgg-fcn": ("RepVGG-FCN, mIoU %", 1, 2),
 }
-
-NOTHING = "–"
-
-Row = dict[str, Any]
-
-
-def rows_of(name: str, part: str = "rows") -> list[Row]:
-    """Return a result's rows on the test split, or none if it is not there yet."""
-    path = RESULTS / f"{name}.json"
-    rows: list[Row] = json.loads(path.read_text()).get(part, []) if path.exists() else []
-    return [row for row in rows if row.get("split", "test") == "test"]
-
-
-def mean_of(values: Iterable[float]) -> str:
-    """Return mean and sample standard deviation of percentages."""
-    values = list(values)
-    if not values:
-        return NOTHING
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
-
-
-def markdown(header: list[str], body: list[list[str]]) -> str:
-    """Return a table."""
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def scores(rows: list[Row], value: Callable[[Row], float], name: str, methods: tuple[str, str]) -> list[list[str]]:
@@ -83,7 +61,7 @@ def summary_table() -> str:
     methods = ("plain PTQ", "RepAPQ")
     body: list[list[str]] = []
     for (model, metric), (title, factor) in SCENES.items():
-        rows = [row for row in rows_of("scenes") if row["model"] == model]
+        rows = [row for row in rows_of("scenes") if row["model"] == model and metric != MASKS]
         if rows:
             name = f"{title}, float {factor * rows[0]['float'][metric]:.1f}"
             body += scores(rows, lambda row, m=metric, f=factor: f * row["simulated"][m], name, methods)  # type: ignore[misc]
@@ -212,44 +190,6 @@ def nncf_table() -> str:
     return markdown(["mean", "bits", "by", "seeds", "float", "torch", "OpenVINO", "INT8 layers", "operators"], body)
 
 
-def training_table() -> str:
-    """Return what networks score that were trained with batch norm, with MimicNorm and with no norm."""
-    rows = rows_of("mimicnorm", "accuracy")
-    methods = ("batch norm", "MimicNorm", "no norm")
-    body = []
-    order = list(dict.fromkeys(row["network"] for row in rows))
-    for network, epochs in sorted(
-        {(row["network"], row["epochs"]) for row in rows}, key=lambda key: (order.index(key[0]), key[1])
-    ):
-        scores = {
-            m: [r["accuracy"] for r in rows if (r["network"], r["epochs"], r["method"]) == (network, epochs, m)]
-            for m in methods
-        }
-        if scores["batch norm"] and scores["MimicNorm"]:
-            gap = statistics.mean(scores["MimicNorm"]) - statistics.mean(scores["batch norm"])
-            cells = (mean_of(scores[method]) for method in methods)
-            body.append([network, str(epochs), *cells, f"{gap:+.2f}"])
-    return markdown(["top-1 %", "epochs", *methods, "MimicNorm less batch norm"], body)
-
-
-def outlier_table() -> str:
-    """Return how differently trained RepVGGs quantize, and how far their weights and activations reach."""
-    rows = rows_of("mimicnorm", "quantization")
-    body = []
-    for network, method in dict.fromkeys((row["network"], row["method"]) for row in rows):
-        found = [row for row in rows if (row["network"], row["method"]) == (network, method)]
-        cells = [mean_of(row["float"] for row in found)]
-        for preset in PRESETS[:3]:
-            pairs = (mean_of(row[way][preset] for row in found) for way in ("plain PTQ", "RepAPQ"))
-            cells.append(" / ".join(pairs))
-        for part in ("weights", "activations"):
-            means = (statistics.mean(row[part][key] for row in found) for key in ("kurtosis", "peak"))
-            cells.append(" / ".join(f"{mean:.1f}" for mean in means))
-        body.append([f"{network}, {method}", *cells])
-    bits = [f"{preset.upper()}: plain / RepAPQ" for preset in PRESETS[:3]]
-    return markdown(["top-1 %", "float", *bits, "weights: kurtosis / peak", "activations: kurtosis / peak"], body)
-
-
 def overhead_table() -> str:
     """Return how long each check of a calibration took, and which share of it."""
     body = []
@@ -282,7 +222,7 @@ def latency_table() -> str:
                 ratio = next((r for pair, r in row["ours_by_theirs"].items() if pair.startswith(f"{name} by ")), None)
                 shown = NOTHING if ratio is None else f"{ratio:.3f}"
                 body.append(
-                    [f"{network}, {row['input'][2]}", runtime, name, row["precision"][name], f"{median:.2f}", shown]
+                    [f"{network}, {row['size']}", runtime, name, row["precision"][name], f"{median:.2f}", shown]
                 )
     return markdown(["network, pixels", "runtime", "form", "precision", "ms", "ours by theirs"], body)
 
@@ -300,8 +240,87 @@ def mixed_table() -> str:
     return markdown(["mean of 5 bits", "steps", "uniform", "chosen", "operations too", "drawn at random"], body)
 
 
+def comparison_table() -> str:
+    """Return every method and peer on the classifiers: scores, what lies below float, time and memory."""
+    body = []
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows_of("compare"):
+        groups.setdefault((row["model"], row["preset"], row["steps"], row["images"], row["method"]), []).append(row)
+    for (model, preset, steps, images, method), rows in groups.items():
+        first = rows[0]
+        if method == "float":
+            continue
+        title = f"{CLASSIFIERS[model]}, float {first['float']:.2f}, {images:,} images, {steps} steps a stage"
+        done = [row for row in rows if "failed" not in row]
+        scores = {kind: [row[kind]["top-1 %"] for row in done if kind in row] for kind in ("simulated", "integer")}
+        drop = [row["float"] - score for row, score in zip(done, scores["simulated"], strict=True)]
+        seconds = [row["cpu_seconds"] for row in done if "cpu_seconds" in row]
+        memory = [row["peak_bytes"] / 1e6 for row in done if "peak_bytes" in row]
+        told = first["title"] if done else f"{first['title']}: {first['failed']}"
+        body.append(
+            [
+                title,
+                preset.upper(),
+                told,
+                *(mean_of(values) for values in (scores["simulated"], scores["integer"], drop)),
+                f"{statistics.mean(seconds):.1f}" if seconds else NOTHING,
+                f"{max(memory):.0f}" if memory else NOTHING,
+            ]
+        )
+    return markdown(["", "bits", "method", "simulated", "OpenVINO", "drop", "CPU s", "peak MB"], body)
+
+
+def figures_of(part: str) -> list[Row]:
+    """Return one part of the small figures."""
+    rows: list[Row] = json.loads((RESULTS / "figures.json").read_text()).get(part, [])
+    return rows
+
+
+def observers_table() -> str:
+    """Return the streaming range search beside a plain one."""
+    body, rows = [], figures_of("observers")
+    for bits in dict.fromkeys(row["bits"] for row in rows):
+        found = [row for row in rows if row["bits"] == bits]
+        seconds = (statistics.mean(row[key] for row in found) for key in ("streaming_seconds", "plain_seconds"))
+        quality = [row["streaming_mae"] / row["plain_mae"] for row in found]
+        held = (f"{found[0][key] / 1000:,.0f}" for key in ("held_bytes_1_batch", "held_bytes_all_batches", "raw_bytes"))
+        cells = [*(f"{value:.2f}" for value in seconds), f"{min(row['ratio'] for row in found):.1f}"]
+        body.append([str(bits), *cells, f"{min(quality):.4f} to {max(quality):.4f}", *held])
+    head = ["bits", "streaming, CPU s", "plain, CPU s", "times as fast, at least", "MAE by the plain one's"]
+    return markdown([*head, "kB held, 1 batch", "16 batches", "raw values"], body)
+
+
+def depth_table() -> str:
+    """Return processor time per unit of networks of more and more units, the least of the repeats."""
+    body, rows = [], figures_of("depth")
+    units = list(dict.fromkeys(row["units"] for row in rows))
+    for schedule in dict.fromkeys(row["schedule"] for row in rows):
+        least = [
+            min(row["seconds"] / row["found"] for row in rows if (row["schedule"], row["units"]) == (schedule, n))
+            for n in units
+        ]
+        body.append([schedule, *(f"{1000 * value:.0f}" for value in least), f"{least[-1] / least[0]:.2f}"])
+    ends = f"{units[-1]} by {units[0]}" if units else ""
+    return markdown(["CPU ms a unit, schedule", *(f"{n} units" for n in units), ends], body)
+
+
+def imports_table() -> str:
+    """Return what importing the package costs beside torch."""
+    found: dict[str, list[float]] = json.loads((RESULTS / "figures.json").read_text())["imports"]
+    medians = {name: statistics.median(seconds) for name, seconds in found.items()}
+    body = [
+        [f"`import {name}`", f"{value:.3f}", f"{100 * (value / medians['torch'] - 1):+.1f} %"]
+        for name, value in medians.items()
+    ]
+    return markdown(["", "CPU s, median", "beside torch"], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary_table,
+    "comparison": comparison_table,
+    "observers": observers_table,
+    "depth": depth_table,
+    "imports": imports_table,
     "photographs": photographs_table,
     "runtimes": runtime_table,
     "latency": latency_table,
@@ -310,6 +329,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "devices": devices_table,
     "nncf": nncf_table,
     "kills": kills_table,
+    "fuzz": lambda: fuzz_table(RESULTS / "fuzz.json"),
     "mixed-precision": mixed_table,
     "mimicnorm": training_table,
     "mimicnorm-quantization": outlier_table,

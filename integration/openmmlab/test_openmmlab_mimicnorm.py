@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from integration.openmmlab.scenes import ROOT
-from repapq_plugin.errors import HostError
+from repapq_plugin.errors import ConfigError, HostError
 from repapq_plugin.hosts.openmmlab.mimicnorm import run_images
 from repapq_plugin.hosts.openmmlab.network import run_batch
 from repapq_plugin.hosts.openmmlab.workbench import Workbench, open_config
@@ -44,8 +44,9 @@ def few_steps(folder: Path, config: Path = CONFIG, **options: Any) -> Config:
     return cfg
 
 
-def largest_mean(model: nn.Module) -> float:
-    return max(float(layer.weight.detach().flatten(1).mean(1).abs().max()) for layer in WeightMean(model).layers)
+def largest_mean(model: nn.Module, recipe: str = "default") -> float:
+    layers = WeightMean(model, recipe).layers
+    return max(float(layer.weight.detach().flatten(1).mean(1).abs().max()) for layer in layers)
 
 
 def test_a_training_with_average_and_accumulation_keeps_filter_means_at_zero_and_calibrates(tmp_path: Path) -> None:
@@ -84,6 +85,33 @@ def test_resumed_training_keeps_its_weights(tmp_path: Path) -> None:
     assert set(before) == set(after)
     assert all(torch.allclose(value, after[key], atol=1e-6) for key, value in before.items())
     assert largest_mean(runner.model) <= 1e-6
+
+
+def test_the_authors_recipe_is_taken_from_a_config(tmp_path: Path) -> None:
+    cfg = few_steps(tmp_path)
+    cfg.custom_hooks[0].recipe = "authors"
+    cfg.optim_wrapper.optimizer = {"type": "SGD", "lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": False}
+    cfg.optim_wrapper.paramwise_cfg = None
+    runner = Runner.from_cfg(cfg)
+    start: dict[str, torch.Tensor] = {}
+    runner.register_hook(AtTheStart(start), "LOWEST")
+    runner.train()
+    convolutions = [name for name, module in runner.model.named_modules() if isinstance(module, nn.Conv2d)]
+    drawn = max((start[f"{name}.weight"] for name in convolutions), key=torch.numel)
+    # He-normal weights of their fan-in, less the filters' means; nothing is scaled afterwards.
+    assert float(drawn.std()) == pytest.approx((2 / drawn[0].numel()) ** 0.5, rel=0.05)
+    assert largest_mean(runner.model, "authors") <= 1e-6
+    linear = runner.model.head.fc[0]
+    assert isinstance(linear, nn.Linear) and float(linear.weight.detach().mean(1).abs().max()) > 1e-3
+    assert all(group["weight_decay"] == 1e-4 for group in runner.optim_wrapper.optimizer.param_groups)
+
+
+@pytest.mark.parametrize("recipe", ["author", {"linear_means": False}])
+def test_an_unknown_recipe_ends_the_start_of_a_training(recipe: object, tmp_path: Path) -> None:
+    cfg = few_steps(tmp_path)
+    cfg.custom_hooks[0].recipe = recipe
+    with pytest.raises(ConfigError, match="Did you mean '(authors|linear_mean)'"):
+        Runner.from_cfg(cfg)
 
 
 def test_a_model_without_a_known_last_layer_has_to_name_one(tmp_path: Path) -> None:
@@ -197,7 +225,11 @@ def test_networks_of_full_size_learn(path: Path, tmp_path: Path) -> None:
     assert [type(norm) for norm in left] == [LastBatchNorm]
     changed = [name for name, value in runner.model.named_parameters() if not torch.equal(value, start[name])]
     assert len(changed) > len(start) / 2
-    assert largest_mean(runner.model) <= 1e-6
+    assert largest_mean(runner.model, cfg.custom_hooks[0].get("recipe", "default")) <= 1e-6
+    if "authors" in path.stem:
+        scalars = [m.scale for m in runner.model.modules() if isinstance(m, MimicNorm2d) and m.scale is not None]
+        # One for each of 16 units, three more where a unit has two branches, one behind the last convolution.
+        assert len(scalars) == 20
     assert all(bool(parameter.isfinite().all()) for parameter in runner.model.parameters())
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -20,10 +22,20 @@ NETWORKS = (
     *("mobilenetv2_100", "efficientnet_lite0", "densenet121", "regnetx_002", "cspresnet50", "hrnet_w18_small"),
 )
 
-GRIDS = {"qnn": ("generic", "openvino", "qnn"), "litert": ("onnxruntime", "executorch", "litert", "rknn")} | {
-    name: (name,) for name in ("tensorrt", "coreml")
+GRIDS = {"qnn": ("generic", "openvino", "qnn"), "litert": ("executorch", "litert", "rknn")} | {
+    name: (name,) for name in ("onnxruntime", "tensorrt", "coreml")
 }
 """Which target a network is quantized for, and the targets whose rules its file then has to keep."""
+
+
+def executed_in_integers(path: Path) -> int:
+    """Return how many layers onnxruntime computes in integers, read from the graph that it executes."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(path.with_suffix(".executed.onnx"))
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(options.optimized_model_filepath).graph
+    return sum(node.op_type in ("QLinearConv", "QGemm") for node in graph.node)
 
 
 @pytest.mark.parametrize("made_for", GRIDS)
@@ -36,4 +48,6 @@ def test_files_of_full_size_networks_have_no_findings(name: str, made_for: str, 
     path = export_onnx(result, images[:1], tmp_path / "model.onnx", dynamic_batch=False).path
     findings = {target: [str(finding) for finding in check_onnx(path, target)] for target in GRIDS[made_for]}
     assert findings == {target: [] for target in GRIDS[made_for]}
+    if made_for == "onnxruntime":
+        assert executed_in_integers(path) == len(result.plan.layers)
     assert set(TARGETS) == {target for targets in GRIDS.values() for target in targets}

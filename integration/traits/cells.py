@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
 from integration.traits.networks import IMAGE, settled
+from integration.traits.parallel import process_group
 from repapq_plugin import CalibrationResult, RepAPQConfig, export_onnx, quantize_model
 from repapq_plugin.core.copies import is_half, own_batch
 from repapq_plugin.core.tensors import floating_tensors
@@ -85,7 +86,7 @@ def quantize_cell(trait: str, host: str, preset: str, steps: int) -> Cell:
     """
     cell = Cell(host)
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, process_group():
             MAKERS[host](cell, trait, preset, steps, Path(folder))
     except RepAPQError as error:
         cell.refused = str(error)

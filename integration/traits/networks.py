@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from integration.traits.parallel import replicated, sharded, sharded_in_place
 from tests.support.own_layers import Padded, Scaled, Standardized, Twice
 
 IMAGE = (3, 16, 16)
@@ -203,11 +204,6 @@ def hooked_norm() -> nn.Module:
     return model
 
 
-def parametrized_norm() -> nn.Module:
-    layer = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3, 2, 1))
-    return Row(layer, nn.ReLU(), nn.Conv2d(8, 4, 1))
-
-
 class Inner(nn.Module):
     """A part of its own between stem and head."""
 
@@ -303,7 +299,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "standardized weight": lambda: with_layers(Standardized),
     "weight of one scale": lambda: with_layers(Scaled),
     "weight norm, hook": hooked_norm,
-    "weight norm, parametrized": parametrized_norm,
+    "weight norm, parametrized": lambda: around(nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3, 1, 1))),
     "tied weights": Shared,
     "dataclass output": ToDataclass,
     "in-place input": InPlace,
@@ -322,6 +318,10 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "compiled part": lambda: inner(lambda part: torch.compile(part, backend="eager")),
     "DataParallel": lambda: nn.DataParallel(around(nn.Conv2d(8, 8, 3, 1, 1))),
     "DataParallel part": lambda: inner(nn.DataParallel),
+    "DDP": lambda: replicated(around(nn.Conv2d(8, 8, 3, 1, 1))),
+    "DDP part": lambda: inner(replicated),
+    "FSDP": lambda: sharded(around(nn.Conv2d(8, 8, 3, 1, 1))),
+    "fully_shard part": lambda: inner(sharded_in_place),
     "scripted part": lambda: inner(torch.jit.script),
     "lazy layer": lambda: around(nn.LazyConv2d(8, 3, 1, 1)),
     "inference mode inside": lambda: InferenceInside(nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU())),

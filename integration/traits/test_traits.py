@@ -1,4 +1,8 @@
-"""Every trait in every host: what it makes computes what was calibrated, or an error of ours says why it cannot."""
+"""Every trait in every host: what it makes computes what was calibrated, or an error of ours says why it cannot.
+
+Each pair is tried with 8 or with 4 bits, each trait and each host with both; the whole product is a command
+(``python -m integration.traits.matrix``).
+"""
 
 from __future__ import annotations
 
@@ -36,6 +40,7 @@ REFUSED = {
     ("double", "torch.ao eager"): "is in double precision",
     ("double", "pt2e"): "is in double precision",
     ("two products", "torch.ao eager"): "'module.body.3' cannot run on integers",
+    **{(trait, host): "is sharded over processes" for trait in ("FSDP", "fully_shard part") for host in HOSTS},
 }
 """What is refused, with a part of the message; everything else must be done."""
 
@@ -58,9 +63,14 @@ def check(trait: str, host: str, preset: str, steps: int) -> None:
     assert cell.figures or cell.refused
 
 
-@pytest.mark.parametrize("preset", ["w8a8", "w4a4"])
-@pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize("trait", NETWORKS)
+PAIRS = [
+    (trait, host, ("w8a8", "w4a4")[(row + column) % 2])
+    for row, trait in enumerate(NETWORKS)
+    for column, host in enumerate(HOSTS)
+]
+
+
+@pytest.mark.parametrize(("trait", "host", "preset"), PAIRS)
 def test_what_a_host_makes_computes_what_was_calibrated(trait: str, host: str, preset: str) -> None:
     check(trait, host, preset, 0)
 

@@ -13,12 +13,21 @@ import click
 from rich.console import Console
 
 from repapq_plugin.cli import texts
+from repapq_plugin.cli.comparison import comparison
 from repapq_plugin.cli.devices import accelerators
 from repapq_plugin.cli.diagnose import diagnose
 from repapq_plugin.cli.display import Display, show_diagnosis
 from repapq_plugin.cli.lowering import lower
 from repapq_plugin.cli.opening import Resumable, opened, resumable
-from repapq_plugin.cli.options import Common, PathArgument, common_options, device_option, pairs
+from repapq_plugin.cli.options import (
+    Calibrating,
+    Common,
+    PathArgument,
+    calibrating_options,
+    common_options,
+    device_option,
+    resumable_options,
+)
 from repapq_plugin.cli.results import evaluate, export
 from repapq_plugin.cli.sensitivity import sensitivity
 from repapq_plugin.cli.targets import report, target_list, target_page
@@ -35,27 +44,9 @@ def cli() -> None:
 @cli.command(help=texts.QUANTIZE_HELP)
 @click.argument("config", type=PathArgument)
 @click.argument("checkpoint", required=False)
-@click.option(
-    "--preset",
-    help="Bits: w8a8, w6a6, w4a4 or any other w<bits>a<bits>; paper-w6a6 and the like take the paper's settings. "
-    "[default: the config's, else w8a8]",
-)
-@click.option(
-    "-q",
-    "--quantizer",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Override a key of RepAPQConfig, for example steps=600 or learning_rates.weight=0.003, or name another host "
-    "with type=NNCF and options.target_device=CPU. Repeatable.",
-)
+@calibrating_options
+@resumable_options
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of samples and optimisation. [default: the config's]")
-@click.option("--calib-samples", type=int, help="Calibration images at most. [default: the config's, else 512]")
-@click.option(
-    "--calib-dataloader",
-    metavar="NAME",
-    help="Dataloader of the config to calibrate from. [default: calib_dataloader if the config has one, else the "
-    "training set with the test pipeline]",
-)
 @click.option(
     "--export",
     "formats",
@@ -69,17 +60,12 @@ def cli() -> None:
     help="Also score the float network and plain PTQ (min-max ranges, nothing learned) on the same data.",
 )
 @click.option(
-    "--trust-checkpoint",
-    is_flag=True,
-    help="Run what CHECKPOINT says where it holds more than plain data. Only for files whose makers you know.",
+    "--launcher",
+    type=click.Choice(["none", "pytorch", "slurm", "mpi"]),
+    default="none",
+    show_default=True,
+    help="What has started this command as one of several processes: torchrun, srun or mpirun.",
 )
-@click.option(
-    "--checkpoint-dir",
-    type=PathArgument,
-    help="Folder that keeps what is finished of the calibration until all is done. "
-    "[default: the config's, else checkpoint in the work folder]",
-)
-@click.option("--resume", is_flag=True, help="Go on with what that folder keeps after an interruption.")
 @click.option(
     "--report/--no-report",
     "with_report",
@@ -91,16 +77,11 @@ def cli() -> None:
 def quantize(
     config: Path,
     checkpoint: str | None,
-    preset: str | None,
-    quantizer: tuple[str, ...],
+    calibrating: Calibrating,
     seed: int | None,
-    calib_samples: int | None,
-    calib_dataloader: str | None,
     formats: str | None,
     compare: bool,
-    trust_checkpoint: bool,
-    checkpoint_dir: Path | None,
-    resume: bool,
+    launcher: str,
     with_report: bool | None,
     device: str | None,
     cfg_options: tuple[str, ...],
@@ -108,12 +89,11 @@ def quantize(
     threads: int | None,
 ) -> None:
     """Quantize the model of a config and compare it with the float one."""
+    from repapq_plugin.core.ranks import alone, world
     from repapq_plugin.export.openvino import require_openvino
     from repapq_plugin.export.qdq_onnx import require_onnx
 
-    keys = pairs(quantizer, "--quantizer")
-    if preset is not None:
-        keys["preset"] = preset
+    overrides = calibrating.overrides()
     kinds = None if formats is None else [name for name in formats.split(",") if name and name != "none"]
     # What is missing shall be noticed before the calibration, not after. OpenVINO reads what ONNX wrote.
     missing = without_report(with_report)
@@ -121,19 +101,8 @@ def quantize(
         require_onnx()
     if kinds is None or "openvino" in kinds:
         require_openvino()
-    calibration = {"num_samples": calib_samples, "dataloader": calib_dataloader}
-    overrides: dict[str, object] = {
-        "quantizer": keys,
-        "calibration": {key: value for key, value in calibration.items() if value is not None},
-        "export": True if kinds is None else kinds,
-    }
-    if trust_checkpoint:
-        overrides["trust_checkpoint"] = True
-    if checkpoint_dir is not None:
-        overrides["checkpoint_dir"] = str(checkpoint_dir)
-    if resume:
-        overrides["resume"] = True
-    display, common = Display(), Common(cfg_options, work_dir, threads, device)
+    overrides["export"] = True if kinds is None else kinds
+    display, common = Display(), Common(cfg_options, work_dir, threads, device, launcher)
     with opened(display, config, common, checkpoint, overrides=overrides, seed=seed) as bench:
         # A host, which the package and its command must not load before they know that it is wanted.
         from repapq_plugin.hosts.openmmlab.steps import quantize_and_compare
@@ -142,12 +111,13 @@ def quantize(
         with resumable(checkpoints):
             done = quantize_and_compare(bench, display.step, compare=compare, threads=threads, checkpoints=checkpoints)
         done.record.seconds = dict(display.seconds)
-        if with_report is not False and not missing:
-            from repapq_plugin.hosts.openmmlab.pages import write_page_of
+        if world().rank == 0:
+            if with_report is not False and not missing:
+                from repapq_plugin.hosts.openmmlab.pages import write_page_of
 
-            with display.step("report", "Writing the report"):
-                done.record.add_file("report", write_page_of(bench, done, bench.folder))
-        done.record.write(bench.folder)
+                with display.step("report", "Writing the report"), alone():
+                    done.record.add_file("report", write_page_of(bench, done, bench.folder))
+            done.record.write(bench.folder)
         checkpoints.remove()
     display.comparison(done.record, [*done.notes, missing])
 
@@ -173,6 +143,7 @@ def without_report(wanted: bool | None) -> str:
     return ""
 
 
+cli.add_command(comparison)
 cli.add_command(evaluate)
 cli.add_command(export)
 cli.add_command(diagnose)

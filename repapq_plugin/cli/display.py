@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import time
 import warnings
@@ -17,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from repapq_plugin.core.progress import Progress, ProgressLines, Report
+from repapq_plugin.core.progress import ESTIMATE, Progress, ProgressLines, Report
 
 if TYPE_CHECKING:
     from repapq_plugin.cli.doctor import Diagnosis
@@ -44,8 +45,18 @@ class Display:
     """
 
     def __init__(self) -> None:
-        self._out = results_console()
-        self._err = Console(file=sys.stderr)
+        self._show(results_console(), Console(file=sys.stderr))
+        self._hidden = False
+        self.seconds: dict[str, float] = {}
+
+    def hide(self) -> None:
+        """Show nothing from now on, and log nothing: of several processes one shows."""
+        silent = Console(quiet=True)
+        self._show(silent, silent)
+        self._hidden = True
+
+    def _show(self, out: Console, err: Console) -> None:
+        self._out, self._err = out, err
         self._bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -56,7 +67,6 @@ class Display:
             TextColumn("{task.fields[detail]}"),
             console=self._err,
         )
-        self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
     def step(self, name: str, text: str) -> Iterator[Report]:
@@ -67,6 +77,10 @@ class Display:
         lines = ProgressLines(lambda line: self._err.print(f"{text}: {line}", markup=False, soft_wrap=True))
 
         def report(progress: Progress) -> None:
+            if progress.phase == ESTIMATE:
+                click.echo(f"{text}: {progress.part}")
+                self._err.print(f"{text}: {progress.part}", markup=False, soft_wrap=True)
+                return
             self._bars.update(task, completed=progress.done, total=progress.total, detail=progress.detail)
             if not self._err.is_terminal:
                 lines(progress)
@@ -80,7 +94,8 @@ class Display:
     @contextlib.contextmanager
     def working(self, folder: Path) -> Iterator[None]:
         """Show bars, and send what toolboxes print to the work folder's log file."""
-        with (folder / LOG_FILE).open("w", buffering=1) as log, self._bars, _into(log):
+        path = Path(os.devnull) if self._hidden else folder / LOG_FILE
+        with path.open("w", buffering=1) as log, self._bars, _into(log):
             yield
 
     def line(self, text: str) -> None:

@@ -14,6 +14,7 @@ from repapq_plugin.cli.installed import OWN_DISTRIBUTION, WITH_OPERATORS, Packag
 
 OPENMMLAB = "pip install 'repapq-plugin[openmmlab]'"
 EXPORT = "pip install 'repapq-plugin[export]'"
+SENSITIVITY = "pip install 'repapq-plugin[sensitivity]'"
 
 KNOWN: Mapping[str, str] = {
     "torch": "pip install torch",
@@ -29,6 +30,8 @@ KNOWN: Mapping[str, str] = {
     "onnx": EXPORT,
     "onnxruntime": EXPORT,
     "torchao": "pip install 'repapq-plugin[pt2e]'",
+    "scipy": SENSITIVITY,
+    "matplotlib": SENSITIVITY,
 }
 """Packages that matter, by import name, and how to get each."""
 
@@ -43,6 +46,8 @@ FEATURES: Mapping[str, tuple[str, ...]] = {
     "export to OpenVINO, scores and latency on it": ("torch", "onnx", "openvino"),
     "NNCF's pipeline": ("torch", "nncf", "openvino"),
     "torchao's pt2e": ("torch", "torchao"),
+    "bits by sensitivity": ("torch", "scipy"),
+    "plots of sensitivity": ("torch", "matplotlib"),
 }
 """What a user can do, and which packages it takes."""
 

@@ -37,9 +37,14 @@ def opened(
         raise HostError(f"The config {config} does not exist.")
     import torch
 
+    from repapq_plugin.core.ranks import world
+    from repapq_plugin.hosts.openmmlab.launching import join_group
     from repapq_plugin.hosts.openmmlab.work import writable_folder
     from repapq_plugin.hosts.openmmlab.workbench import Workbench, open_config
 
+    join_group(common.launcher)
+    if world().rank:
+        display.hide()
     device = None if common.device is None else device_named(common.device)
     if common.threads is not None:
         torch.set_num_threads(common.threads)

@@ -13,7 +13,15 @@ from rich.table import Table
 from repapq_plugin.cli import texts
 from repapq_plugin.cli.display import Display
 from repapq_plugin.cli.opening import opened, resumable
-from repapq_plugin.cli.options import Common, PathArgument, common_options, device_option, pairs
+from repapq_plugin.cli.options import (
+    Calibrating,
+    Common,
+    PathArgument,
+    calibrating_options,
+    common_options,
+    device_option,
+    resumable_options,
+)
 from repapq_plugin.sensitivity.widths import EIGHT, WIDTHS, shown
 
 if TYPE_CHECKING:
@@ -35,11 +43,9 @@ ROWS = 20
 @click.option("--size-bytes", type=int, help="Budget: bytes of packed weights and of all that stays as it is.")
 @click.option("--bit-operations", type=float, help="Budget: products of a sample times bits of both factors.")
 @click.option("--keep-8bit", type=int, help="Budget: how many units may keep 8 bits.")
-@click.option("--preset", help="As for quantize. [default: the config's, else w8a8]")
-@click.option("-q", "--quantizer", multiple=True, metavar="KEY=VALUE", help="As for quantize. Repeatable.")
+@calibrating_options
+@resumable_options
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of the samples. [default: the config's]")
-@click.option("--calib-samples", type=int, help="Images that ranges are found on. [default: the config's, else 512]")
-@click.option("--calib-dataloader", metavar="NAME", help="As for quantize.")
 @click.option("--batches", type=int, default=4, show_default=True, help="Batches that outputs are compared on.")
 @click.option(
     "--evaluations",
@@ -49,9 +55,6 @@ ROWS = 20
     help="Evaluations of the toolbox's metric, up to 10: of the float network, then of the most damaging units.",
 )
 @click.option("--plot", type=PathArgument, help="Draw it, as .svg or .png.")
-@click.option("--trust-checkpoint", is_flag=True, help="As for quantize.")
-@click.option("--checkpoint-dir", type=PathArgument, help="As for quantize: keeps each measurement until all is done.")
-@click.option("--resume", is_flag=True, help="Go on with what that folder keeps after an interruption.")
 @device_option
 @common_options
 def sensitivity(
@@ -62,17 +65,11 @@ def sensitivity(
     size_bytes: int | None,
     bit_operations: float | None,
     keep_8bit: int | None,
-    preset: str | None,
-    quantizer: tuple[str, ...],
+    calibrating: Calibrating,
     seed: int | None,
-    calib_samples: int | None,
-    calib_dataloader: str | None,
     batches: int,
     evaluations: int,
     plot: Path | None,
-    trust_checkpoint: bool,
-    checkpoint_dir: Path | None,
-    resume: bool,
     device: str | None,
     cfg_options: tuple[str, ...],
     work_dir: Path | None,
@@ -83,9 +80,7 @@ def sensitivity(
     from repapq_plugin.sensitivity.plot import check_plot, plot_sensitivity
 
     # What is not allowed shall be noticed before the measuring, not after.
-    keys = pairs(quantizer, "--quantizer")
-    if preset is not None:
-        keys["preset"] = preset
+    overrides = calibrating.overrides()
     limits = {
         "mean_bits": mean_bits,
         "size_bytes": size_bytes,
@@ -96,14 +91,6 @@ def sensitivity(
     budget = Budget(mean_bits, size_bytes, bit_operations, keep_8bit) if asked else None
     if plot is not None:
         check_plot(plot)
-    calibration = {"num_samples": calib_samples, "dataloader": calib_dataloader}
-    overrides: dict[str, object] = {
-        "quantizer": keys,
-        "calibration": {key: value for key, value in calibration.items() if value is not None},
-        **({"trust_checkpoint": True} if trust_checkpoint else {}),
-        **({"checkpoint_dir": str(checkpoint_dir)} if checkpoint_dir is not None else {}),
-        **({"resume": True} if resume else {}),
-    }
     display, common = Display(), Common(cfg_options, work_dir, threads, device)
     with opened(
         display, config, common, checkpoint, overrides=overrides, seed=seed, need_scores=evaluations > 0

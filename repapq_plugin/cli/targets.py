@@ -30,6 +30,7 @@ def target_page(target: Target) -> Iterator[str]:
     yield f"biases: {'float or int32' if target.bias == 'either' else target.bias}"
     for what, operators in (
         ("also quantized there", target.quantized_operators),
+        ("outputs rounded of", target.rounded_outputs),
         ("one grid for all inputs", target.shared_grid_operators),
         ("stay float", target.float_operators),
     ):

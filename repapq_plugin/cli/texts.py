@@ -7,6 +7,7 @@ Post-training quantization of reparameterized networks (RepAPQ) for OpenMMLab co
   repapq quantize CONFIG [CHECKPOINT]   float in, INT8 files and a comparison out
   repapq eval     [CONFIG] RESULT       score a result, simulated or on a runtime
   repapq export   [CONFIG] RESULT       write a result as ONNX or OpenVINO
+  repapq compare  CONFIG [CHECKPOINT]   methods side by side in one table
   repapq sensitivity CONFIG [CHECKPOINT]  bits of each unit for a budget
   repapq diagnose CONFIG [CHECKPOINT]   why a model loses, and what helps
   repapq targets  [NAME]                what runtimes can compute, with sources
@@ -96,6 +97,46 @@ Write PROGRAM (a .pt2 of `repapq export --format program`) for phones: OUT.pte f
 This needs executorch or litert-torch, and neither a toolbox nor the network's code, so that it also works where these
 packages do not go together with the toolboxes.
 """
+
+COMPARE_HELP = """\
+Compare methods on CONFIG's model: one scheme, one calibration set, one metric, one table.
+
+Each method is calibrated in a process of its own, whose memory and processor time are measured. It is scored as it is
+simulated and, exported, on an integer runtime. Bits and the number of steps are those of the config, --preset and -q;
+ranges and learning are the method's. A method that fails loses none of the others: its row says why.
+
+\b
+Methods (--method, default: all of these):
+  min-max, percentile,  ranges alone, nothing learns
+  mse, mae
+  adaround              a row without figures: rounding is not learned
+  brecq, qdrop          the nearest settings, and named so
+  solve                 weights in closed form, nothing learns
+  paper                 RepAPQ with the paper's settings
+  repapq                RepAPQ with the defaults
+Ablations (--method ablations, or one of them; --method all takes both):
+  no-affine, no-stage-term, no-equalize, no-constants,
+  mae-loss, by-unit, solve-first
+
+Peers (--peer): onnxruntime, nncf and esp-ppq, each with its own defaults in an environment of its own, which uv makes
+when it is first wanted. A peer gets the merged float network and the same calibration images, and is scored by the same
+metric in the same run. A row says where a peer cannot do the scheme.
+
+Written to the folder comparison in the work folder:
+
+\b
+  comparison.json       all rows
+  comparison.csv        the same as a table
+  comparison.html       all of it as a page, where its packages are there
+  comparison.png, .svg  the first metric of each method
+  networks/             of each row the calibrated network and its files
+
+The same command goes on where it was interrupted: rows that are there are not made again.
+"""
+
+METHOD_HELP = "A method by its short name; repeatable. [default: all but ablations]"
+
+PEER_HELP = "Another tool, or one of its ways: nncf, onnxruntime:entropy, esp-ppq:rounding. Repeatable."
 
 SENSITIVITY_HELP = """\
 Measure what each unit of CONFIG's model costs at each bit width, and choose the bits that fit a budget best.

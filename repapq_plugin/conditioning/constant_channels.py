@@ -30,6 +30,7 @@ from repapq_plugin.conditioning.channels import (
     tied_parameters,
 )
 from repapq_plugin.conditioning.judge import Judge
+from repapq_plugin.core import ranks
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,11 @@ def _zero_padded(layer: Layer) -> bool:
 
 @torch.no_grad()
 def fold_constant_channels(
-    model: nn.Module, run: Callable[[B], object], batches: Sequence[B], names: Collection[str]
+    model: nn.Module,
+    run: Callable[[B], object],
+    batches: Sequence[B],
+    names: Collection[str],
+    examples: Sequence[B] = (),
 ) -> dict[str, int]:
     """Move what constant channels contribute into biases, in place; on ``batches`` nothing else changes.
 
@@ -72,8 +77,9 @@ def fold_constant_channels(
     Args:
         model: The merged float network, in evaluation mode.
         run: Makes a forward pass of it on a batch.
-        batches: All calibration batches.
+        batches: All calibration batches, of several ranks those of this one.
         names: Module paths of the layers that may be changed: those that are quantized.
+        examples: Batches of which the first is judged by, the same on all ranks; default: ``batches``.
 
     Returns:
         Number of folded channels by layer name, in no case zero.
@@ -87,8 +93,9 @@ def fold_constant_channels(
             layers[layer] = name
     if not layers:
         return {}
-    judge = Judge(lambda: run(batches[0]), [(layer, []) for layer in layers])
-    ranges = _channel_ranges(layers, run, batches)
+    example = (examples or batches)[0]
+    judge = Judge(lambda: run(example), [(layer, []) for layer in layers])
+    ranges = _over_ranks(_channel_ranges(layers, run, batches), list(layers))
     folded: dict[str, int] = {}
     while ranges:
         counts = {layer: _fold(layer, seen) for layer, seen in ranges.items()}
@@ -121,6 +128,22 @@ def _channel_ranges(layers: Collection[L], run: Callable[[B], object], batches: 
 
     read_channels(layers, run, batches, see)
     return ranges
+
+
+def _over_ranks(seen: dict[Layer, _Range], layers: Sequence[Layer]) -> dict[Layer, _Range]:
+    """Return what channels hold over the batches of all ranks."""
+    if ranks.world().size == 1:
+        return seen
+    ends: list[Tensor] = []
+    for layer in layers:
+        nothing = torch.full_like(layer.weight[0].flatten(1)[:, 0], -torch.inf)
+        ends += (-seen[layer].low, seen[layer].high) if layer in seen else (nothing, nothing)
+    largest = ranks.greatest([end.double() for end in ends])
+    found = {}
+    for layer, low, high in zip(layers, largest[::2], largest[1::2], strict=True):
+        if bool(torch.isfinite(high).all()):
+            found[layer] = _Range(-low.to(layer.weight), high.to(layer.weight))
+    return found
 
 
 def _fold(layer: Layer, seen: _Range) -> int:

@@ -12,7 +12,7 @@ W8A8 without it stays 0.5 points below float, because one input channel of its m
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -29,6 +29,7 @@ from repapq_plugin.conditioning.channels import (
     tied_parameters,
 )
 from repapq_plugin.conditioning.judge import Judge
+from repapq_plugin.core import ranks
 from repapq_plugin.core.compare import precise
 from repapq_plugin.core.hooks import Hooks
 from repapq_plugin.core.tensors import first_tensor
@@ -183,7 +184,11 @@ class Equalized:
 @precise()
 @torch.no_grad()
 def equalize_channels(
-    model: nn.Module, run: Callable[[B], object], batches: Sequence[B], names: Collection[str]
+    model: nn.Module,
+    run: Callable[[B], object],
+    batches: Sequence[B],
+    names: Collection[str],
+    examples: Sequence[B] = (),
 ) -> Equalized:
     """Equalize the channels of ``model`` in place; it computes what it did before, to float rounding.
 
@@ -192,17 +197,19 @@ def equalize_channels(
     Args:
         model: The merged float network, in evaluation mode.
         run: Makes a forward pass of it on a batch.
-        batches: Calibration batches, which show how large channels are.
+        batches: Calibration batches, which show how large channels are; of several ranks those of this one.
         names: Module paths of the layers that may be changed: those that are quantized.
+        examples: Batches of which the first is judged by, the same on all ranks; default: ``batches``.
 
     Returns:
         The layers whose output channels were rescaled, or a note why none was.
     """
     named = dict(model.named_modules(remove_duplicate=False))
-    links = find_links(model, lambda: run(batches[0]), {named[name] for name in names})
+    example = (examples or batches)[0]
+    links = find_links(model, lambda: run(example), {named[name] for name in names})
     if not links:
         return Equalized()
-    judge = Judge(lambda: run(batches[0]), links)
+    judge = Judge(lambda: run(example), links)
     sizes = _channel_sizes([readers[0] for _, readers in links], run, batches)
     paths = {module: name for name, module in model.named_modules()}
     notes = []
@@ -230,11 +237,29 @@ def _channel_sizes(
     Each sample is taken relative to its own largest value: one loud image would decide over all channels. On a
     MobileOne-S1 with such images, W4A4 by solved weights alone scores 78.2 % so and 72.5 % without (float 85.4).
     """
-    sizes: dict[nn.Module, Tensor] = {}
+    number = ranks.most(len(batches))
+    by_batch: list[dict[nn.Module, Tensor]] = []
 
     def see(reader: nn.Module, values: Tensor) -> None:
-        largest = values.abs().amax(dim=1).double() / len(batches)
-        sizes[reader] = sizes.get(reader, torch.zeros_like(largest)) + largest
+        by_batch[-1][reader] = values.abs().amax(dim=1).double() / number
 
-    read_channels(readers, run, batches, see, alike=True)
+    for batch in batches:
+        by_batch.append({})
+        read_channels(readers, run, [batch], see, alike=True)
+    sizes: dict[nn.Module, Tensor] = {}
+    for found in _largest_of_ranks(readers, by_batch, number):
+        for reader, largest in found.items():
+            sizes[reader] = sizes.get(reader, torch.zeros_like(largest)) + largest
     return sizes
+
+
+def _largest_of_ranks(
+    readers: Sequence[Layer], by_batch: Sequence[Mapping[nn.Module, Tensor]], number: int
+) -> Sequence[Mapping[nn.Module, Tensor]]:
+    """Return the largest that any rank has seen, for each batch, of which ranks have parts; zero where none has."""
+    if ranks.world().size == 1:
+        return by_batch
+    seen = [*by_batch, *[{}] * (number - len(by_batch))]
+    nothing = {reader: torch.zeros_like(largest_weights(reader)) for reader in readers}
+    largest = iter(ranks.greatest([found.get(reader, nothing[reader]) for found in seen for reader in readers]))
+    return [{reader: next(largest) for reader in readers} for _ in seen]

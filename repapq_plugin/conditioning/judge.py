@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from repapq_plugin.conditioning.channels import Layer
+from repapq_plugin.core import ranks
 from repapq_plugin.core.compare import equal_within, rounding_of
 from repapq_plugin.core.hooks import Hooks, unseen
 from repapq_plugin.core.tensors import tensors_of
@@ -48,7 +49,7 @@ class Judge:
             self._gave[layer] += [tensor.detach().clone() for tensor in tensors_of(output)]
 
     def guilty(self, links: Sequence[Link], scales: Mapping[Layer, Tensor]) -> list[Link]:
-        """Return the links in which a layer gives something else, or all if only the network does.
+        """Return the links in which a layer gives something else, or all if only the network does; rank 0 says which.
 
         Args:
             links: What is changed now.
@@ -73,8 +74,10 @@ class Judge:
             for layer in left:
                 hooks.after(layer, compare)
             actual = _outputs(self._run)
-        found = [link for link in links if not differing.isdisjoint((link[0], *link[1]))]
-        return found or ([] if equal_within(actual, self._wanted, self._tolerance) else list(links))
+        found = [place for place, link in enumerate(links) if not differing.isdisjoint((link[0], *link[1]))]
+        if not found and not equal_within(actual, self._wanted, self._tolerance):
+            found = list(range(len(links)))
+        return [links[place] for place in ranks.first(lambda: found)]
 
     def _bias(self, layer: Layer) -> float:
         """Return the largest bias, before or now: sums that nearly cancel are no better than their terms."""

@@ -22,13 +22,14 @@ from repapq_plugin.core.part_files import (
     HALFWAY,
     Halfway,
     HalfwayFile,
+    Load,
     PartFiles,
     Record,
     Tensors,
     bring_back,
     write_part,
 )
-from repapq_plugin.errors import CheckpointError, ConfigError
+from repapq_plugin.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -161,16 +162,26 @@ class CheckpointFolder(Checkpoints):
         Raises:
             CheckpointError: What is kept of the part is damaged.
         """
-        if self._finished[self._next : self._next + 1] == [name]:
-            record = bring_back(self._files.path(self._next), lambda _, tensors: load(tensors))
-            self._next += 1
-            return record
-        record = work() or {}
+        record = self.take(name, lambda _, tensors: load(tensors))
+        if record is None:
+            record = work() or {}
+            self.keep(name, record, save)
+        return record
+
+    def take(self, name: str, load: Load) -> Record | None:
+        """Bring back what is kept of a part that comes next; return ``None`` if it has to be done; see `once`."""
+        if self._finished[self._next : self._next + 1] != [name]:
+            return None
+        record = bring_back(self._files.path(self._next), load)
+        self._next += 1
+        return record
+
+    def keep(self, name: str, record: Record, save: Callable[[], Tensors]) -> None:
+        """Keep a part that was done; see `once`."""
         # A part that fails leaves no file, and fails again in every process; the files behind it stay in order.
         self._files.drop_from(self._next)
         del self._finished[self._next :]
         self._keep(name, record, save())
-        return record
 
     def halfway(self, name: str) -> Halfway:
         """See `Checkpoints`."""
@@ -271,21 +282,3 @@ class CheckpointFolder(Checkpoints):
         return CheckpointError(
             f"checkpoint_dir={str(self.path)!r} cannot be written: {error}. Free some space or choose another folder."
         )
-
-
-def checkpoints_in(folder: str | Path | None, resume: bool = False) -> Checkpoints:
-    """Return what keeps finished parts in a folder; what keeps nothing, without a folder.
-
-    Raises:
-        ConfigError: ``resume`` without a folder, or a value of another type.
-        CheckpointError: See `CheckpointFolder`.
-    """
-    if not isinstance(resume, bool):
-        raise ConfigError(f"resume={resume!r} is not allowed; choose True or False.")
-    if folder is None:
-        if resume:
-            raise ConfigError("resume=True is not allowed without checkpoint_dir, the folder that is gone on from.")
-        return Checkpoints()
-    if not isinstance(folder, str | Path) or not str(folder):
-        raise ConfigError(f"checkpoint_dir={folder!r} is not allowed; choose the path of a folder.")
-    return CheckpointFolder(folder, resume)

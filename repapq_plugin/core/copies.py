@@ -17,6 +17,12 @@ from repapq_plugin.errors import HostError
 HALVES = (torch.float16, torch.bfloat16)
 """Floating dtypes that are calibrated, and run afterwards, in float32."""
 
+GATHER = (
+    "gather its state (get_model_state_dict of torch.distributed.checkpoint.state_dict, full_state_dict=True), load it "
+    "into a network of one process, and give that"
+)
+"""What to do with a network of which this process holds a share."""
+
 T = TypeVar("T")
 
 
@@ -32,14 +38,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         kind = type(module).__name__
         if kind in ("FullyShardedDataParallel", "FSDPModule") or kind.startswith("FSDP"):
-            raise HostError(
-                f"{name or 'The model'!r} is sharded over processes ({kind}); gather it and give the whole network."
-            )
+            raise HostError(f"{name or 'The model'!r} is sharded over processes ({kind}); {GATHER}.")
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise HostError(f"{name!r} has no values yet (a lazy module); run the model once on a batch first.")
         if hasattr(parameter, "placements"):
-            raise HostError(f"{name!r} is spread over processes ({type(parameter).__name__}); gather the model first.")
+            raise HostError(f"{name!r} is spread over processes ({type(parameter).__name__}); {GATHER}.")
         if parameter.is_meta:
             raise HostError(f"{name!r} is on the meta device and has no values; load the checkpoint first.")
     return model
@@ -142,10 +146,19 @@ def smaller(batch: T) -> T | None:
 
     Tensors hold samples along their first axis, lists one in each member; all must agree in the number.
     """
+    size = samples_in(batch)
+    return None if size is None or size < 2 else _between(batch, 0, size // 2)
+
+
+def samples_in(batch: object) -> int | None:
+    """Return how many samples a batch holds (see `smaller`); ``None`` if it does not say."""
     sizes = _sample_counts(batch)
-    if len(sizes) != 1 or (size := sizes.pop()) < 2:
-        return None
-    return _first(batch, size // 2)
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def sample_of(batch: T, index: int) -> T:
+    """Return a batch of one sample out of one that says how many it holds."""
+    return _between(batch, index, index + 1)
 
 
 def _sample_counts(value: object) -> set[int]:
@@ -157,10 +170,10 @@ def _sample_counts(value: object) -> set[int]:
     return {count for member in members or () for count in _sample_counts(member)}
 
 
-def _first(value: T, count: int) -> T:
+def _between(value: T, start: int, stop: int) -> T:
     if isinstance(value, Tensor | list):
-        return cast(T, value[:count])
-    return rebuilt(value, lambda member: _first(member, count))
+        return cast(T, value[start:stop])
+    return rebuilt(value, lambda member: _between(member, start, stop))
 
 
 def changed(value: T, change: Callable[[Tensor], Tensor]) -> T:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 
 import numpy as np
@@ -13,14 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core import ranks
+from repapq_plugin.core.copies import sample_of, samples_in
 from repapq_plugin.core.running import Batch
 from repapq_plugin.core.tensors import members_of
+from repapq_plugin.errors import RankError
 
 Fingerprint = dict[str, dict[str, str]]
 """Groups of values that a work depends on; tensors stand there as digests."""
 
 WITHOUT_EFFECT = ("cache_bytes",)
 """Keys of a configuration on which no result depends."""
+
+SAMPLES = "samples"
+"""The group that says which samples there are, in whatever batches, and on how many ranks."""
 
 NAMED = 3
 """How many of many differences a message names."""
@@ -47,11 +53,32 @@ def fingerprint(
     return {
         "config": {key: json.dumps(value, default=str) for key, value in keys.items()},
         "model": digests_of(model),
-        "data": {str(number): digest(batch) for number, batch in enumerate(batches, 1)},
+        **_of_data(batches),
         "told": dict(told),
         "version": {name: _version(name) for name in ("repapq-plugin", "torch", *packages)},
         "machine": {"device": device, "threads": str(torch.get_num_threads())},
     }
+
+
+def _of_data(batches: Sequence[Batch]) -> Fingerprint:
+    """Return digests of the batches of all ranks, and one of all samples, by which another number of ranks is told."""
+    shares = ranks.gather(
+        ([digest(batch) for batch in batches], sorted({each for b in batches for each in _samples(b)}))
+    )
+    many = len(shares) > 1
+    data = {
+        f"{number} of rank {rank}" if many else str(number): of_batch
+        for rank, (of_batches, _) in enumerate(shares)
+        for number, of_batch in enumerate(of_batches, 1)
+    }
+    samples = sorted({each for _, of_samples in shares for each in of_samples})
+    return {"data": data, SAMPLES: {"all": digest(samples), "ranks": str(len(shares))}}
+
+
+def _samples(batch: Batch) -> list[str]:
+    """Return digests of the samples of a batch, or one of all of it where it does not say how many there are."""
+    number = samples_in(batch)
+    return [digest(batch)] if number is None else [digest(sample_of(batch, index)) for index in range(number)]
 
 
 def digests_of(model: nn.Module) -> dict[str, str]:
@@ -110,7 +137,16 @@ def differences(then: Mapping[str, object], now: Fingerprint) -> list[str]:
         now: Another.
     """
     found: list[str] = []
+    before = then.get(SAMPLES)
+    others = isinstance(before, Mapping) and before.get("ranks", "1") != now.get(SAMPLES, {}).get("ranks", "1")
+    if others and isinstance(before, Mapping) and before.get("all") != now[SAMPLES]["all"]:
+        found.append(
+            f"the calibration samples differ from those of {before['ranks']} ranks (now {now[SAMPLES]['ranks']})"
+        )
     for group, values in now.items():
+        # Another number of ranks has the same samples in other batches.
+        if group == SAMPLES or (group == "data" and others):
+            continue
         before = then.get(group)
         known = {str(key): str(value) for key, value in before.items()} if isinstance(before, Mapping) else {}
         changed = [key for key in {**known, **values} if known.get(key) != values.get(key)]
@@ -127,6 +163,29 @@ def differences(then: Mapping[str, object], now: Fingerprint) -> list[str]:
                 for key in changed
             ]
     return found
+
+
+def same_on_ranks(describe: Callable[[], Fingerprint]) -> Callable[[], Fingerprint]:
+    """Make sure that all ranks were given the same model, configuration and versions; with one process nothing is done.
+
+    Args:
+        describe: Says what this rank was given; on all ranks with all their data.
+
+    Returns:
+        What says the same.
+
+    Raises:
+        RankError: One was not; the message says which and what differs.
+    """
+    if ranks.world().size == 1:
+        return describe
+    mine = describe()
+    groups = {key: value for key, value in mine.items() if key not in ("data", SAMPLES, "machine")}
+    wanted = ranks.first(lambda: groups)
+    for rank, changed in enumerate(ranks.gather(differences(wanted, groups))):
+        if changed:
+            raise RankError(f"Rank {rank} was given another work than rank 0: {'; '.join(changed)}.")
+    return lambda: mine
 
 
 def _data_difference(then: Mapping[str, str], now: Mapping[str, str], changed: Sequence[str]) -> str:

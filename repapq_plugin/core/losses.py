@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,7 +26,26 @@ QUIET = 1e-4
 """Share of the mean size below which no sample's own size counts: what is nearly zero has no relative error."""
 
 
-def relative_loss(output: Tensor, target: Tensor, loss: str) -> Tensor:
+@dataclass(frozen=True)
+class Alike:
+    """What lets samples that lie on several ranks count alike.
+
+    Args:
+        floor: Size below which no sample's own counts, from the samples of all ranks; see `sample_floor`.
+        samples: How many samples all ranks have together.
+    """
+
+    floor: float
+    samples: int
+
+    @classmethod
+    def of(cls, sizes: Sequence[Tensor]) -> Alike:
+        """Return it from the sizes of the samples of each rank, ``(samples,)`` each."""
+        together = torch.cat([each.cpu() for each in sizes]) if sizes else torch.zeros(0)
+        return cls(float(floor_of(together)) if together.numel() else 0.0, together.numel())
+
+
+def relative_loss(output: Tensor, target: Tensor, loss: str, alike: Alike | None = None) -> Tensor:
     """Return the mean over samples of a loss, each divided by what an all-zero output would lose: a scalar.
 
     Relative terms of units of different magnitude can be added. That each sample is divided by its own magnitude is our
@@ -37,7 +57,11 @@ def relative_loss(output: Tensor, target: Tensor, loss: str) -> Tensor:
         output: ``(samples, ...)``; a tensor without such an axis is one sample.
         target: The same shape.
         loss: ``"mae"`` or ``"mse"``.
+        alike: Set where other ranks have more samples: the sum of what all return is the mean over all samples.
     """
+    if alike is not None:
+        magnitudes = sample_sizes(target, loss).clamp_min(alike.floor)
+        return (sample_sizes(output - target, loss) / magnitudes).sum() / alike.samples
     return (sample_sizes(output - target, loss) / sample_magnitudes(target, loss)).mean()
 
 
@@ -48,8 +72,12 @@ def sample_magnitudes(target: Tensor, loss: str) -> Tensor:
 
 def sample_floor(sizes: Tensor) -> Tensor:
     """Return the sizes of samples, ``(samples,)``, with none below their median or next to nothing."""
-    floor = torch.maximum(sizes.median(), QUIET * sizes.mean()).clamp_min(1e-12)
-    return torch.maximum(sizes, floor)
+    return torch.maximum(sizes, floor_of(sizes))
+
+
+def floor_of(sizes: Tensor) -> Tensor:
+    """Return the size below which none of samples counts, a scalar, from the sizes of all, ``(samples,)``."""
+    return torch.maximum(sizes.median(), QUIET * sizes.mean()).clamp_min(1e-12)
 
 
 def sample_sizes(values: Tensor, loss: str) -> Tensor:

@@ -75,7 +75,7 @@ def _read(path: Path, tensors: bool = False) -> tuple[str, Record, dict[str, Ten
             header = file.metadata() or {}
             found = {key: file.get_tensor(key) for key in file.keys()} if tensors else {}
         return header["name"], dict(json.loads(header["record"])), found
-    except (OSError, SafetensorError, LookupError, ValueError, TypeError) as error:
+    except (OSError, SafetensorError, LookupError, ValueError, TypeError, RecursionError) as error:
         raise _damaged(path, error) from error
 
 

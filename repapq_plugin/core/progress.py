@@ -12,12 +12,17 @@ LINE_SECONDS = 10.0
 """How often a log gets a line."""
 
 
+ESTIMATE = "estimate"
+"""Phase of a report that says, once, what the work will take; its ``part`` is a sentence."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far a long work is.
 
     Args:
-        phase: What goes on: ``"ranges"`` and ``"calibration"`` in a job; hosts also load and test.
+        phase: What goes on: ``"ranges"`` and ``"calibration"`` in a job, `ESTIMATE` before them; hosts also load and
+            test.
         done: Batches observed or tested, images loaded, or optimisation steps taken.
         total: How many there will be.
         part: What is worked on, for example the module path of a stage.
@@ -81,6 +86,9 @@ class ProgressLines:
 
     def __call__(self, progress: Progress) -> None:
         """Write a line if it is time for one."""
+        if progress.phase == ESTIMATE:
+            self._write(f"{progress.phase}: {progress.part}")
+            return
         now = self._clock()
         begins = progress.phase != self._phase
         if begins:

@@ -16,9 +16,10 @@ from torch import nn
 
 from repapq_plugin.backend import PlainBackend
 from repapq_plugin.config import RepAPQConfig
-from repapq_plugin.core.checkpoints import Checkpoints, checkpoints_in
+from repapq_plugin.core.checkpoints import Checkpoints
 from repapq_plugin.core.copies import own_copy
 from repapq_plugin.core.progress import Report, counted
+from repapq_plugin.core.ranked_checkpoints import checkpoints_in
 from repapq_plugin.core.running import Batch, ForwardFn, call_model, inference
 from repapq_plugin.diagnosis.inputs import (
     Rounds,

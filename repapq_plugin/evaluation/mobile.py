@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from repapq_plugin.core.installs import EXECUTORCH, LITERT
 from repapq_plugin.errors import ExportError
 from repapq_plugin.evaluation.runtimes import RuntimeNetwork, existing_file
 
@@ -31,9 +32,7 @@ class ExecuTorchNetwork(RuntimeNetwork):
         try:
             from executorch.runtime import Runtime
         except ImportError as error:
-            raise ExportError(
-                "This needs an executorch built for this torch: pip install 'executorch>=1.3.1,<1.4' for torch 2.12"
-            ) from error
+            raise ExportError(f"This needs an executorch built for this torch: {EXECUTORCH}") from error
         path = existing_file(path)
         try:
             self._program = Runtime.get().load_program(path)  # the method reads from it
@@ -80,7 +79,7 @@ class LiteRTNetwork(RuntimeNetwork):
         try:
             from ai_edge_litert.interpreter import Interpreter, OpResolverType
         except ImportError as error:
-            raise ExportError("This needs the ai-edge-litert package: pip install ai-edge-litert") from error
+            raise ExportError(f"This needs the ai-edge-litert package: {LITERT}") from error
         path = existing_file(path)
         resolver = OpResolverType.AUTO if delegate else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
         try:

@@ -23,6 +23,7 @@ from repapq_plugin.core.tensors import change_first_tensor
 from repapq_plugin.errors import ExportError
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
 from repapq_plugin.quantizers.layers import (
+    OUTPUT,
     QuantizedLayer,
     RunsOwnForward,
     float_layer,
@@ -30,6 +31,7 @@ from repapq_plugin.quantizers.layers import (
     take_role,
     weight_of,
 )
+from repapq_plugin.quantizers.outputs import remove_outputs
 from repapq_plugin.quantizers.own_forward import is_plain
 from repapq_plugin.quantizers.skips import SkippingModule, remove_skips
 
@@ -129,7 +131,7 @@ def _rounded(x: Tensor, scale: Tensor, zero_point: Tensor, clamp_range: tuple[fl
 
 
 class DeployedSkip(nn.Module):
-    """The quantizer of what is added to a layer's output, in export form."""
+    """The quantizer of what is added to a layer's output, or of an output, in export form."""
 
     input_scale: Tensor
     input_zero_point: Tensor
@@ -210,7 +212,9 @@ class DeployedLayer(RunsOwnForward):
             args, kwargs = change_first_tensor(args, kwargs, self._quantized)
         weight = self.multiplying(self.dequantized_weight()) if self.quantizes_weight else nullcontext()
         with weight, NumericSizes() if torch.onnx.is_in_onnx_export() and not is_plain(self) else nullcontext():
-            return self.float_forward(*args, **kwargs)
+            output = self.float_forward(*args, **kwargs)
+        rounding = self._modules.get(OUTPUT)
+        return output if rounding is None else cast(Tensor, rounding(output))
 
     def _quantized(self, x: Tensor) -> Tensor:
         return _rounded(x, self.input_scale, self.input_zero_point, self.clamp_range)
@@ -242,7 +246,10 @@ def deploy_layer(quantized: QuantizedLayer, where: str) -> DeployedLayer:
     """
     _refuse_unfinished(quantized, where)
     of_weight, of_input = quantized.weight_fake_quant, quantized.input_fake_quant
+    of_output = quantized._modules.get(OUTPUT)
     deployed = take_role(float_layer(quantized), DeployedLayer)
+    if of_output is not None:
+        deployed.register_module(OUTPUT, of_output)
     deployed.quantizes_weight, deployed.quantizes_input = of_weight.quantizing, of_input.quantizing
     deployed.clamp_range = None
     if deployed.quantizes_weight:
@@ -284,6 +291,17 @@ def _deploy_skips(model: nn.Module) -> None:
         module.skip_fake_quants = nn.ModuleList(deployed)
 
 
+def _deploy_outputs(model: nn.Module) -> None:
+    """Bring quantizers of outputs into export form, in place."""
+    for name, module in list(model.named_modules()):
+        quantizer = module._modules.get(OUTPUT)
+        if isinstance(quantizer, LearnableFakeQuantize):
+            where = f"The output of {name or 'the network'!r}"
+            _refuse_observing(quantizer, where)
+            own_registries(module)  # a copy of a layer shares them
+            module._modules[OUTPUT] = DeployedSkip(quantizer, where) if quantizer.quantizing else nn.Identity()
+
+
 def deployable(model: nn.Module) -> nn.Module:
     """Return a deep copy in which every `QuantizedLayer` has its export form.
 
@@ -297,6 +315,7 @@ def deployable(model: nn.Module) -> nn.Module:
     """
     model = own_copy(model).eval()
     _deploy_skips(model)
+    _deploy_outputs(model)
     for where, layer in _quantized_layers(model):
         if layer.input_fake_quant.quantizing or layer.weight_fake_quant.quantizing:
             deploy_layer(layer, where).eval()
@@ -312,6 +331,7 @@ def without_quantizers(model: nn.Module) -> nn.Module:
         HostError: The model cannot be copied.
     """
     model = own_copy(model).eval()
+    remove_outputs(model)
     remove_skips(model)
     for _, layer in _quantized_layers(model):
         float_layer(layer)

@@ -17,43 +17,28 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from repapq_plugin.core.files import write_atomically
+from repapq_plugin.core.installs import EXECUTORCH
 from repapq_plugin.errors import ExportError
 from repapq_plugin.export._xnnpack import flatc_found, xnnpack_layers
 from repapq_plugin.export.blame import explained
 from repapq_plugin.export.calls import Example
-from repapq_plugin.export.program import constant, program_of, with_weights
+from repapq_plugin.export.program import MobileSummary, constant, program_of, with_weights
 from repapq_plugin.export.program_grids import layer_calls
 
 logger = logging.getLogger(__name__)
 
-INSTALL = "pip install 'executorch>=1.3.1,<1.4' (for torch 2.12)"
-"""What to install: each version of ExecuTorch is built for one of torch, and its runtime refuses others."""
 
-
-@dataclass(frozen=True)
-class ExecuTorchSummary:
-    """What was written, read back from the graphs that were handed to XNNPACK.
+@dataclass(frozen=True, kw_only=True)
+class ExecuTorchSummary(MobileSummary):
+    """What was written, read back from the graphs that were handed to XNNPACK; see also `MobileSummary`.
 
     Args:
-        path: The ``.pte`` file.
-        size_bytes: Its size.
-        layers: Calls of layers that read integers and have integer weights.
-        integer_layers: Layers with int8 weights that XNNPACK computes from int8 to int8.
-        float_layers: Paths of those layers that it computes in floating point, on the very grids: what they return is
-            not rounded, and its integer kernels write integers only.
         outside: Operators that no partition of XNNPACK has taken, with their number.
         partitions: Number of XNNPACK's partitions.
-        notes: What is worth knowing about the file, in sentences.
     """
 
-    path: Path
-    size_bytes: int
-    layers: int
-    integer_layers: int
-    float_layers: tuple[str, ...]
     outside: Mapping[str, int]
     partitions: int
-    notes: tuple[str, ...] = ()
 
 
 def export_executorch(
@@ -135,4 +120,4 @@ def require_executorch() -> None:
         ExportError: It is not; the message says what to install.
     """
     if find_spec("executorch") is None:
-        raise ExportError(f"This needs the executorch package: {INSTALL}")
+        raise ExportError(f"This needs the executorch package: {EXECUTORCH}")

@@ -19,45 +19,30 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from repapq_plugin.core.files import write_atomically
+from repapq_plugin.core.installs import LITERT_TORCH
 from repapq_plugin.errors import ExportError
 from repapq_plugin.export.blame import explained
 from repapq_plugin.export.calls import Example
-from repapq_plugin.export.program import QuantizedProgram, constant, program_of, with_weights
+from repapq_plugin.export.program import MobileSummary, QuantizedProgram, constant, program_of, with_weights
 from repapq_plugin.export.program_grids import operators, roundings
 
 logger = logging.getLogger(__name__)
-
-INSTALL = "pip install 'litert-torch>=0.10'"
-"""What to install."""
 
 LAYERS = ("CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV", "FULLY_CONNECTED")
 """LiteRT's operators that have weights."""
 
 
-@dataclass(frozen=True)
-class LiteRTSummary:
-    """What was written, read back from the file.
+@dataclass(frozen=True, kw_only=True)
+class LiteRTSummary(MobileSummary):
+    """What was written, read back from the file; see also `MobileSummary`.
 
     Args:
-        path: The ``.tflite`` file.
-        size_bytes: Its size.
-        layers: Calls of layers that read integers and have integer weights.
-        integer_layers: Layers that the file computes from int8 to int8.
-        float_layers: Paths of those layers that it computes in floating point, from int8 weights: what they return is
-            not rounded, and integer kernels write integers only.
         integer_inputs: Whether the file's inputs are int8 on the first layer's grid; `LiteRTNetwork` rounds to it.
         integer_outputs: Whether its outputs are int8.
-        notes: What is worth knowing about the file, in sentences.
     """
 
-    path: Path
-    size_bytes: int
-    layers: int
-    integer_layers: int
-    float_layers: tuple[str, ...]
     integer_inputs: bool
     integer_outputs: bool
-    notes: tuple[str, ...] = ()
 
 
 def export_litert(
@@ -220,4 +205,4 @@ def require_litert_torch() -> None:
         ExportError: It is not; the message says what to install.
     """
     if find_spec("litert_torch") is None:
-        raise ExportError(f"This needs the litert-torch package: {INSTALL}")
+        raise ExportError(f"This needs the litert-torch package: {LITERT_TORCH}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from repapq_plugin.core.onnx_weights import separate_weights, values_read
+from repapq_plugin.core.onnx_weights import separate_weights, values_read, weight_nodes
 from repapq_plugin.export.onnx_padding import move_codes, spell_out_padding
 
 if TYPE_CHECKING:
@@ -19,12 +19,13 @@ def tidy(graph: onnx.GraphProto) -> None:
     """Bring the traced graph to its shortest form; its meaning stays."""
     _constants_to_initializers(graph)
     _drop_identities(graph)
-    _merge_equal_nodes(graph)
+    _drop_flat_weights(graph)
+    merge_equal_nodes(graph)
     _transpose_weights(graph)
     spell_out_padding(graph)
     move_codes(graph)
     separate_weights(graph)
-    _drop_unused(graph)
+    drop_unused(graph)
     del graph.value_info[:]
 
 
@@ -37,7 +38,7 @@ def _constants_to_initializers(graph: onnx.GraphProto) -> None:
             graph.node.remove(node)
 
 
-def _rewire(graph: onnx.GraphProto, old: str, new: str) -> None:
+def rewire(graph: onnx.GraphProto, old: str, new: str) -> None:
     """Let every reader of value ``old`` read ``new`` (readers inside subgraphs too)."""
     for node in graph.node:
         for i, name in enumerate(node.input):
@@ -46,14 +47,27 @@ def _rewire(graph: onnx.GraphProto, old: str, new: str) -> None:
         for attribute in node.attribute:
             for subgraph in (attribute.g, *attribute.graphs):
                 if subgraph.node:
-                    _rewire(subgraph, old, new)
+                    rewire(subgraph, old, new)
 
 
 def _drop_identities(graph: onnx.GraphProto) -> None:
     results = {value.name for value in graph.output}
     for node in list(graph.node):
         if node.op_type == "Identity" and node.output[0] not in results:
-            _rewire(graph, node.output[0], node.input[0])
+            rewire(graph, node.output[0], node.input[0])
+            graph.node.remove(node)
+
+
+def _drop_flat_weights(graph: onnx.GraphProto) -> None:
+    """Remove what flattens a matrix to a matrix: torch returns the same one, and the tracer takes it for another."""
+    results = {value.name for value in graph.output}
+    matrices = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
+    matrices |= {node.output[0] for node in weight_nodes(graph) if node.input[0] in matrices}
+    for node in list(graph.node):
+        if node.op_type != "Flatten" or node.input[0] not in matrices or node.output[0] in results:
+            continue
+        if all(attribute.i == 1 for attribute in node.attribute):
+            rewire(graph, node.output[0], node.input[0])
             graph.node.remove(node)
 
 
@@ -65,7 +79,7 @@ def digest(tensor: onnx.TensorProto) -> str:
     return f"{array.dtype}{array.shape}{hashlib.sha256(array.tobytes()).hexdigest()}"
 
 
-def _merge_equal_nodes(graph: onnx.GraphProto) -> None:
+def merge_equal_nodes(graph: onnx.GraphProto) -> None:
     """Let layers that read one tensor on one grid share its quantize/dequantize pair."""
     digests = {tensor.name: digest(tensor) for tensor in graph.initializer}
     results = {value.name for value in graph.output}
@@ -76,7 +90,7 @@ def _merge_equal_nodes(graph: onnx.GraphProto) -> None:
         attributes = tuple(sorted(a.SerializeToString() for a in node.attribute))
         key = (node.op_type, *(digests.get(name, name) for name in node.input), attributes)
         if key in first:
-            _rewire(graph, node.output[0], first[key])
+            rewire(graph, node.output[0], first[key])
             graph.node.remove(node)
         else:
             first[key] = node.output[0]
@@ -111,7 +125,7 @@ def _transpose_weights(graph: onnx.GraphProto) -> None:
         node.CopyFrom(twin)
 
 
-def _drop_unused(graph: onnx.GraphProto) -> None:
+def drop_unused(graph: onnx.GraphProto) -> None:
     """Remove weight nodes and initializers that nothing reads any more."""
     used = _names_read(graph)
     for node in reversed(list(graph.node)):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from repapq_plugin.core.onnx_weights import integer_layers
+from repapq_plugin.core.onnx_weights import integer_layers, weight_nodes
 from repapq_plugin.errors import ExportError
 from repapq_plugin.export.blame import explained, layer_in
 from repapq_plugin.export.onnx_tidy import digest
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     import onnx
 
 LOGGER = logging.getLogger(__name__)
+
+INT32 = 6
+"""ONNX's number of the type that biases are stored in."""
 
 OTHER_FORM = "Export with another opset, or only the part of the model that maps tensors to tensors."
 """What to do about a graph that something refuses."""
@@ -49,9 +52,9 @@ def different_operators(graph: onnx.GraphProto) -> Counter[str]:
 
 def count_pairs(graph: onnx.GraphProto) -> tuple[int, int]:
     """Return the number of pairs on activations and of DequantizeLinear nodes on weights."""
-    initializers = {tensor.name for tensor in graph.initializer}
-    weights = sum(n.op_type == "DequantizeLinear" and n.input[0] in initializers for n in graph.node)
-    return operators(graph)["QuantizeLinear"], weights
+    stored = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    biases = sum(stored[node.input[0]] == INT32 for node in weight_nodes(graph))
+    return operators(graph)["QuantizeLinear"], len(list(weight_nodes(graph))) - biases
 
 
 def verify(

@@ -26,7 +26,8 @@ from repapq_plugin.export.deploy import without_quantizers
 from repapq_plugin.export.onnx_batch import parts_of, reason_against, run_second_batch
 from repapq_plugin.export.onnx_verify import relative_difference
 from repapq_plugin.export.origins import read_origin, write_origin
-from repapq_plugin.export.qdq_onnx import export_onnx, quantized_module
+from repapq_plugin.export.qdq_onnx import export_onnx, quantized_module, target_of
+from repapq_plugin.targets import Target
 
 if TYPE_CHECKING:
     import openvino
@@ -77,6 +78,7 @@ def export_openvino(
     path: str | os.PathLike[str],
     *,
     dynamic_batch: bool = True,
+    target: Target | None = None,
 ) -> OpenVINOSummary:
     """Write a quantized model as OpenVINO IR, ``path`` (``.xml``) and its ``.bin`` beside it.
 
@@ -90,6 +92,7 @@ def export_openvino(
         path: The ``.xml`` file to write; both files appear only once they are complete.
         dynamic_batch: Leave the first dimension open, if another batch size really runs. A fixed one lets
             processors without AVX-512 run transposed convolutions in integers too.
+        target: For what the file is written; default: that for which a result was made.
 
     Raises:
         ExportError: A package is missing, the model cannot be exported or converted, or the files
@@ -107,7 +110,8 @@ def export_openvino(
                 summary = _summary(_convert(ov, onnx_path, partial), path)
                 origin = read_origin(onnx_path) if onnx_path.suffix == ".onnx" else None
             else:
-                summary = _from_model(ov, quantized_module(source), example, partial, dynamic_batch)
+                target = target or target_of(source)
+                summary = _from_model(ov, quantized_module(source), example, partial, dynamic_batch, target)
                 origin = origin_of(source)
             if origin is not None:
                 write_origin(partial, origin)
@@ -142,10 +146,12 @@ def _summary(compiled: openvino.CompiledModel, path: Path) -> OpenVINOSummary:
     return OpenVINOSummary(path, path, 0, None, layer_kernels(compiled), None)
 
 
-def _from_model(ov: ModuleType, model: nn.Module, example: Example, xml: Path, dynamic_batch: bool) -> OpenVINOSummary:
+def _from_model(
+    ov: ModuleType, model: nn.Module, example: Example, xml: Path, dynamic_batch: bool, target: Target
+) -> OpenVINOSummary:
     """Write a model to ``xml``, its batch open only if OpenVINO runs another one, and return what was written."""
     onnx_path = xml.with_name("model.onnx")
-    written = export_onnx(model, example, onnx_path, dynamic_batch=dynamic_batch)
+    written = export_onnx(model, example, onnx_path, dynamic_batch=dynamic_batch, target=target)
     compiled = _convert(ov, onnx_path, xml, model)
     simulation = own_copy(model).eval()
     call = Call.of(example, simulation)
@@ -169,7 +175,7 @@ def _from_model(ov: ModuleType, model: nn.Module, example: Example, xml: Path, d
             note = f"The batch size is fixed to the example's in OpenVINO: {reason}."
             logger.warning(note)
             del compiled  # it may still read the file that is written anew
-            fixed = _from_model(ov, model, example, xml, dynamic_batch=False)
+            fixed = _from_model(ov, model, example, xml, False, target)
             return replace(fixed, notes=(note, *fixed.notes))
     summary = _summary(compiled, xml)
     integer = sum(map(computes_integers, summary.kernels.values()))

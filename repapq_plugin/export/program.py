@@ -62,6 +62,28 @@ class ProgramSummary:
     size_bytes: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class MobileSummary:
+    """What was written for a runtime on phones, read back from it.
+
+    Args:
+        path: The file.
+        size_bytes: Its size.
+        layers: Calls of layers that read integers and have integer weights.
+        integer_layers: Those that the runtime computes from int8 to int8.
+        float_layers: Paths of the others: it computes them in floating point, on the very grids, since nothing rounds
+            what they return and its integer kernels write integers only.
+        notes: What is worth knowing about the file, in sentences.
+    """
+
+    path: Path
+    size_bytes: int
+    layers: int
+    integer_layers: int
+    float_layers: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class QuantizedProgram:
     """A network as a graph in torch's quantize and dequantize operators.

@@ -22,6 +22,7 @@ from repapq_plugin.export.calls import Call, Example
 from repapq_plugin.export.deploy import deployable, without_quantizers
 from repapq_plugin.export.onnx_batch import SecondBatch, parts_of, reason_against, run_second_batch
 from repapq_plugin.export.onnx_names import Axes, GraphNames
+from repapq_plugin.export.onnx_rounding import repeat_roundings, store_biases
 from repapq_plugin.export.onnx_tidy import tidy
 from repapq_plugin.export.onnx_trace import Expected, run_once, trace, unread_calls
 from repapq_plugin.export.onnx_verify import (
@@ -100,6 +101,7 @@ class _Network:
         names: Names of inputs and outputs.
         opset: ONNX operator set.
         origin: How it was made; ``None`` where nobody knows.
+        target: What it is written for.
     """
 
     model: nn.Module
@@ -109,6 +111,7 @@ class _Network:
     names: GraphNames
     opset: int
     origin: Origin | None
+    target: Target
 
     def named(self, call: Call) -> dict[str, Tensor]:
         """Return the tensors of a call by the names of the graph's inputs."""
@@ -141,6 +144,7 @@ def export_onnx(
     output_names: Sequence[str] | None = None,
     dynamic_batch: bool = True,
     opset: int | None = None,
+    target: Target | None = None,
 ) -> OnnxSummary:
     """Write a quantized model as ONNX, in the form that integer runtimes turn into integer kernels.
 
@@ -160,14 +164,16 @@ def export_onnx(
         output_names: Names of the outputs, in order; default ``output`` or ``output_0``...
         dynamic_batch: Leave the first dimension of inputs and outputs open, if the graph then computes
             what the model does for one sample more too; if not, the summary's notes say why.
-        opset: ONNX operator set, 13 or newer; default: that of the target for which a result was made.
+        opset: ONNX operator set, 13 or newer; default: that of the target.
+        target: For what the file is written; default: that for which a result was made.
 
     Raises:
         ExportError: A package is missing, a layer is not ready for export, the model cannot be
             traced, the written graph failed a check, or the file cannot be written.
     """
     require_onnx()
-    opset = target_of(model_or_result).opset if opset is None else opset
+    target = target or target_of(model_or_result)
+    opset = target.opset if opset is None else opset
     if opset < MIN_OPSET:
         raise ExportError(f"opset={opset} has no scales per channel; choose {MIN_OPSET} or newer.")
     model = quantized_module(model_or_result)
@@ -179,7 +185,7 @@ def export_onnx(
     call = Call.of(example, deployed)
     expected = run_once(deployed, call)
     names = GraphNames(call.tensors, expected.outputs, input_names, output_names)
-    network = _Network(model, deployed, call, expected, names, opset, origin_of(model_or_result))
+    network = _Network(model, deployed, call, expected, names, opset, origin_of(model_or_result), target)
     notes = []
     opened, reason = _with_open_batch(network) if dynamic_batch else (None, "")
     written = opened or _written(network, {})
@@ -246,6 +252,10 @@ def _written(network: _Network, axes: Mapping[str, Axes], second: SecondBatch | 
         plain = trace(float_model, call, network.names, axes, network.opset)
         tidy(plain.graph)
         unread = verify(proto, plain, expected, deployed, lambda: unread_calls(float_model, call, expected.weights))
+        if network.target.quantized_operators:
+            repeat_roundings(proto.graph, network.target.quantized_operators)
+        if network.target.rounds_biases:
+            store_biases(proto.graph)
     if network.origin is not None:
         set_properties(proto, network.origin.to_text())
     with explained("The graph does not fit into one file", "Export the model in parts below 2 GiB."):

@@ -22,7 +22,7 @@ from repapq_plugin.export.openvino import OpenVINOSummary, export_openvino
 from repapq_plugin.export.program import ProgramSummary, quantized_program
 from repapq_plugin.export.qdq_onnx import OnnxSummary, export_onnx
 from repapq_plugin.job import Job, Report
-from repapq_plugin.quantizers.layers import QuantizedLayer, weight_of
+from repapq_plugin.quantizers.layers import OUTPUT, QuantizedLayer, weight_of
 from repapq_plugin.quantizers.skips import SkippingModule
 from repapq_plugin.result import Calibrated, CalibrationResult
 
@@ -112,9 +112,15 @@ def quantized_layers(network: nn.Module) -> dict[str, QuantizedLayer]:
     """Return the quantized layers of a calibrated network by each module path that they stand at.
 
     Raises:
-        HostError: It holds none, or computes in double precision, or adds rounded summands, which the toolbox would
-            leave out.
+        HostError: It holds none, or computes in double precision, or rounds outputs or summands, which the toolbox
+            would leave out.
     """
+    rounding = next((name for name, module in network.named_modules() if OUTPUT in module._modules), None)
+    if rounding is not None:
+        raise HostError(
+            f"The output of {rounding or 'the network'!r} is rounded, which this toolbox does not carry; quantize for "
+            "a target without that, or with this host."
+        )
     adding = next((name for name, module in network.named_modules() if isinstance(module, SkippingModule)), None)
     if adding is not None:
         raise HostError(

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core import ranks
 from repapq_plugin.core.checkpoints import Checkpoints
-from repapq_plugin.core.losses import relative_loss
+from repapq_plugin.core.losses import Alike, relative_loss
 from repapq_plugin.core.progress import Advance
 from repapq_plugin.core.running import is_out_of_memory
 from repapq_plugin.errors import CalibrationError, RepAPQError
@@ -26,6 +27,7 @@ from repapq_plugin.method.learners import Learner, load_state, state_of
 from repapq_plugin.method.optimise import Outcome, Outputs, Subject, reconstruct, split_batches
 from repapq_plugin.method.partition import Stage, Unit, is_inside
 from repapq_plugin.method.schedules import Activation, Cache, NetworkSubject, Role, StageRun, StageSubject, UnitSubject
+from repapq_plugin.method.shares import Share
 from repapq_plugin.method.solve_units import StageSolver, solvable
 from repapq_plugin.method.stage_activations import Networks, StageActivations
 from repapq_plugin.method.unit_result import UnitResult, joined
@@ -33,17 +35,24 @@ from repapq_plugin.method.unit_result import UnitResult, joined
 logger = logging.getLogger(__name__)
 
 
-def mean_relative_loss(outputs: Sequence[Tensor], targets: Sequence[Tensor], loss: str) -> Tensor:
+def mean_relative_loss(
+    outputs: Sequence[Tensor], targets: Sequence[Tensor], loss: str, alike: Sequence[Alike] | None = None
+) -> Tensor:
     """Return the mean over tensors of `relative_loss`, a scalar.
 
     Args:
         outputs: Tensors of any shapes: the calls of a unit, or the outputs of a network.
         targets: The float network's tensors, of the same shapes.
         loss: ``"mae"`` or ``"mse"``.
+        alike: One for each tensor, set where other ranks have more samples: what all ranks return is to be summed.
     """
-    terms = [
-        relative_loss(output, target, loss) for output, target in zip(outputs, targets, strict=True) if target.numel()
-    ]
+    terms = []
+    none: list[Alike | None] = [None] * len(targets)
+    for output, target, over_ranks in zip(outputs, targets, alike or none, strict=True):
+        if target.numel():
+            terms.append(relative_loss(output, target, loss, over_ranks))
+        elif over_ranks is not None and over_ranks.samples:
+            terms.append(torch.zeros((), device=target.device))
     return torch.stack(terms).mean() if terms else torch.zeros(())
 
 
@@ -58,10 +67,16 @@ def across_block_loss(
         loss: ``"mae"`` or ``"mse"``.
         stage_weight: Weight of the stage term against the mean of the unit terms.
     """
-    parts = {name: mean_relative_loss(given, targets.units[name], loss) for name, given in outputs.units.items()}
+    alike = targets.alike
+    parts = {
+        name: mean_relative_loss(given, targets.units[name], loss, None if alike is None else alike.units[name])
+        for name, given in outputs.units.items()
+    }
     total = torch.stack(list(parts.values())).mean()
     if stage_weight and outputs.stage:
-        total = total + stage_weight * mean_relative_loss(outputs.stage, targets.stage, loss)
+        total = total + stage_weight * mean_relative_loss(
+            outputs.stage, targets.stage, loss, None if alike is None else alike.stage
+        )
     return total, {name: part.detach() for name, part in parts.items()}
 
 
@@ -123,6 +138,8 @@ class AcrossBlockCalibrator:
     def _calibrate_network(self, steps: int) -> list[UnitResult]:
         networks = self.networks
         units = [u for stage in self.stages for u in stage.units if not set(u.layers) & set(self.left_float)]
+        if not units:
+            return []
         subject = NetworkSubject(
             units,
             {path: learner for path, learner in networks.learners.items() if path not in self.left_float},
@@ -146,13 +163,13 @@ class AcrossBlockCalibrator:
         return self._results("network", units, outcome)
 
     def _calibrate_stage(self, stage: Stage, finished: Sequence[Stage]) -> list[UnitResult]:
-        self._activations.prepare(stage, finished)
+        ranks.agreed(partial(self._activations.prepare, stage, finished))
         solved = self._solve(stage)
         results: list[UnitResult] = []
         if self.config.steps and self.config.schedule != "network":
             by_unit = stage.learned(self.config.schedule) is stage.units
             results = self._unit_by_unit(stage) if by_unit else self._at_once(stage)
-        self._activations.finish(stage)
+        ranks.agreed(partial(self._activations.finish, stage))
         return joined(solved, results)
 
     def _solve(self, stage: Stage) -> list[UnitResult]:
@@ -162,7 +179,9 @@ class AcrossBlockCalibrator:
         networks = self.networks
         batches = split_batches(len(networks.batches), self.config.guard_fraction, networks.views)
         learners = self._learners_in(stage.name)
-        solver = StageSolver(self._run_of(stage), self.teacher_modules, networks.calls, learners, batches)
+        solver = StageSolver(
+            self._run_of(stage), self.teacher_modules, networks.calls, learners, batches, self._share()
+        )
         record = self.checkpoints.once(
             f"{stage.part}, solved",
             lambda: {"units": [asdict(unit) for unit in solver.solve(self._solvable, self._loss)]},
@@ -170,6 +189,9 @@ class AcrossBlockCalibrator:
             partial(load_state, learners),
         )
         return [UnitResult(**unit) for unit in cast("list[dict[str, Any]]", record["units"])]
+
+    def _share(self) -> Share:
+        return Share(self.networks.own, self.config.loss)
 
     def _run_of(self, stage: Stage) -> StageRun:
         return StageRun(stage, self.student_modules, partial(self.networks.run_alone, stage.name), self.cache)
@@ -192,19 +214,22 @@ class AcrossBlockCalibrator:
                 bool(self.config.stage_weight),
             )
             results += self._results(stage.name, [unit], self._reconstruct(unit.part, subject, self.config.steps))
-            with torch.no_grad():
-                for index in range(len(self.networks.batches)):
-                    self.cache.put(Activation(Role.STUDENT, unit.name), index, subject.unit_outputs(index))
+            ranks.agreed(partial(self._keep_outputs, unit, subject))
         self._set_quantizing(stage.name, True)
         return results
 
+    @torch.no_grad()
+    def _keep_outputs(self, unit: Unit, subject: UnitSubject) -> None:
+        for index in self.networks.own:
+            self.cache.put(Activation(Role.STUDENT, unit.name), index, subject.unit_outputs(index))
+
     def _reconstruct(self, part: str, subject: Subject, steps: int) -> Outcome:
-        config, data = self.config.replace(steps=steps), self.networks.batches
-        halfway = self.checkpoints.halfway(part)
+        config, number = self.config.replace(steps=steps), len(self.networks.batches)
+        halfway, views = self.checkpoints.halfway(part), self.networks.views
         learned = self.checkpoints.once(
             part,
             lambda: asdict(
-                reconstruct(subject, self._loss, len(data), config, self.advance, halfway, self.networks.views)
+                reconstruct(subject, self._loss, number, config, self.advance, halfway, views, self._share())
             ),
             partial(state_of, subject.learners),
             partial(load_state, subject.learners),

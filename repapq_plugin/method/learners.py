@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from repapq_plugin.config import LearningRates
+from repapq_plugin.core import ranks
 from repapq_plugin.core.hooks import Hooks, unseen
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
 from repapq_plugin.quantizers.layers import ChannelAffine, QuantizedLayer
@@ -92,10 +93,10 @@ class LayerLearner:
 
 @dataclass(frozen=True)
 class SkipLearner:
-    """The quantizer of what is added to a layer's output, if it is no layer's own: its scale learns.
+    """The quantizer of what is added to a layer's output, or of an output, if it is no layer's own: its scale learns.
 
     Args:
-        module: What adds.
+        module: What adds, or gives the output.
         quantizer: The quantizer.
     """
 
@@ -161,22 +162,41 @@ def parameter_groups(
 
 
 @torch.no_grad()
-def output_magnitudes(learners: Mapping[str, Learner], run: Callable[[], object]) -> dict[str, float]:
-    """Return the mean absolute output of each learner's module in one pass; 1 where it was not called."""
+def output_magnitudes(learners: Mapping[str, Learner], run: Callable[[], object] | None) -> dict[str, float]:
+    """Return the mean absolute output of each learner's module in one pass; 1 where it was not called.
+
+    Args:
+        learners: By module path.
+        run: Makes the pass; with several ranks on this one's part of a batch, ``None`` where it has no part.
+    """
+    shares = ranks.collect(lambda: _magnitudes(learners, run))
+    if len(shares) == 1:
+        return dict.fromkeys(learners, 1.0) | {name: mean for name, (mean, _) in shares[0].items()}
     found = dict.fromkeys(learners, 1.0)
+    for name in learners:
+        parts = [share[name] for share in shares if name in share]
+        if parts:
+            found[name] = sum(mean * count for mean, count in parts) / sum(count for _, count in parts)
+    return found
+
+
+def _magnitudes(learners: Mapping[str, Learner], run: Callable[[], object] | None) -> dict[str, tuple[float, int]]:
+    """Return the mean absolute output of each learner's module that is called, and of how many values it is that."""
+    found: dict[str, tuple[float, int]] = {}
 
     def recorder(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: object, output: object) -> None:
             with unseen():
                 if isinstance(output, Tensor) and output.numel():
-                    found[name] = float(output.abs().mean())
+                    found[name] = float(output.abs().mean()), output.numel()
 
         return hook
 
     with Hooks() as hooks:
         for name, learner in learners.items():
             hooks.after(learner.module, recorder(name))
-        run()
+        if run is not None:
+            run()
     return found
 
 

@@ -7,12 +7,14 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core import ranks
 from repapq_plugin.core.part_files import Halfway, Record, Tensors
 from repapq_plugin.core.progress import Advance
 from repapq_plugin.method.learners import (
@@ -25,29 +27,11 @@ from repapq_plugin.method.learners import (
     snapshot,
     state_of,
 )
+from repapq_plugin.method.outputs import Outputs as Outputs
+from repapq_plugin.method.outputs import Subject as Subject
+from repapq_plugin.method.shares import Share
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a pass over one batch gave: each unit's outputs by call, and those at the end of the stage."""
-
-    units: Mapping[str, Sequence[Tensor]]
-    stage: Sequence[Tensor]
-
-
-class Subject(Protocol):
-    """What is optimised together."""
-
-    name: str
-    learners: Mapping[str, Learner]
-
-    def student(self, batch: int) -> Outputs:
-        """Run the quantized network's part on cached inputs of ``batch``."""
-
-    def teacher(self, batch: int) -> Outputs:
-        """Return the float network's outputs for ``batch``."""
 
 
 Loss = Callable[[Outputs, Outputs], tuple[Tensor, dict[str, Tensor]]]
@@ -102,6 +86,7 @@ def reconstruct(
     advance: Advance,
     halfway: Halfway | None = None,
     views: int = 1,
+    share: Share | None = None,
 ) -> Outcome:
     """Minimise the loss of ``subject`` and keep the result if held-out batches agree.
 
@@ -113,14 +98,17 @@ def reconstruct(
         advance: Called after each step.
         halfway: Keeps how far it is.
         views: How often the same batches come.
+        share: Of which batches this rank has a part, if there are several ranks.
     """
     started = time.perf_counter()
+    share = share or Share()
     training, held_out = split_batches(batches, config.guard_fraction, views)
-    before, parts_before = evaluate(subject, loss, held_out)
+    share.prepare(subject, sorted({*training, *held_out}))
+    before, parts_before = evaluate(subject, loss, held_out, share)
     start = snapshot(subject.learners)
-    note = _optimise(subject, loss, training, config, advance, halfway or Halfway())
+    note = _optimise(subject, loss, training, config, advance, halfway or Halfway(), share)
     leave_ties(subject.learners)
-    after, parts_after = evaluate(subject, loss, held_out)
+    after, parts_after = evaluate(subject, loss, held_out, share)
     kept = math.isfinite(after) and after < before
     if kept and note:
         note += ": what was learned before is kept"
@@ -189,9 +177,16 @@ class Optimisation:
 
 
 def _optimise(
-    subject: Subject, loss_of: Loss, training: list[int], config: RepAPQConfig, advance: Advance, halfway: Halfway
+    subject: Subject,
+    loss_of: Loss,
+    training: list[int],
+    config: RepAPQConfig,
+    advance: Advance,
+    halfway: Halfway,
+    share: Share,
 ) -> str:
-    magnitudes = output_magnitudes(subject.learners, lambda: subject.student(training[0]))
+    run = (lambda: subject.student(training[0])) if share.has(training[0]) else None
+    magnitudes = output_magnitudes(subject.learners, run)
     groups = parameter_groups(subject.learners, magnitudes, config.learning_rates)
     learned = [parameter for group in groups for parameter in cast("list[nn.Parameter]", group["params"])]
     for parameter in learned:
@@ -208,11 +203,10 @@ def _optimise(
             learner.set_dropping(True)
         for step in range(now.step, config.steps):
             batch = now.next_of(training)
+            ranks.reseed(config.seed, step)
+            optimizer.zero_grad(set_to_none=True)
             with torch.enable_grad():
-                loss, _ = _loss(subject, loss_of, batch)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-            value = float(loss.detach())
+                value = share.backward(batch, partial(_loss, subject, loss_of, batch, share), learned)
             if not math.isfinite(value):
                 return f"the loss became {value} at step {step}"
             optimizer.step()
@@ -229,17 +223,36 @@ def _optimise(
     return ""
 
 
-def _loss(subject: Subject, loss: Loss, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
-    target, output = subject.teacher(batch), subject.student(batch)
+def _loss(subject: Subject, loss: Loss, batch: int, share: Share) -> tuple[Tensor, dict[str, Tensor]]:
+    target, output = share.targets(subject, batch), subject.student(batch)
     return loss(output, target)
 
 
 @torch.no_grad()
-def evaluate(subject: Subject, loss: Loss, batches: Sequence[int]) -> tuple[float, dict[str, float]]:
-    """Return the mean loss over ``batches`` and each unit's mean part of it."""
+def evaluate(
+    subject: Subject, loss: Loss, batches: Sequence[int], share: Share | None = None
+) -> tuple[float, dict[str, float]]:
+    """Return the mean loss over ``batches`` and each unit's mean part of it, on all ranks the same.
+
+    Args:
+        subject: What is evaluated.
+        loss: By what.
+        batches: Numbers of batches.
+        share: Of which of them this rank has a part; it is prepared.
+    """
+    mine = share or Share()
     total, parts = 0.0, dict[str, float]()
-    for batch in batches:
-        value, by_unit = _loss(subject, loss, batch)
+    for value, by_unit in ranks.collect(lambda: _evaluate(subject, loss, batches, mine)):
+        total += value
+        for name, part in by_unit.items():
+            parts[name] = parts.get(name, 0.0) + part
+    return total, parts
+
+
+def _evaluate(subject: Subject, loss: Loss, batches: Sequence[int], share: Share) -> tuple[float, dict[str, float]]:
+    total, parts = 0.0, dict[str, float]()
+    for batch in filter(share.has, batches):
+        value, by_unit = _loss(subject, loss, batch, share)
         total += float(value) / len(batches)
         for name, part in by_unit.items():
             parts[name] = parts.get(name, 0.0) + float(part) / len(batches)

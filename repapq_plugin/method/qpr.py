@@ -105,6 +105,21 @@ def fold_affine(layer: QuantizedLayer) -> None:
         layer.bias = nn.Parameter(folded_bias(affine, bias_of(layer)), requires_grad=weight_of(layer).requires_grad)
 
 
+@torch.no_grad()
+def round_bias(layer: QuantizedLayer) -> None:
+    """Round a bias to multiples of input scale times weight scale, in place: what a runtime adds to integer sums.
+
+    A bias of which a multiple does not fit into 32 bits stays as it is; no runtime rounds it.
+    """
+    bias, of_input = bias_of(layer), layer.input_fake_quant
+    if bias is None or not (of_input.quantizing and layer.weight_fake_quant.quantizing):
+        return
+    unit = of_input.scale * layer.weight_fake_quant.scale
+    codes = torch.round(bias / unit)
+    if bool((codes.abs() < 2**31).all()):
+        bias.copy_(codes * unit)
+
+
 def _fold_gamma(layer: QuantizedLayer, affine: ChannelAffine | None) -> None:
     quantizer = layer.weight_fake_quant
     axis = quantizer.ch_axis if quantizer.per_channel else None

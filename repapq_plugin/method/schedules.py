@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from repapq_plugin.core.tensors import floating_tensors
 from repapq_plugin.method.cache import ActivationCache
 from repapq_plugin.method.learners import Learner
-from repapq_plugin.method.optimise import Outputs
+from repapq_plugin.method.outputs import Outputs
 from repapq_plugin.method.partition import Stage, Unit
 from repapq_plugin.method.replay import answering, outputs_of, recording
 

@@ -12,7 +12,7 @@ Source: rounding with compensation is GPTQ (arXiv:2210.17323), the target that k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from repapq_plugin.core import ranks
 from repapq_plugin.core.hooks import Hooks
 from repapq_plugin.core.losses import sample_floor
+from repapq_plugin.core.running import is_out_of_memory
 from repapq_plugin.core.watch import FunctionWatch
 from repapq_plugin.method.sites import Quantizer
 
@@ -191,6 +193,22 @@ class Moments:
             total = new if total is None else total + new
         return total
 
+    @classmethod
+    def over_ranks(cls, mine: Moments | None) -> Moments | None:
+        """Return the sum of the moments of all ranks, some of which may have none."""
+        shapes = ranks.gather(None if mine is None else (mine.read.shape, str(mine.read.device.type)))
+        known = next((shape for shape in shapes if shape is not None), None)
+        if len(shapes) == 1 or known is None:
+            return mine
+        (groups, inputs), device = known
+        if mine is None:
+            first = torch.zeros(groups, inputs, dtype=torch.float64, device=device)
+            second = torch.zeros(groups, inputs, inputs, dtype=torch.float64, device=device)
+            mine = cls(0.0, first, first, second, second)
+        count = torch.tensor([mine.count], dtype=torch.float64, device=mine.read.device)
+        count, *sums = ranks.sum_([count, mine.read, mine.wanted, mine.square, mine.cross])
+        return cls(float(count), *sums)
+
     def __add__(self, other: Moments) -> Moments:
         return Moments(*(getattr(self, key) + getattr(other, key) for key in vars(self)))
 
@@ -216,25 +234,47 @@ def solve_layer(layer: nn.Module, teacher: nn.Module, quantizer: Quantizer, mome
         layer: A convolution or linear layer, its weight ``(outputs, inputs / groups, *kernel)``.
         teacher: The same in the float network.
         quantizer: The quantizer of the weight; its range stays.
-        moments: Of what the layer reads.
+        moments: Of what the layer reads. If nothing can be made of them, the layer stays as it is.
     """
     weight, bias, target = layer.weight, layer.bias, teacher.weight
     assert isinstance(weight, Tensor) and isinstance(target, Tensor)
     groups, inputs = moments.read.shape
     rows = target.double().reshape(groups, -1, inputs)
     square, cross = moments.covariances(centred=bias is not None)
-    damped = square + torch.eye(inputs, dtype=square.dtype, device=square.device) * (
-        DAMPING * square.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + torch.finfo(torch.float32).tiny
-    )
-    # The least-squares solution, and near it where the inputs do not say.
-    best = rows + torch.linalg.solve(damped, rows @ (cross - square), left=False)
-    weight.copy_(_rounded(best, damped, quantizer, weight).reshape(weight.shape))
+    eye = torch.eye(inputs, dtype=square.dtype, device=square.device)
+    for damping in _dampings(square, moments.square.diagonal(dim1=1, dim2=2).mean(1) / moments.count):
+        damped = square + eye * damping[:, None, None]
+        try:
+            # The least-squares solution, and near it where the inputs do not say.
+            best = rows + torch.linalg.solve(damped, rows @ (cross - square), left=False)
+            solved = _rounded(best, damped, quantizer, weight)
+            break
+        except RuntimeError as error:  # torch.linalg.LinAlgError, which torch's types do not know
+            if is_out_of_memory(error):
+                raise
+    else:
+        return
+    weight.copy_(solved.reshape(weight.shape))
     if isinstance(bias, Tensor):
         # What is multiplied is what the quantizer makes of the weight, to the last bit.
         rounded = quantizer.module(weight).double().reshape(rows.shape)
         read, wanted = moments.means()
         shift = (rows @ wanted[:, :, None] - rounded @ read[:, :, None]).flatten()
         bias.copy_(shift if teacher.bias is None else teacher.bias + shift)
+
+
+def _dampings(square: Tensor, power: Tensor) -> Iterator[Tensor]:
+    """Yield what to add to the diagonal, ``(groups,)``, from the least on: inputs that hardly change need more.
+
+    Args:
+        square: ``(groups, inputs, inputs)``; there nothing is left of it but what rounding made of their power.
+        power: Mean power of the inputs, ``(groups,)``.
+    """
+    numbers = torch.finfo(torch.float32)
+    least = DAMPING * square.diagonal(dim1=1, dim2=2).mean(1) + numbers.tiny
+    yield least
+    for exponent in range(7):
+        yield torch.maximum(least, 10**exponent * numbers.eps * power)
 
 
 def _rounded(rows: Tensor, square: Tensor, quantizer: Quantizer, weight: Tensor) -> Tensor:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from repapq_plugin.core import ranks
 from repapq_plugin.method.learners import Learner, restore, snapshot
 from repapq_plugin.method.optimise import Loss, evaluate
 from repapq_plugin.method.partition import Unit
 from repapq_plugin.method.replay import answering, outputs_of
 from repapq_plugin.method.schedules import Activation, Role, StageRun, UnitSubject
+from repapq_plugin.method.shares import Share
 from repapq_plugin.method.sites import WeightSite
 from repapq_plugin.method.solve import MAX_INPUTS, Moments, ProductInputs, Seen, solve_layer
 from repapq_plugin.method.unit_result import UnitResult
@@ -46,6 +49,7 @@ class StageSolver:
         calls: How often one forward pass calls a module.
         learners: Those of the stage, by module path.
         batches: Indices of cached batches to solve for, and of those that judge.
+        share: Of which this rank has a part.
     """
 
     def __init__(
@@ -55,9 +59,11 @@ class StageSolver:
         calls: Callable[[str], int],
         learners: Mapping[str, Learner],
         batches: tuple[Sequence[int], Sequence[int]],
+        share: Share,
     ) -> None:
         self._run, self._teacher, self._calls, self._learners = run, teacher, calls, learners
         self._training, self._held_out = batches
+        self._share = share
 
     @torch.no_grad()
     def solve(self, sites: Mapping[str, WeightSite], loss: Loss) -> list[UnitResult]:
@@ -72,23 +78,26 @@ class StageSolver:
             started = time.perf_counter()
             finished = [done.name for done in stage.units[:position]]
             subject = UnitSubject(self._run, self._learners, unit, self._calls(unit.name), finished, False)
-            before, _ = evaluate(subject, loss, self._held_out)
+            self._share.prepare(subject, self._held_out)
+            before, _ = evaluate(subject, loss, self._held_out, self._share)
             start = snapshot(self._learners_of(unit))
             for name in unit.layers:
                 if name in sites:
                     self._solve_layer(sites[name], subject, unit, finished)
-            after, _ = evaluate(subject, loss, self._held_out)
+            after, _ = evaluate(subject, loss, self._held_out, self._share)
             kept, note = after < before, ""
             if not kept:
                 restore(self._learners_of(unit), start)
                 note, after = f"solved weights: held-out loss went from {before:.4g} to {after:.4g}", before
             if position + 1 < len(stage.units):
-                for batch in sorted({*self._training, *self._held_out}):
-                    outputs = subject.unit_outputs(batch)
-                    self._run.cache.put(Activation(Role.STUDENT, unit.name), batch, outputs)
+                ranks.agreed(partial(self._keep_outputs, unit, subject))
             seconds = time.perf_counter() - started
             results.append(UnitResult(unit.name, stage.name, before, after, kept, seconds, note))
         return results
+
+    def _keep_outputs(self, unit: Unit, subject: UnitSubject) -> None:
+        for batch in filter(self._share.has, sorted({*self._training, *self._held_out})):
+            self._run.cache.put(Activation(Role.STUDENT, unit.name), batch, subject.unit_outputs(batch))
 
     def _learners_of(self, unit: Unit) -> dict[str, Learner]:
         return {name: learner for name, learner in self._learners.items() if name in unit.layers}
@@ -101,9 +110,11 @@ class StageSolver:
             wanted = _collected(ProductInputs(teacher), lambda: self._teacher_unit(unit, finished, batch))
             return list(zip(read, wanted, strict=True))
 
-        moments = Moments.of(pair for batch in self._training for pair in pairs(batch))
+        own = [batch for batch in self._training if self._share.has(batch)]
+        moments = Moments.over_ranks(ranks.agreed(lambda: Moments.of(pair for batch in own for pair in pairs(batch))))
         if moments is not None:
             solve_layer(site.layer, teacher, site.quantizer, moments)
+            ranks.level(dict(site.layer.named_parameters(recurse=False)))
 
     def _teacher_unit(self, unit: Unit, finished: Collection[str], batch: int) -> list[Tensor]:
         cache, stage = self._run.cache, self._run.stage.name

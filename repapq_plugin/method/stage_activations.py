@@ -15,6 +15,7 @@ from repapq_plugin.method.partition import Stage
 from repapq_plugin.method.replay import answering, inputs_of, recording
 from repapq_plugin.method.schedules import Activation, Cache, Role
 from repapq_plugin.method.sites import WeightSite
+from repapq_plugin.method.views import Views
 from repapq_plugin.quantizers.trace import Trace
 
 
@@ -44,6 +45,11 @@ class Networks:
     forward_fn: ForwardFn
     run_alone: Callable[[str, Sequence[Tensor]], list[Tensor]]
     views: int = 1
+
+    @property
+    def own(self) -> Sequence[int]:
+        """Numbers of the batches of which this process has a part: all, unless there are several ranks."""
+        return self.batches.own if isinstance(self.batches, Views) else range(len(self.batches))
 
     def calls(self, name: str) -> int:
         """How often one forward pass calls the module ``name``."""
@@ -87,7 +93,8 @@ class StageActivations:
     ) -> None:
         """Cache what the stage is called with, behind finished stages that answer from the cache."""
         module, calls = modules[stage.name], self.networks.calls(stage.name)
-        for index, batch in enumerate(self.networks.batches):
+        for index in self.networks.own:
+            batch = self.networks.batches[index]
             stored = {done.name: self.cache.get(Activation(returns, done.name), index) for done in finished}
             with answering(modules, stored):
                 inputs = inputs_of(module, calls, partial(self.networks.forward_fn, model, batch))
@@ -97,7 +104,7 @@ class StageActivations:
     def _run_teacher(self, stage: Stage) -> None:
         """Cache the float outputs of the stage and of each of its units: one pass of the float stage."""
         modules, reads = self._teacher, Activation(Role.TEACHER_READS, stage.name)
-        for index in range(len(self.networks.batches)):
+        for index in self.networks.own:
             with recording(modules, [unit.name for unit in stage.units]) as units:
                 outputs = [modules[stage.name](x) for x in self.cache.get(reads, index)]
             self.cache.put(Activation(Role.TEACHER, stage.name), index, outputs)
@@ -110,7 +117,7 @@ class StageActivations:
         """Cache the quantized stage's outputs for those behind it; forget what only its own units needed."""
         reads = Activation(Role.STUDENT_READS, stage.name)
         self.cache.drop_all(Activation(Role.TEACHER_READS, stage.name))
-        for index in range(len(self.networks.batches)):
+        for index in self.networks.own:
             outputs = self.networks.run_alone(stage.name, self.cache.get(reads, index))
             self.cache.put(Activation(Role.STUDENT, stage.name), index, outputs)
         self.cache.drop_all(reads)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from repapq_plugin.config import LossName, RepAPQConfig
+from repapq_plugin.core import ranks
 from repapq_plugin.core.hooks import Hooks, unseen
 from repapq_plugin.core.losses import sample_floor, sample_sizes
 from repapq_plugin.core.progress import Advance
@@ -19,6 +20,7 @@ from repapq_plugin.core.tensors import change_first_tensor, first_tensor
 from repapq_plugin.errors import CalibrationError
 from repapq_plugin.method.sites import ActivationSite, Quantizer, Sites, WeightSite
 from repapq_plugin.observers import RangeObserver
+from repapq_plugin.observers.shares import set_apart, settle, unite
 from repapq_plugin.policy import activation_observers, observer_arguments
 from repapq_plugin.quantizers.layers import weight_of
 
@@ -35,6 +37,8 @@ def set_starting_ranges(
     sites: Sites, run: Run, batches: Sequence[Batch], config: RepAPQConfig, advance: Advance
 ) -> None:
     """Observe the float network on every batch and give each quantizer its scale and zero point.
+
+    Of several ranks each runs its own batches, and all end with the same ranges.
 
     Quantizers of activations that have a range per channel keep theirs.
 
@@ -55,11 +59,13 @@ def set_starting_ranges(
         found = _observe(watched, run, batches, config, advance)
         if watched and not found:
             raise CalibrationError(
-                f"No layer read a single value in {len(batches)} calibration batches; give batches that hold images."
+                f"No layer read a single value in {ranks.most(len(batches))} calibration batches; give batches that "
+                "hold images."
             )
         best = _least_disturbing(sites, found, run, batches[:COMPARED_BATCHES], config.loss)
     for quantizer, ranges in found.items():
         quantizer.set_qparams(*ranges[best[quantizer]])
+    ranks.level(sites.ranges())
 
 
 def set_weight_range(quantizer: Quantizer, weight: Tensor, config: RepAPQConfig) -> None:
@@ -107,6 +113,8 @@ def _observe(
         site.quantizer: {name: site.quantizer.observer(name, **observer_arguments(name, config)) for name in names}
         for site in watched
     }
+    every = [observer for by_name in observers.values() for observer in by_name.values()]
+    set_apart(every)
 
     def observer_of(site: ActivationSite) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def observe(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -124,9 +132,12 @@ def _observe(
     with Hooks() as hooks:
         for site in watched:
             hooks.before(site.quantizer.module, observer_of(site))
-        for batch in batches:
-            run(batch)
+        for index in range(ranks.most(len(batches))):
+            if index < len(batches):
+                run(batches[index])
+            settle(every)
             advance()
+    unite(every)
     return {
         quantizer: _allowed(quantizer, {name: observer.calculate_qparams() for name, observer in by_name.items()})
         for quantizer, by_name in observers.items()
@@ -178,11 +189,11 @@ def _least_disturbing(
             if x is None or quantizer is None or not output.numel():
                 return
             read.add(quantizer)
-            given = {}
+            given: dict[str, Tensor] = {}
             for name, hat in hats(quantizer, x):
                 changed, keywords = change_first_tensor(args, kwargs, lambda _, hat=hat: hat)  # type: ignore[misc]
                 given[name] = site.float_forward(*changed, **keywords)
-            errors[quantizer].add(site, output, given)
+            errors[quantizer].add(site.name, output, given)
 
         return compare
 
@@ -192,7 +203,7 @@ def _least_disturbing(
                 return
             given = dict(hats(quantizer, output))
             with unseen():
-                errors[quantizer].add(quantizer, output, given)
+                errors[quantizer].add("", output, given)
 
         return judge
 
@@ -202,7 +213,8 @@ def _least_disturbing(
         for site in sites.weights.values():
             hooks.after(site.layer, compares(site), with_kwargs=True, first=True)
         _run_each(run, batches, errors.values())
-    unread = [quantizer for quantizer in found if quantizer not in read]
+    everywhere = zip(*ranks.gather([quantizer in read for quantizer in found]), strict=True)
+    unread = [quantizer for quantizer, seen in zip(found, everywhere, strict=True) if not any(seen)]
     if unread:
         with Hooks() as hooks:
             for quantizer in unread:
@@ -212,11 +224,17 @@ def _least_disturbing(
 
 
 def _run_each(run: Run, batches: Sequence[Batch], errors: Collection[_Errors]) -> None:
-    """Run batches, and let each one's errors be summed up behind it."""
-    for batch in batches:
-        run(batch)
-        for of_quantizer in errors:
-            of_quantizer.sum_up()
+    """Run batches, and let each one's errors be summed up behind it, over all ranks."""
+    for index in range(ranks.most(len(batches))):
+        if index < len(batches):
+            run(batches[index])
+        shares = ranks.gather([of_quantizer.calls for of_quantizer in errors])
+        for position, of_quantizer in enumerate(errors):
+            of_quantizer.sum_up([of_rank[position] for of_rank in shares])
+
+
+Calls = dict[str, list[tuple[Tensor, dict[str, Tensor]]]]
+"""By reader, call after call: the sizes of what it should return, sample by sample, and of its errors by range."""
 
 
 class _Errors:
@@ -229,22 +247,41 @@ class _Errors:
 
     def __init__(self, loss: LossName, names: Collection[str]) -> None:
         self._loss, self._totals = loss, dict.fromkeys(names, 0.0)
-        self._calls: dict[int, list[tuple[Tensor, dict[str, Tensor]]]] = {}
+        self.calls: Calls = {}
 
-    def add(self, reader: object, wanted: Tensor, given: Mapping[str, Tensor]) -> None:
+    def add(self, reader: str, wanted: Tensor, given: Mapping[str, Tensor]) -> None:
         """Note one call of what reads the tensor: what it should return, and what it returns with each range."""
         sizes = {name: sample_sizes(values - wanted, self._loss) for name, values in given.items()}
-        self._calls.setdefault(id(reader), []).append((sample_sizes(wanted, self._loss), sizes))
+        self.calls.setdefault(reader, []).append((sample_sizes(wanted, self._loss), sizes))
 
-    def sum_up(self) -> None:
-        """Add the relative errors of one pass."""
-        for calls in self._calls.values():
+    def sum_up(self, shares: Sequence[Calls]) -> None:
+        """Add the relative errors of one pass.
+
+        Args:
+            shares: The `calls` of each rank.
+        """
+        for calls in _joined(shares).values():
             loudest = torch.stack([sample_floor(sizes).min() for sizes, _ in calls]).max()
             for sizes, by_name in calls:
                 for name, errors in by_name.items():
                     self._totals[name] += float((errors / torch.maximum(sizes, loudest)).mean())
-        self._calls.clear()
+        self.calls = {}
 
     def least(self) -> str:
         """Return the name of the range that disturbs least."""
         return min(self._totals, key=lambda name: self._totals[name])
+
+
+def _joined(shares: Sequence[Calls]) -> Calls:
+    """Return calls with the samples of all ranks: one call of each rank is one call of all."""
+    if len(shares) == 1:
+        return shares[0]
+    joined: Calls = {}
+    for reader in dict.fromkeys(reader for calls in shares for reader in calls):
+        of_ranks = [calls[reader] for calls in shares if reader in calls]
+        for number in range(max(map(len, of_ranks))):
+            parts = [calls[number] for calls in of_ranks if number < len(calls)]
+            sizes = torch.cat([part.cpu() for part, _ in parts])
+            errors = {name: torch.cat([by_name[name].cpu() for _, by_name in parts]) for name in parts[0][1]}
+            joined.setdefault(reader, []).append((sizes, errors))
+    return joined

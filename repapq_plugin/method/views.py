@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from repapq_plugin.core.copies import changed
+from repapq_plugin.core.ranks import world
 from repapq_plugin.core.running import Batch
 from repapq_plugin.core.tensors import tensors_of
 
@@ -45,13 +46,20 @@ class Views(Sequence[Batch]):
         batches: The batches; not changed.
         count: How many views there are, themselves among them.
         seed: Says how images are shifted and mirrored.
+        number: How many batches there are on that rank which has most of them; default: as many as here.
     """
 
-    def __init__(self, batches: Sequence[Batch], count: int, seed: int) -> None:
+    def __init__(self, batches: Sequence[Batch], count: int, seed: int, number: int | None = None) -> None:
         self._batches, self._count, self._seed = batches, count, seed
+        self._number = len(batches) if number is None else number
 
     def __len__(self) -> int:
-        return len(self._batches) * self._count
+        return self._number * self._count
+
+    @property
+    def own(self) -> list[int]:
+        """Numbers of the batches that are here; those of other ranks cannot be asked for."""
+        return [index for index in range(len(self)) if index % self._number < len(self._batches)]
 
     @overload
     def __getitem__(self, index: int) -> Batch: ...
@@ -63,11 +71,12 @@ class Views(Sequence[Batch]):
         if isinstance(index, slice):
             return [self[each] for each in range(len(self))[index]]
         index = range(len(self))[index]
-        view, place = divmod(index, len(self._batches))
+        view, place = divmod(index, self._number)
         batch = self._batches[place]
         if view == 0:
             return batch
-        generator = torch.Generator().manual_seed(self._seed * len(self) + index)
+        # Another rank has other images under this number.
+        generator = torch.Generator().manual_seed((world().rank << 40) + self._seed * len(self) + index)
         return changed(batch, lambda tensor: moved(tensor, generator) if is_image(tensor) else tensor)
 
 

@@ -10,12 +10,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from repapq_plugin.config import LossName
+from repapq_plugin.core import ranks
+from repapq_plugin.core.running import Batch, ForwardFn
+from repapq_plugin.core.tensors import floating_tensors
+from repapq_plugin.method.across_block import mean_relative_loss
 from repapq_plugin.method.learners import Learner, restore
+from repapq_plugin.method.outputs import Outputs
 from repapq_plugin.method.partition import Stage, is_inside
+from repapq_plugin.method.shares import Share
 from repapq_plugin.method.unit_result import UnitResult
 
 logger = logging.getLogger(__name__)
@@ -75,3 +83,53 @@ def _undone(result: UnitResult, note: str) -> UnitResult:
 def outside(learners: Mapping[str, Learner], names: Collection[str]) -> dict[str, Learner]:
     """Return the learners of other layers than those named."""
     return {path: learner for path, learner in learners.items() if path not in names}
+
+
+@dataclass
+class Whole:
+    """The whole network, to be compared with the float one on calibration batches.
+
+    Args:
+        network: The quantized one.
+        float_network: The float one.
+        batches: Calibration batches; of several ranks those of this one.
+        forward: Runs either.
+    """
+
+    network: nn.Module
+    float_network: nn.Module
+    batches: Sequence[Batch]
+    forward: ForwardFn
+    name: str = "network"
+    learners: Mapping[str, Learner] = field(default_factory=dict)
+
+    def student(self, batch: int) -> Outputs:
+        """Return what the quantized network returns for a batch."""
+        return Outputs({}, floating_tensors(self.forward(self.network, self.batches[batch])))
+
+    def teacher(self, batch: int) -> Outputs:
+        """Return what the float network returns for a batch."""
+        return Outputs({}, floating_tensors(self.forward(self.float_network, self.batches[batch])))
+
+
+@torch.no_grad()
+def error_of_whole(whole: Whole, held_out: Sequence[int], loss: LossName) -> float:
+    """Return the relative error of the network's outputs on held-out batches of all ranks.
+
+    Args:
+        whole: The network.
+        held_out: Numbers of the batches.
+        loss: What the error is measured by.
+    """
+    share = Share(range(len(whole.batches)), loss)
+    share.prepare(whole, held_out)
+
+    def total() -> float:
+        total = 0.0
+        for batch in filter(share.has, held_out):
+            targets, outputs = share.targets(whole, batch), whole.student(batch)
+            alike = None if targets.alike is None else targets.alike.stage
+            total += float(mean_relative_loss(outputs.stage, targets.stage, loss, alike))
+        return total
+
+    return sum(ranks.collect(total)) / len(held_out)

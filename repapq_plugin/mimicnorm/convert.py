@@ -13,7 +13,8 @@ from torch import nn
 from repapq_plugin.core.modules import replace_modules
 from repapq_plugin.mimicnorm.initialise import initialise_weights
 from repapq_plugin.mimicnorm.layers import LastBatchNorm, MimicNorm2d
-from repapq_plugin.mimicnorm.structure import branch_scales, last_layer, observe
+from repapq_plugin.mimicnorm.recipe import RecipeLike, find_recipe
+from repapq_plugin.mimicnorm.structure import branch_scales, concatenation_scales, last_layer, observe
 from repapq_plugin.mimicnorm.weight_mean import Layer
 from repapq_plugin.reparam.norms import tail_of
 
@@ -27,7 +28,7 @@ class Conversion:
     Args:
         model: The network; a copy.
         replaced: Module paths of the norms that are gone.
-        residual: Paths among them that end a residual or parallel branch, with their starting scalar.
+        residual: Paths among them that end a residual, parallel or concatenated branch, with their starting scalar.
         last: Module paths of the last layers, which a `LastBatchNorm` follows now.
         kept: Norms left alone: the layer in front of them is frozen, or they do not run at inference (auxiliary heads).
     """
@@ -46,6 +47,7 @@ def convert(
     forward_fn: Callable[[nn.Module, B], object] | None = None,
     last: str | None = None,
     initialise: bool = True,
+    recipe: RecipeLike = "default",
 ) -> Conversion:
     """Replace every batch norm that runs in a copy of ``model`` by MimicNorm.
 
@@ -60,15 +62,18 @@ def convert(
         forward_fn: ``forward_fn(model, example)`` runs it; default: ``model(example)``.
         last: Module path of the last layer, if the network returns something else than that layer's output.
         initialise: Draw new weights. False keeps them, for what was trained with MimicNorm before.
+        recipe: ``"default"``, ``"authors"``, the choices that differ, or a `Recipe`; `WeightMean` has to be given the
+            same, and the optimizer is made by `parameter_groups`.
 
     Raises:
-        ConfigError: The last layer cannot be found, or a module is lazy.
+        ConfigError: The last layer cannot be found, a module is lazy, or there is no such recipe.
     """
+    chosen = find_recipe(recipe)
     converted = copy.deepcopy(model)
     forward = forward_fn or _call
     last_layer(converted, observe(converted, lambda: forward(converted, example)), last)  # an error before any work
     replaced, kept = replace_batch_norms(converted, example, forward_fn=forward_fn)
-    finished = finish(converted, example, forward_fn=forward_fn, last=last, initialise=initialise)
+    finished = finish(converted, example, forward_fn=forward_fn, last=last, initialise=initialise, recipe=chosen)
     return replace(finished, replaced=replaced, kept=kept)
 
 
@@ -122,6 +127,7 @@ def finish(
     forward_fn: Callable[[nn.Module, B], object] | None = None,
     last: str | Sequence[str] | None = None,
     initialise: bool = True,
+    recipe: RecipeLike = "default",
 ) -> Conversion:
     """Finish, in place, a network that was built with `MimicNorm2d`: branch scalars, the last norm, new weights.
 
@@ -132,16 +138,20 @@ def finish(
         last: Module paths of the layers that a `LastBatchNorm` is to follow; default: the one that the network
             returns the output of.
         initialise: Draw new weights.
+        recipe: As in `convert`.
 
     Raises:
-        ConfigError: The last layer cannot be found, or a module is lazy.
+        ConfigError: The last layer cannot be found, a module is lazy, or there is no such recipe.
     """
+    chosen_recipe = find_recipe(recipe)
     forward = forward_fn or _call
     names = {module: name for name, module in model.named_modules()}
     run = observe(model, lambda: forward(model, example))
     chosen = [last] if last is None or isinstance(last, str) else list(last)
     lasts = [last_layer(model, run, name) for name in chosen]
     scales = branch_scales(run)
+    if chosen_recipe.concatenated:
+        scales = concatenation_scales(run, lasts) | scales
     for norm, start in scales.items():
         norm.scale = nn.Parameter(next(model.parameters()).new_tensor([start]))
     replacements: dict[nn.Module, nn.Module] = {}
@@ -150,7 +160,7 @@ def finish(
         replacements[layer] = nn.Sequential(layer, last_norm)
     replace_modules(model, replacements)
     if initialise:
-        initialise_weights(model, [layer for layer in run.order if not _frozen(layer)], forward, example)
+        initialise_weights(model, [layer for layer in run.order if not _frozen(layer)], forward, example, chosen_recipe)
     return Conversion(
         model, (), {names[norm]: start for norm, start in scales.items()}, tuple(names[layer] for layer in lasts), ()
     )

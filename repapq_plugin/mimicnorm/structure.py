@@ -15,14 +15,16 @@ from repapq_plugin.core.tensors import tensors_of
 from repapq_plugin.core.watch import FunctionWatch
 from repapq_plugin.errors import ConfigError
 from repapq_plugin.mimicnorm.layers import MimicNorm2d
-from repapq_plugin.mimicnorm.weight_mean import Layer
+from repapq_plugin.mimicnorm.weight_mean import Layer, is_depthwise
 
-RESIDUAL_GAIN = 1.2
-"""The k-th residual branch starts at this to the power of its layers, divided by k (the authors' code)."""
+BRANCH_GAIN = 1.2
+"""The k-th residual branch starts at this to the power of its layers, divided by k; a concatenated branch at this to
+the power of its layers that are not depthwise (the authors' code, their ShuffleNetV2 for the latter)."""
 
 # At inference these hand on the values that they are given.
 _PASSING = {"dropout", "feature_dropout", "detach", "contiguous", "clone", "to"}
 _ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
+_CONCATENATIONS = {"cat", "concat", "concatenate"}
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,15 @@ class Seen:
     depth: int  # most layers on a way to it from the input
     terms: tuple[tuple[nn.Module | None, int], ...] = ()  # norms it adds up, and their depths
     layer: Layer | None = None  # whose output it is
+    calls: frozenset[int] = frozenset()  # calls of layers on all ways to it, by their number
+    dense: int = 0  # most layers on a way to it from the input, less depthwise ones
+    since: int = 0  # the same from the last sum or concatenation
+    concatenated: bool = False  # which of the two that was
+    end: nn.Module | None = None  # the norm behind a layer whose output it is, through functions of one tensor
 
 
 class Run(FunctionWatch):
-    """Follows tensors through one run: depths, sums of norms' outputs, which layer made what.
+    """Follows tensors through one run: depths, sums and concatenations of norms' outputs, which layer made what.
 
     A sum of three is two additions, and the first result is read by the second alone. A sum that something else read
     as well (the branch that is added to it next) stands for itself: an end of a block.
@@ -44,6 +51,10 @@ class Run(FunctionWatch):
     def __init__(self) -> None:
         super().__init__()
         self.sums: list[tuple[tuple[nn.Module | None, int], ...]] = []
+        self.concatenations: list[list[Seen]] = []
+        self.read_by: dict[Layer, Seen] = {}
+        self.dense_at: list[int] = []
+        """How many layers that are not depthwise are on the way to each call's output, the call's own counted."""
         self.layer_before: dict[nn.Module, Layer | None] = {}
         self.order: list[Layer] = []
         self.output: object = None
@@ -62,7 +73,12 @@ class Run(FunctionWatch):
     def layer_ran(self, layer: Layer, args: tuple[object, ...], output: object) -> None:
         """Hook behind a convolution or linear layer."""
         self.order.append(layer)
-        self.note(output, Seen(self.seen(args[0]).depth + 1, layer=layer))
+        before, dense = self.seen(args[0]), int(not is_depthwise(layer))
+        calls = before.calls | {len(self.dense_at)}
+        self.read_by[layer] = before
+        self.dense_at.append(before.dense + dense)
+        made = Seen(before.depth + 1, layer=layer, calls=calls, concatenated=before.concatenated)
+        self.note(output, replace(made, dense=before.dense + dense, since=before.since + dense))
 
     def norm_runs(self, norm: nn.Module, _: tuple[object, ...]) -> None:
         """Hook in front of a norm, whose own sums are no branches."""
@@ -74,7 +90,8 @@ class Run(FunctionWatch):
         before = self.seen(args[0])
         self.layer_before[norm] = before.layer
         self._read([args[0]])
-        self.note(output, Seen(before.depth, ((norm, before.depth),)))
+        end = None if before.layer is None else norm
+        self.note(output, replace(before, terms=((norm, before.depth),), layer=None, end=end))
 
     def before(
         self, name: str, args: tuple[object, ...], kwargs: Mapping[str, object]
@@ -93,9 +110,8 @@ class Run(FunctionWatch):
     ) -> None:
         """Note what is known of a result; inside a norm nothing is."""
         tensors, inputs = note
-        if self._inside is not None or not isinstance(result, Tensor) or not inputs:
+        if self._inside is not None or not inputs:
             return
-        depth = max(seen.depth for seen in inputs)
         if name in _PASSING:
             self.note(result, inputs[0])
         elif name in _ADDITIONS and len(inputs) == 1:  # a parameter or a number is added: no branch
@@ -103,16 +119,39 @@ class Run(FunctionWatch):
         elif name in _ADDITIONS:
             terms = tuple(term for seen in inputs for term in (seen.terms or ((None, seen.depth),)))
             self.sums = [known for known in self.sums if not set(known) < set(terms)] + [terms]
-            self.note(result, Seen(depth, terms))
+            self.note(result, replace(_joined(inputs), terms=terms, since=0, concatenated=False))
+        elif name in _CONCATENATIONS and joins_channels(tensors, result):
+            self._read(tensors)
+            self.concatenations.append(inputs)
+            self.note(result, replace(_joined(inputs), since=0, concatenated=True))
         else:
             self._read(tensors)
-            self.note(result, Seen(depth))
+            for made in tensors_of(result):
+                self.note(made, _joined(inputs))
 
     def _read(self, tensors: Iterable[object]) -> None:
         for tensor in tensors:
             seen = self.seen(tensor)
             if len(seen.terms) > 1:
                 self.note(tensor, replace(seen, terms=()))
+
+
+def _joined(inputs: list[Seen]) -> Seen:
+    """Return what is known of the result of a function of these."""
+    return Seen(
+        max(seen.depth for seen in inputs),
+        calls=frozenset().union(*(seen.calls for seen in inputs)),
+        dense=max(seen.dense for seen in inputs),
+        since=max(seen.since for seen in inputs),
+        concatenated=any(seen.concatenated for seen in inputs),
+        end=inputs[0].end if len(inputs) == 1 else None,
+    )
+
+
+def joins_channels(tensors: list[Tensor], result: object) -> bool:
+    """Tell whether a result holds the channels, along dimension 1, of two tensors or more."""
+    deep = isinstance(result, Tensor) and len(tensors) > 1 and all(tensor.dim() > 1 for tensor in tensors)
+    return deep and isinstance(result, Tensor) and result.shape[1] == sum(tensor.shape[1] for tensor in tensors)
 
 
 def observe(model: nn.Module, forward: Callable[[], object]) -> Run:
@@ -175,9 +214,37 @@ def branch_scales(run: Run) -> dict[MimicNorm2d, float]:
         start = 1.0
         if deepest > shallowest:
             block += 1
-            start = RESIDUAL_GAIN ** (deepest - shallowest) / block
+            start = BRANCH_GAIN ** (deepest - shallowest) / block
         for norm in branches:
             scales[norm] = start / math.sqrt(len(branches))
+    return scales
+
+
+def concatenation_scales(run: Run, lasts: Iterable[Layer] = ()) -> dict[MimicNorm2d, float]:
+    """Return the starting scalar of each `MimicNorm2d` that ends a branch of a concatenation of channels.
+
+    A branch starts where the ways into the concatenation part, or at the last sum or concatenation before, whichever
+    is later, and ends in a norm behind a layer; an activation, a pooling or a resize may follow. It starts at
+    `BRANCH_GAIN` to the power of its layers that are not depthwise: 1.2 and 1.44 for the two branches of
+    ShuffleNetV2's units, as in the authors' code. A way that goes on into another one (the reused features of a
+    DenseNet) is a shortcut and stays. What leads from a concatenation to a last layer counts as a branch.
+
+    Args:
+        run: What was seen; norms are `MimicNorm2d` by now.
+        lasts: The last layers.
+    """
+    scales: dict[MimicNorm2d, float] = {}
+    for ways in run.concatenations:
+        shared = frozenset.intersection(*(way.calls for way in ways))
+        parted = max((run.dense_at[call] for call in shared), default=0)
+        for way in ways:
+            goes_on = any(other is not way and way.calls <= other.calls for other in ways)
+            if isinstance(way.end, MimicNorm2d) and not goes_on:
+                scales[way.end] = BRANCH_GAIN ** min(way.dense - parted, way.since)
+    for layer in lasts:
+        way = run.read_by.get(layer, Seen(0))
+        if isinstance(way.end, MimicNorm2d) and way.concatenated:
+            scales[way.end] = BRANCH_GAIN**way.since
     return scales
 
 

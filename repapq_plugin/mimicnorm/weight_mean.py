@@ -17,12 +17,10 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from repapq_plugin.errors import ConfigError
+from repapq_plugin.mimicnorm.recipe import RecipeLike, find_recipe
 
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 """What MimicNorm counts as a layer."""
-
-MIN_FAN_IN = 50
-"""Filters with as many inputs or fewer are left alone: so few weights cannot spare a degree of freedom (paper)."""
 
 
 def fan_in(layer: Layer) -> int:
@@ -30,20 +28,33 @@ def fan_in(layer: Layer) -> int:
     return math.prod(layer.weight.shape[1:])
 
 
-def takes_weight_mean(module: nn.Module) -> TypeGuard[Layer]:
-    """Tell whether a module is a convolution or linear layer with a fan-in above `MIN_FAN_IN`, not depthwise.
+def is_depthwise(layer: Layer) -> bool:
+    """Tell whether each output channel reads one input channel."""
+    return getattr(layer, "groups", 1) > 1 and layer.weight.shape[1] == 1
+
+
+def takes_weight_mean(module: nn.Module, recipe: RecipeLike = "default") -> TypeGuard[Layer]:
+    """Tell whether a module is a convolution or linear layer whose filters keep a mean of zero by a recipe.
+
+    Depthwise layers never do.
+
+    Args:
+        module: Any module.
+        recipe: `Recipe.min_fan_in` and `Recipe.linear_mean` decide.
 
     Raises:
-        ConfigError: It is lazy, so its fan-in is not known yet.
+        ConfigError: It is lazy, so its fan-in is not known yet; or there is no such recipe.
     """
+    chosen = find_recipe(recipe)
     if not isinstance(module, Layer):
         return False
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         raise ConfigError(
             f"A {type(module).__name__} has no weights yet; run the model once on a batch before MimicNorm is set up."
         )
-    depthwise = getattr(module, "groups", 1) > 1 and module.weight.shape[1] == 1
-    return not depthwise and fan_in(module) > MIN_FAN_IN
+    if isinstance(module, nn.Linear) and not chosen.linear_mean:
+        return False
+    return not is_depthwise(module) and fan_in(module) > chosen.min_fan_in
 
 
 def without_filter_means(weight: Tensor) -> Tensor:
@@ -59,18 +70,20 @@ class WeightMean:
 
     Args:
         model: Its convolutions and linear layers are those that `takes_weight_mean` names.
+        recipe: That of `convert`.
 
     Raises:
-        ConfigError: A weight is computed by a parametrization of another kind.
+        ConfigError: A weight is computed by a parametrization of another kind; or there is no such recipe.
 
     Example:
         >>> handle = WeightMean(model).attach(optimizer)   # handle.remove() ends it
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, recipe: RecipeLike = "default") -> None:
+        chosen = find_recipe(recipe)
         layers: dict[int, Layer] = {}
         for name, layer in model.named_modules():
-            if not takes_weight_mean(layer):
+            if not takes_weight_mean(layer, chosen):
                 continue
             if parametrize.is_parametrized(layer, "weight") and not _projected(layer):
                 raise ConfigError(
@@ -121,8 +134,12 @@ def _projected(module: nn.Module) -> bool:
     return any(isinstance(last, FilterMeanFree) for last in _parametrizations(module)[-1:])
 
 
-def parametrize_weight_mean(model: nn.Module) -> list[str]:
+def parametrize_weight_mean(model: nn.Module, recipe: RecipeLike = "default") -> list[str]:
     """Let every layer that `takes_weight_mean` read its weights through the projection, in place.
+
+    Args:
+        model: The network; changed.
+        recipe: That of `convert`.
 
     Returns:
         Module paths of those layers; frozen ones are left alone.
@@ -130,10 +147,11 @@ def parametrize_weight_mean(model: nn.Module) -> list[str]:
     Raises:
         ConfigError: Layers share a weight, which a parametrization would part; take `WeightMean` instead.
     """
+    rules = find_recipe(recipe)
     chosen = {
         name: module
         for name, module in model.named_modules()
-        if takes_weight_mean(module) and module.weight.requires_grad
+        if takes_weight_mean(module, rules) and module.weight.requires_grad
     }
     owners: dict[int, str] = {}
     for name, module in chosen.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Protocol, TypedDict, TypeVar, cast
 
 import torch
@@ -193,6 +193,35 @@ class RangeObserver(ObserverBase):
                 raise CalibrationError(f"{bad} of {x.numel()} observed values are NaN or Inf.")
             self.observe(detached)
         return x
+
+    def apart(self) -> None:
+        """From now on see only one rank's share of each batch; `settle` ends a batch."""
+
+    def sizes(self) -> list[Tensor]:
+        """Return what `settle` needs of each call since the last one: sizes of its samples, ``(samples,)``."""
+        return []
+
+    def settle(self, sizes: Sequence[Sequence[Tensor]]) -> None:
+        """Take in what was seen since the last `settle`.
+
+        Args:
+            sizes: For each call, what `sizes` returned for it on each rank that made it.
+        """
+
+    def extremes(self) -> Tensor:
+        """Return what is largest over all ranks, float64: negated smallest value, largest value; before any, -inf."""
+        if self.min_val.numel() == 0:
+            return torch.full((2,), -torch.inf, dtype=torch.float64, device=self.min_val.device)
+        return torch.stack([-self.min_val.double(), self.max_val.double()])
+
+    def set_extremes(self, values: Tensor) -> None:
+        """Take in the largest of what `extremes` returned on any rank."""
+        if bool(torch.isfinite(values[:2]).all()):
+            self.min_val, self.max_val = -values[0].float(), values[1].float()
+
+    def totals(self) -> list[Tensor]:
+        """Return what is added up over all ranks, once extremes are set; changed in place."""
+        return []
 
     def calculate_qparams(self, **_: object) -> tuple[Tensor, Tensor]:
         """Return ``scale`` (float32) and ``zero_point`` (int64); scale 1 before any observation."""

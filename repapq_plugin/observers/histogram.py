@@ -55,6 +55,15 @@ class HistogramRangeObserver(RangeObserver):
 
     def observe(self, x: Tensor) -> None:
         """Add the values of ``x`` to the histogram."""
+        flat, index = self._binned(x)
+        weights = self.weights_of(x)
+        self.counts += torch.bincount(index, weights=weights, minlength=self.bins).to(self.counts)
+        self.sums += torch.bincount(index, weights=flat if weights is None else flat * weights, minlength=self.bins).to(
+            self.sums
+        )
+
+    def _binned(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Widen the histogram to hold ``x``; return its values, float64, and their bins, ``(values,)`` each."""
         low, high = torch.aminmax(x)
         self._widen(low.float(), high.float())
         reach = float(torch.maximum(-low, high))
@@ -62,12 +71,24 @@ class HistogramRangeObserver(RangeObserver):
             self.radius.fill_(2.0 ** max(math.frexp(reach)[1] if reach else MIN_EXPONENT, MIN_EXPONENT))
         while reach >= float(self.radius):
             self._double()
-        flat, weights = x.reshape(-1).double(), self.weights_of(x)
-        index = torch.floor(flat / self.radius * (self.bins / 2)).long() + self.bins // 2
-        self.counts += torch.bincount(index, weights=weights, minlength=self.bins).to(self.counts)
-        self.sums += torch.bincount(index, weights=flat if weights is None else flat * weights, minlength=self.bins).to(
-            self.sums
-        )
+        flat = x.reshape(-1).double()
+        return flat, torch.floor(flat / self.radius * (self.bins / 2)).long() + self.bins // 2
+
+    def extremes(self) -> Tensor:
+        """See `RangeObserver`; and the radius."""
+        return torch.cat([super().extremes(), self.radius.reshape(1)])
+
+    def set_extremes(self, values: Tensor) -> None:
+        """See `RangeObserver`."""
+        super().set_extremes(values)
+        if float(self.radius) == 0:
+            self.radius.copy_(values[2])
+        while float(self.radius) < float(values[2]):
+            self._double()
+
+    def totals(self) -> list[Tensor]:
+        """See `RangeObserver`."""
+        return [self.counts, self.sums]
 
     def weights_of(self, x: Tensor) -> Tensor | None:
         """Return how much each value of ``x`` counts, float64 ``(values,)``; ``None``: all alike.
@@ -77,12 +98,16 @@ class HistogramRangeObserver(RangeObserver):
         return None
 
     def _double(self) -> None:
-        quarter = self.bins // 4
         for buffer in (self.counts, self.sums):
-            halved = buffer.reshape(-1, 2).sum(1)
-            buffer.zero_()
-            buffer[quarter : quarter + halved.numel()] = halved
+            self._halve(buffer)
         self.radius *= 2
+
+    def _halve(self, buffer: Tensor) -> None:
+        """Let two neighbouring bins of a ``(..., bins)`` become one, in place: it then covers twice as much."""
+        quarter = self.bins // 4
+        halved = buffer.reshape(*buffer.shape[:-1], -1, 2).sum(-1)
+        buffer.zero_()
+        buffer[..., quarter : quarter + halved.shape[-1]] = halved
 
     def reset_min_max_vals(self) -> None:
         """Forget everything observed."""

@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from repapq_plugin.config import LossName
-from repapq_plugin.core.losses import sample_magnitudes
+from repapq_plugin.core.losses import Alike, sample_magnitudes, sample_sizes
 from repapq_plugin.core.quant_primitives import choose_qparams
 from repapq_plugin.observers.histogram import HistogramOptions, HistogramRangeObserver
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+@dataclass
+class _Waiting:
+    """A call that was seen before it is known how much its samples count.
+
+    Args:
+        sizes: Of its samples, float64 ``(samples,)``.
+        exponents: The different powers of two that are nearest to those, ``(exponents,)``.
+        counts: How many values of samples of each exponent lie in each bin, float64 ``(exponents, bins)``.
+        sums: Their sums.
+        radius: Of the histogram at that time.
+    """
+
+    sizes: Tensor
+    exponents: Tensor
+    counts: Tensor
+    sums: Tensor
+    radius: float
 
 
 class SearchedRangeObserver(HistogramRangeObserver):
@@ -39,14 +60,53 @@ class SearchedRangeObserver(HistogramRangeObserver):
     def __init__(self, candidates: int = 100, **kwargs: Unpack[HistogramOptions]) -> None:
         super().__init__(**kwargs)
         self.candidates = candidates
+        self._waiting: list[_Waiting] | None = None
 
     loss: LossName
     """What an error is measured by."""
 
+    def observe(self, x: Tensor) -> None:
+        """Add the values of ``x`` to the histogram, at once or when `settle` is called."""
+        if self._waiting is None:
+            super().observe(x)
+            return
+        flat, index = self._binned(x)
+        sizes = sample_sizes(x.detach().double(), self.loss)
+        exponents, place = torch.unique(_exponents(sizes), return_inverse=True)
+        index += self.bins * place.repeat_interleave(x.numel() // len(sizes))
+        number = self.bins * len(exponents)
+        counts, sums = (
+            torch.bincount(index, weights=weights, minlength=number).double().reshape(-1, self.bins)
+            for weights in (None, flat)
+        )
+        self._waiting.append(_Waiting(sizes, exponents, counts, sums, float(self.radius)))
+
+    def apart(self) -> None:
+        """See `RangeObserver`: how much a sample counts depends on those of all ranks."""
+        self._waiting = []
+
+    def sizes(self) -> list[Tensor]:
+        """See `RangeObserver`."""
+        return [call.sizes for call in self._waiting or ()]
+
+    def settle(self, sizes: Sequence[Sequence[Tensor]]) -> None:
+        """See `RangeObserver`."""
+        for call, of_ranks in zip(self._waiting or (), sizes, strict=False):
+            while call.radius < float(self.radius):
+                self._halve(call.counts)
+                self._halve(call.sums)
+                call.radius *= 2
+            floor = _exponents(torch.tensor(Alike.of(of_ranks).floor, dtype=torch.float64))
+            weights = torch.exp2(-torch.maximum(call.exponents, floor.to(call.exponents)))
+            self.counts += (weights[:, None] * call.counts).sum(0)
+            self.sums += (weights[:, None] * call.sums).sum(0)
+        if self._waiting:
+            self._waiting = []
+
     def weights_of(self, x: Tensor) -> Tensor:
         """Return one over the magnitude of the sample that a value belongs to, a power of two."""
         magnitudes = sample_magnitudes(x.detach().double(), self.loss)
-        weights = torch.exp2(-torch.round(torch.log2(magnitudes)))
+        weights = torch.exp2(-_exponents(magnitudes))
         return weights.repeat_interleave(x.numel() // len(weights))
 
     @abstractmethod
@@ -99,3 +159,8 @@ class SearchedRangeObserver(HistogramRangeObserver):
         fractions = torch.cat([even, torch.logspace(0, -4, self.candidates // 2)]).to(bound)
         magnitudes = (bound.abs() * spread * fractions).clamp(max=full.abs())
         return torch.cat([bound[None], magnitudes * torch.sign(full)])
+
+
+def _exponents(sizes: Tensor) -> Tensor:
+    """Return the exponents of the powers of two that are nearest to positive numbers."""
+    return torch.round(torch.log2(sizes))

@@ -196,6 +196,20 @@ class QuantizedLayer(RunsOwnForward):
             raise
 
 
+OUTPUT = "output_fake_quant"
+"""Child of a layer or another module whose output is rounded."""
+
+
+class RoundedLayer(QuantizedLayer):
+    """The role of a `QuantizedLayer` whose output is rounded too. Made by `outputs.insert_outputs`."""
+
+    output_fake_quant: LearnableFakeQuantize
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        """Run the layer and round what it gives."""
+        return cast(Tensor, self.output_fake_quant(super().forward(*args, **kwargs)))
+
+
 ADDED = ("weight_fake_quant", "input_fake_quant", "affine")
 """Children that `quantize_layer` gives a layer."""
 
@@ -224,6 +238,7 @@ def float_layer(layer: QuantizedLayer) -> nn.Module:
     """Take the quantizers off a layer again, in place; its weight stays what it is, and a baked one stays baked."""
     for name in ADDED:
         del layer._modules[name]
+    layer._modules.pop(OUTPUT, None)
     return become(layer, BakedLayer) if vars(layer).pop("is_baked") else resign(layer)
 
 

@@ -27,6 +27,14 @@ PADDINGS = ("pad", "constant_pad_nd")
 PLAIN = {kind.forward for kind in QUANTIZABLE}
 """Forwards that are known to make one product of input, weight and bias."""
 
+PROBES: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda x: x * 0.5 + 0.25,
+    torch.neg,
+    torch.zeros_like,
+    lambda x: torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device=x.device).reshape(x.shape) + 0.1,
+)
+"""Inputs made of a layer's own: like it, and of moderate size, as functions may not tell large values apart."""
+
 Arguments = tuple[tuple[object, ...], Mapping[str, object]]
 """Positional and keyword arguments of one call."""
 
@@ -184,8 +192,8 @@ def _bake(layer: nn.Module, calls: Sequence[Arguments]) -> bool:
     try:
         wanted = layer(*args, **kwargs)
         seen = [products_of(layer, call).products for call in calls]
-        # Another input shows whether the tensor depends on it.
-        seen.append(products_of(layer, change_first_tensor(args, kwargs, lambda x: x * 0.5 + 0.25)).products)
+        # Other inputs show whether the tensor depends on them.
+        seen += [products_of(layer, change_first_tensor(args, kwargs, probe)).products for probe in PROBES]
     except Exception as error:  # the user's forward; `reason_against` will say it
         if is_out_of_memory(error):
             raise

@@ -70,6 +70,21 @@ class SkipPlan:
 
 
 @dataclass(frozen=True)
+class OutputPlan:
+    """How what a module gives is quantized.
+
+    Args:
+        layers: Module paths of the layers whose outputs it gives.
+        bits: Bits of them.
+        input_group: Layers of this group read it too and lend their quantizer; ``None``: it has its own.
+    """
+
+    layers: tuple[str, ...]
+    bits: int
+    input_group: int | None
+
+
+@dataclass(frozen=True)
 class QuantizationPlan:
     """What was folded, and how each layer is quantized.
 
@@ -79,6 +94,7 @@ class QuantizationPlan:
         layers: Quantized layers by module path, in call order.
         float_layers: Layers that stay float, with the reason.
         skips: How other summands are quantized, by the path of the module to whose output they are added.
+        outputs: How outputs are quantized that not only quantized layers read, by the path of what gives them.
     """
 
     folded: tuple[tuple[str, str], ...] = ()
@@ -86,11 +102,12 @@ class QuantizationPlan:
     float_layers: dict[str, str] = field(default_factory=dict)
     baked: tuple[str, ...] = ()
     skips: dict[str, SkipPlan] = field(default_factory=dict)
+    outputs: dict[str, OutputPlan] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
-        """Return plain values; skips go unsaid where there are none."""
+        """Return plain values; skips and outputs go unsaid where there are none."""
         values = dataclasses.asdict(self)
-        return {key: value for key, value in values.items() if key != "skips" or value}
+        return {key: value for key, value in values.items() if key not in ("skips", "outputs") or value}
 
 
 def plan_layers(model: nn.Module, trace: Trace, config: RepAPQConfig) -> tuple[dict[str, LayerPlan], dict[str, str]]:
@@ -119,12 +136,28 @@ def plan_layers(model: nn.Module, trace: Trace, config: RepAPQConfig) -> tuple[d
         plans[name] = LayerPlan(weight_bits, activation_bits, group)
     plans = with_equal_bits_of_equal_weights(plans, modules)
     if not plans:
-        raise CalibrationError(
-            "There is nothing to quantize: the network called no convolution or linear layer"
-            + (f" but {', '.join(reasons)}, which stay float." if reasons else ".")
-        )
+        raise CalibrationError(_nothing_to_quantize(modules, reasons))
     rest = {name: _why(module) for name, module in modules.items() if name not in trace.layers and _weighs(module)}
     return plans, reasons | rest
+
+
+def _nothing_to_quantize(modules: Mapping[str, nn.Module], reasons: Mapping[str, str]) -> str:
+    told = "There is nothing to quantize: the network called no convolution or linear layer"
+    if reasons:
+        names: dict[str, list[str]] = {}
+        for name, reason in reasons.items():
+            names.setdefault(reason, []).append(name)
+        return f"{told} but " + "; ".join(f"{', '.join(each)}, which stay float ({why})" for why, each in names.items())
+    if any(isinstance(module, torch.jit.ScriptModule) for module in modules.values()):
+        return f"{told}. A script hides its layers; give the module that it was made from."
+    if any(isinstance(module, QUANTIZABLE) for module in modules.values()):
+        return (
+            f"{told} of its own. Where a function in it (a lambda, a nested def) keeps the model in a variable, a copy "
+            "calls the layers of the first model; make it a method."
+        )
+    if any(isinstance(module, torch.fx.GraphModule) for module in modules.values()):
+        return f"{told}. A graph holds operations in place of layers; give the module that it was made from."
+    return f"{told}."
 
 
 def with_equal_bits_of_equal_weights(

@@ -94,7 +94,9 @@ def _per_channel(gradient: Tensor, x: Tensor, hat: Tensor, scale: Tensor) -> tup
 
 def _per_tensor(gradient: Tensor, x: Tensor, hat: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     values, ends, given = (tensor.reshape(-1) for tensor in (x, hat, gradient))
-    of_x, total, inverse = torch.empty_like(values), torch.zeros_like(scale), scale.reciprocal()
+    # The only channel of a layer comes with a scale of as many axes as its weight.
+    inverse = scale.reshape(1).reciprocal()
+    of_x, total = torch.empty_like(values), torch.zeros_like(inverse)
     block = BLOCK if x.device.type == "cpu" else max(values.numel(), 1)
     for start in range(0, values.numel(), block):
         part = slice(start, start + block)
@@ -102,4 +104,4 @@ def _per_tensor(gradient: Tensor, x: Tensor, hat: Tensor, scale: Tensor) -> tupl
         kept = of_x[part].copy_(_inside(given[part], errors))
         outside = torch.dot(given[part], ends[part]) - torch.dot(kept, ends[part])
         total += torch.dot(kept, errors) + outside * inverse
-    return of_x.view(x.shape), total
+    return of_x.view(x.shape), total.view(scale.shape)

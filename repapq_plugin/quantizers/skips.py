@@ -23,7 +23,7 @@ from repapq_plugin.core.tensor_notes import TensorNotes
 from repapq_plugin.core.tensors import version_of
 from repapq_plugin.core.watch import FunctionWatch
 from repapq_plugin.quantizers.fake_quantize import LearnableFakeQuantize
-from repapq_plugin.quantizers.layers import QuantizedLayer
+from repapq_plugin.quantizers.layers import OUTPUT, QuantizedLayer
 from repapq_plugin.quantizers.plan import LayerPlan, SkipPlan, input_quantizer
 
 ADDITIONS = ("add", "add_")
@@ -195,6 +195,14 @@ class SkippingModule(nn.Module):
             return super().forward(*args, **kwargs)
 
 
+def skipping(module: nn.Module) -> SkippingModule:
+    """Return a module in the role, with no quantizers yet if it did not play it."""
+    if not isinstance(module, SkippingModule):
+        module = become(module, SkippingModule)
+        module.skip_fake_quants, module.skip_givers = nn.ModuleList(), []
+    return module
+
+
 def insert_skips(
     model: nn.Module,
     skips: Mapping[str, SkipPlan],
@@ -217,10 +225,7 @@ def insert_skips(
     by_group = {plans[name].input_group: layer.input_fake_quant for name, layer in layers.items()}
     made: dict[str, LearnableFakeQuantize] = {}
     for giver, plan in skips.items():
-        adding = model.get_submodule(plan.adding)
-        if not isinstance(adding, SkippingModule):
-            adding = become(adding, SkippingModule)
-            adding.skip_fake_quants, adding.skip_givers = nn.ModuleList(), []
+        adding = skipping(model.get_submodule(plan.adding))
         quantizer = None if plan.input_group is None else by_group.get(plan.input_group)
         if quantizer is None:
             quantizer = input_quantizer(plan.bits, config)
@@ -230,6 +235,13 @@ def insert_skips(
         adding.skip_givers.append(giver.removeprefix(f"{plan.adding}.") if plan.adding else giver)
         made[giver] = quantizer
     return made
+
+
+def stop_skipping(module: SkippingModule) -> None:
+    """Let a module add as it did, in place."""
+    del module._modules[SKIPS]
+    vars(module).pop("skip_givers")
+    resign(module)
 
 
 def remove_skips(model: nn.Module, givers: Collection[str] | None = None) -> None:
@@ -249,10 +261,8 @@ def remove_skips(model: nn.Module, givers: Collection[str] | None = None) -> Non
             for each, quantizer in zip(module.skip_givers, module.skip_fake_quants, strict=True)
             if each not in gone
         ]
-        if kept:
+        if kept or OUTPUT in module._modules:
             module.skip_givers = [each for each, _ in kept]
             module.skip_fake_quants = nn.ModuleList(quantizer for _, quantizer in kept)
         else:
-            del module._modules[SKIPS]
-            vars(module).pop("skip_givers")
-            resign(module)
+            stop_skipping(module)

@@ -196,6 +196,8 @@ def _with_gradients(run: Callable[[], object]) -> object:
 
 def _last_layers(outputs: list[Tensor], called: dict[str, nn.Parameter]) -> set[str]:
     """Return which of the ``called`` layers, given by their weights, the outputs depend on."""
+    if not called:
+        return set()
     try:
         total = sum((tensor.sum() for tensor in outputs), start=torch.zeros(()))
         gradients = torch.autograd.grad(total, list(called.values()), allow_unused=True)

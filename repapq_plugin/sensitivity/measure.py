@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from repapq_plugin.backend import Placing, PlainBackend
 from repapq_plugin.config import RepAPQConfig
-from repapq_plugin.core.checkpoints import Checkpoints, checkpoints_in
+from repapq_plugin.core.checkpoints import Checkpoints
 from repapq_plugin.core.losses import relative_loss
 from repapq_plugin.core.part_files import Record
 from repapq_plugin.core.progress import Report, counted
+from repapq_plugin.core.ranked_checkpoints import checkpoints_in
+from repapq_plugin.core.ranks import world
 from repapq_plugin.core.running import Batch, ForwardFn, call_model
 from repapq_plugin.core.tensors import floating_tensors
 from repapq_plugin.errors import CalibrationError, ConfigError
@@ -64,10 +66,15 @@ class SensitivityBackend(PlainBackend[Sensitivity]):
         return self._told
 
     def quantizers_of(self, unit: Unit) -> list[nn.Module]:
-        """Return the fake quantizers of a unit's weights and inputs, and of what is added to its outputs."""
+        """Return the fake quantizers of a unit's weights and inputs, of what is added to its outputs, and of those."""
         layers = [self.layers[name] for name in unit.layers]
         added = [self._added[giver] for giver, skip in self._skips.items() if skip.layer in unit.layers]
-        return [*added, *(each for layer in layers for each in (layer.weight_fake_quant, layer.input_fake_quant))]
+        rounded = [self._rounded[giver] for giver, plan in self._outputs.items() if set(plan.layers) & set(unit.layers)]
+        return [
+            *added,
+            *rounded,
+            *(each for layer in layers for each in (layer.weight_fake_quant, layer.input_fake_quant)),
+        ]
 
     def deliver(self, calibrated: Calibrated, batches: Sequence[Batch]) -> Sensitivity:
         """Return what was measured."""
@@ -288,6 +295,8 @@ def sensitivity_job(
     checkpoints: Checkpoints,
 ) -> SensitivityJob:
     """Return a job that measures, its arguments checked; see `measure_sensitivity`."""
+    if world().size > 1:
+        raise ConfigError("Sensitivity is measured in one process; start one, or call it inside core.ranks.alone().")
     for key, value, lowest, highest in (
         ("batches", batches, 1, None),
         ("evaluations", evaluations, 0, MOST_EVALUATIONS),

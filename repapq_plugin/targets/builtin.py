@@ -52,6 +52,9 @@ FEWER = (
 )
 ROUNDED = "It rounds biases to int32 at the product of both scales, and each result to the next grid."
 
+MOVING = ("Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Resize")
+"""ONNX operators that only move values (resizing to the nearest), so that integers run through them."""
+
 COMMON = (
     Rule("opset", REFUSED, ONNX),
     Rule("format", "operators outside the ONNX standard are refused elsewhere", ONNX),
@@ -87,6 +90,7 @@ _ALL = (
     Target(
         "openvino",
         bias="either",
+        quantized_operators=("Concat", "MaxPool", *MOVING),
         shared_grid_operators=("Concat",),
         activation_types=("uint8",),
         file="OpenVINO IR, or QDQ ONNX",
@@ -106,12 +110,16 @@ _ALL = (
     ),
     Target(
         "onnxruntime",
-        signed_activations=True,
         bias="either",
+        quantized_operators=("Concat", "MaxPool", "GlobalAveragePool", *MOVING),
+        rounded_outputs=("Conv",),
+        rounds_biases=True,
         weight_types=("int8", "uint8"),
         notes=(
-            "The CPU provider runs int8 activations with int8 weights without saturation; uint8 ones saturate on AVX2 "
-            "and AVX-512 without VNNI. The CUDA provider takes int8 only; for TensorRT's provider name tensorrt.",
+            "Its integer kernels write integers, so what a convolution gives is rounded too, on a grid that learns.",
+            "On x86 it turns int8 activations into uint8 ones where one operator reads them, and computes the others "
+            "in float. Without VNNI, sums of 8-bit products saturate in 16 bits: quantize with reduce_range=True.",
+            "The CUDA provider takes int8 only; for TensorRT's provider name tensorrt.",
             ROUNDED,
             FEWER,
         ),

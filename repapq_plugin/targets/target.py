@@ -18,6 +18,9 @@ CONTAINER_BITS = 8
 INTEGERS = ("uint8", "int8", "uint16", "int16")
 """Types of activations and of weights that a target may name; this package writes the first two."""
 
+LAYER_OPERATORS = ("Conv", "ConvTranspose", "Gemm")
+"""ONNX operators of the layers that are quantized; a linear layer is a Gemm, whatever it becomes in a file."""
+
 BIASES = ("float", "int32", "either")
 """How a target wants the biases of quantized layers."""
 
@@ -47,7 +50,7 @@ RULES: Mapping[str, str] = {
 
 FLAGS = (
     *("signed_activations", "symmetric_activations", "weights_per_channel", "power_of_two_scales"),
-    "quantizes_residuals",
+    *("quantizes_residuals", "rounds_biases"),
 )
 """Values of a target that are true or false."""
 
@@ -97,6 +100,9 @@ class Target:
         quantized_operators: ONNX operators that are quantized beside layers with weights.
         shared_grid_operators: ONNX operators whose inputs have to share one grid.
         float_operators: ONNX operators that stay float.
+        rounded_outputs: ONNX operators of layers that are computed in integers only if what they give is rounded, at
+            once or behind a ReLU.
+        rounds_biases: Biases are rounded to multiples of the product of both scales, as the runtime does.
         min_opset: Oldest ONNX operator set of a file for it.
         max_opset: Newest one that it reads.
         opset: The one that is written.
@@ -120,6 +126,8 @@ class Target:
     quantized_operators: tuple[str, ...] = ()
     shared_grid_operators: tuple[str, ...] = ()
     float_operators: tuple[str, ...] = ()
+    rounded_outputs: tuple[str, ...] = ()
+    rounds_biases: bool = False
     min_opset: int = 13
     max_opset: int = 99
     opset: int = 17
@@ -130,10 +138,12 @@ class Target:
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
-        for key in ("quantized_operators", "shared_grid_operators", "float_operators", "notes"):
+        for key in ("quantized_operators", "shared_grid_operators", "float_operators", "rounded_outputs", "notes"):
             self._check_texts(key)
         for key in ("activation_types", "weight_types"):
             self._check_texts(key, INTEGERS)
+        if not set(self.rounded_outputs) <= set(LAYER_OPERATORS):
+            raise self._refused("rounded_outputs", self.rounded_outputs, f"names out of {', '.join(LAYER_OPERATORS)}")
         rules = tuple(Rule(**rule) if isinstance(rule, Mapping) else rule for rule in self.rules)
         if not all(isinstance(rule, Rule) for rule in rules):
             raise self._refused("rules", self.rules, "a list of Rule")

@@ -14,7 +14,7 @@ from repapq_plugin.targets import TARGETS
 from tests.support.checked_graphs import Clean
 
 
-@pytest.mark.parametrize("command", [[], ["quantize"], ["sensitivity"], ["eval"], ["export"]])
+@pytest.mark.parametrize("command", [[], ["quantize"], ["compare"], ["sensitivity"], ["eval"], ["export"]])
 def test_help_says_what_goes_in_and_what_comes_out(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--help"]) == 0
     out = capsys.readouterr().out
@@ -37,6 +37,10 @@ def test_words_that_are_not_understood_end_in_code_2(words: list[str], capsys: p
             ["quantize", "nowhere.py", "-q", "a.b=1", "-q", "a=2"],
             "--quantizer 'a=2' is not allowed after a={'b': 1}; leave one of them out.",
         ),
+        (["compare", "nowhere.py"], "The config nowhere.py does not exist."),
+        (["compare", "nowhere.py", "--seeds", "0,a"], "--seeds '0,a' is not allowed; write whole numbers with commas"),
+        (["compare", "nowhere.py", "--method", "qrdop"], "method='qrdop' is not allowed; choose from min-max"),
+        (["compare", "nowhere.py", "--peer", "ncnf"], "peer='ncnf' is not allowed; choose from onnxruntime, nncf, esp"),
         (["eval", "nowhere.py", "a.pt"], "a.pt is not a result; give a file ending in .safetensors"),
         (["eval", "nowhere.py", "a.onnx", "--backend", "simulated"], "needs a .safetensors or .pth result"),
     ],

@@ -40,6 +40,12 @@ def test_what_fits_works_and_what_is_absent_is_no_fault() -> None:
     assert set(diagnosis.works) | set(diagnosis.missing) == set(FEATURES)
 
 
+def test_what_sensitivity_needs_is_listed() -> None:
+    assert judged().missing["bits by sensitivity"] == ("scipy",)
+    there = judged(Package("scipy", "1.17.0", ("scipy",)), Package("matplotlib", "3.10.0", ("matplotlib",)))
+    assert {"bits by sensitivity", "plots of sensitivity"} <= set(there.works)
+
+
 def test_nothing_but_torch_is_enough_for_plain_models() -> None:
     diagnosis = diagnose({"torch": GOOD["torch"]})
     assert diagnosis.healthy

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from repapq_plugin.core.checkpoints import LOCK, MANIFEST, CheckpointFolder, Checkpoints, checkpoints_in
+from repapq_plugin.core.checkpoints import LOCK, MANIFEST, CheckpointFolder, Checkpoints
 from repapq_plugin.core.fingerprints import Fingerprint
 from repapq_plugin.core.part_files import Record
+from repapq_plugin.core.ranked_checkpoints import checkpoints_in
 from repapq_plugin.errors import CheckpointError, ConfigError
 from tests.support.disk import largest_file
 
@@ -237,16 +239,16 @@ def test_a_disk_that_fills_up_stops_the_keeping_and_not_the_work(
     assert worker.did == ["second", "third"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "another"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "another", "deep"])
 def test_a_part_that_is_damaged_is_named_with_what_to_do(tmp_path: Path, wanted: list[Record], damage: str) -> None:
     Worker().run(CheckpointFolder(tmp_path))
     path = tmp_path / "part-00001.safetensors"
     data = path.read_bytes()
-    path.write_bytes({"cut": data[:-1], "empty": b"", "text": b"x" * 100, "another": data}[damage])
+    path.write_bytes({"cut": data[:-1], "empty": b"", "text": b"x" * 100}.get(damage, data))
     if damage == "another":  # a sound file that does not say what it is
-        from safetensors.torch import save_file
-
         save_file({"tensor": torch.ones(3)}, path)
+    if damage == "deep":
+        save_file({"tensor": torch.ones(3)}, path, metadata={"name": "second", "record": "[" * 100_000})
     with pytest.raises(CheckpointError, match=r"part-00001\.safetensors is damaged .*; delete it"):
         Worker().run(CheckpointFolder(tmp_path, resume=True))
     path.unlink()

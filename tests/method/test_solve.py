@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 
 from repapq_plugin.backend import OwnBackend, OwnQuantizer
 from repapq_plugin.config import RepAPQConfig
@@ -145,6 +148,24 @@ def test_dead_inputs_and_a_missing_bias_do_no_harm() -> None:
         assert moments is not None
         solve_layer(layer, teacher, quantizer_of(teacher, 4), moments)
         assert layer.weight.isfinite().all() and layer.bias is None
+
+
+@pytest.mark.parametrize("positions", [1, 5])
+@pytest.mark.parametrize("bias", [True, False])
+def test_inputs_that_never_change_do_no_harm(positions: int, bias: bool) -> None:
+    for seed in range(10):  # rounding leaves a little more than nothing of what the mean takes, or a little less
+        torch.manual_seed(seed)
+        layer, x = nn.Conv2d(3, 4, 1, bias=bias), 300 * torch.randn(1, 3, 1, 1).expand(positions, 3, 1, 1)
+        before, quantizer = layer.weight.detach().clone(), quantizer_of(layer, 4)
+        teacher = copy.deepcopy(layer)
+        moments = Moments.of(zip(seen_by(layer, x), seen_by(teacher, x), strict=True))
+        assert moments is not None
+        solve_layer(layer, teacher, quantizer, moments)
+        with torch.no_grad():
+            hat = quantizer.module(layer.weight)
+            error = (functional.conv2d(x, hat, layer.bias) - teacher(x)).abs().max()
+        assert error <= 1e-2 if bias else hat.isfinite().all()
+        assert (layer.weight - before).abs().amax() <= before.abs().amax() / 7 + 1e-6
 
 
 def test_a_large_batch_is_thinned_in_both_networks_alike() -> None:

@@ -7,7 +7,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from repapq_plugin.errors import ConfigError
-from repapq_plugin.mimicnorm import WeightMean, parametrize_weight_mean, remove_weight_mean, takes_weight_mean
+from repapq_plugin.mimicnorm import Recipe, WeightMean, parametrize_weight_mean, remove_weight_mean, takes_weight_mean
+
+BY_FAN_IN = Recipe(min_fan_in=50)
+"""Small filters are left alone."""
 
 
 def network() -> nn.Sequential:
@@ -36,8 +39,40 @@ def largest_mean(weight: torch.Tensor) -> float:
         (nn.BatchNorm2d(64), False),
     ],
 )
-def test_which_layers_take_it(layer, taken):
-    assert takes_weight_mean(layer) is taken
+def test_which_layers_take_it_by_their_fan_in(layer, taken):
+    assert takes_weight_mean(layer, BY_FAN_IN) is taken
+
+
+@pytest.mark.parametrize(
+    ("layer", "taken"),
+    [
+        (nn.Conv2d(3, 8, 3), True),
+        (nn.Conv2d(1, 8, 3), False),
+        (nn.Conv2d(16, 8, 1), True),
+        (nn.Conv2d(9, 8, 1), False),
+        (nn.Conv2d(64, 64, 9, groups=64), False),
+        (nn.Conv2d(64, 64, 3, groups=2), True),
+        (nn.Conv1d(32, 4, 1), True),
+        (nn.Linear(16, 4), True),
+        (nn.ConvTranspose2d(64, 64, 3), False),
+    ],
+)
+def test_which_layers_take_it_by_a_smaller_fan_in(layer, taken):
+    assert takes_weight_mean(layer, {"min_fan_in": 9}) is taken
+
+
+@pytest.mark.parametrize(
+    ("layer", "taken"),
+    [
+        (nn.Conv2d(1, 8, 3), True),
+        (nn.Conv2d(2, 8, 1), True),
+        (nn.Conv2d(1, 8, 1), False),  # filters of one weight would vanish
+        (nn.Conv2d(64, 64, 9, groups=64), False),
+        (nn.Linear(512, 4), False),
+    ],
+)
+def test_all_dense_convolutions_take_it_by_the_authors_recipe(layer, taken):
+    assert takes_weight_mean(layer, "authors") is taken
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
@@ -45,7 +80,7 @@ def test_filter_means_are_zero_after_every_step(kind):
     model, x = network(), torch.randn(8, 3, 8, 8)
     optimizer = kind(model.parameters(), lr=0.1)
     first, depthwise = model[0].weight.clone(), model[2].weight.clone()
-    handle = WeightMean(model).attach(optimizer)
+    handle = WeightMean(model, BY_FAN_IN).attach(optimizer)
     for _ in range(5):
         assert largest_mean(model[3].weight) <= 1e-7
         optimizer.zero_grad()
@@ -67,11 +102,11 @@ def test_filter_means_are_zero_after_every_step(kind):
 def test_both_ways_are_equal_under_gradient_descent(momentum, decay, seed):
     model = network().double()
     other = copy.deepcopy(model)
-    assert parametrize_weight_mean(other) == ["3"]
+    assert parametrize_weight_mean(other, BY_FAN_IN) == ["3"]
     optimizers = [
         torch.optim.SGD(net.parameters(), lr=0.05, momentum=momentum, weight_decay=decay) for net in (model, other)
     ]
-    WeightMean(model).attach(optimizers[0])
+    WeightMean(model, BY_FAN_IN).attach(optimizers[0])
     generator = torch.Generator().manual_seed(seed)
     for _ in range(4):
         x = torch.randn(4, 3, 8, 8, generator=generator, dtype=torch.float64)
@@ -111,8 +146,8 @@ def test_frozen_weights_stay():
     model = network()
     model[3].requires_grad_(False)
     before = model[3].weight.clone()
-    WeightMean(model).apply()
-    assert parametrize_weight_mean(model) == []
+    WeightMean(model, BY_FAN_IN).apply()
+    assert parametrize_weight_mean(model, BY_FAN_IN) == []
     assert torch.equal(model[3].weight, before)
 
 

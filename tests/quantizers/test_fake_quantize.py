@@ -106,6 +106,20 @@ def test_gradients_per_tensor_are_those_of_lsq(seed: int) -> None:
     assert torch.allclose(quantizer.log_scale.grad, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("shape", "ch_axis"), [((1, 3, 3, 3), 0), ((4, 1, 2), 1), ((1, 5), 0), ((1,), 0)])
+def test_gradients_of_the_only_channel_are_those_per_tensor(shape: tuple[int, ...], ch_axis: int) -> None:
+    one, other = per_channel(1, ch_axis), per_channel(1, ch_axis)
+    together = ready(LearnableFakeQuantize(quant_min=-7, quant_max=7), one.scale.detach(), torch.zeros(1).long())
+    other.load_state_dict(one.state_dict())
+    x = torch.randn(shape)
+    gradients = []
+    for quantizer in (other, together):
+        values = x.clone().requires_grad_()
+        (quantizer(values) * torch.linspace(-1, 1, x.numel()).reshape(shape)).sum().backward()
+        gradients.append((values.grad, quantizer.log_scale.grad))
+    assert all(torch.equal(a, b) and a.shape == b.shape for a, b in zip(*gradients, strict=True))
+
+
 @given(seed=seeds, ch_axis=st.integers(0, 2))
 def test_gradients_per_channel_are_those_of_lsq(seed: int, ch_axis: int) -> None:
     torch.manual_seed(seed)

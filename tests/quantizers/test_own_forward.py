@@ -203,6 +203,13 @@ UNBAKED: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.parametrize("shift", [-100.0, 100.0])
+def test_a_weight_that_is_the_same_for_all_large_inputs_is_not_baked(shift: float) -> None:
+    layer, x = FromInput(3, 4, 3).eval(), images()[0] + shift
+    assert torch.equal(layer(x), layer._conv_forward(x, layer.weight * (1 + x.mean().sign()), layer.bias))
+    assert bake_weights(layer, lambda: layer(x)) == ()
+
+
 @pytest.mark.parametrize("keyword", [False, True])
 @pytest.mark.parametrize("name", UNBAKED)
 def test_nothing_else_is_baked(name: str, keyword: bool) -> None:

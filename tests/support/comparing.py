@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,3 +36,13 @@ def flags(model: nn.Module) -> dict[str, bool]:
 
 def hooks_of(model: nn.Module) -> list[object]:
     return [hook for module in model.modules() for hook in (*module._forward_hooks, *module._forward_pre_hooks)]
+
+
+def difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Return the largest difference of learned tensors, each relative to its largest value."""
+    assert one.keys() == other.keys()
+    return max(
+        float((one[key] - other[key]).abs().max() / one[key].abs().max().clamp_min(1e-12))
+        for key in one
+        if one[key].is_floating_point() and one[key].numel()
+    )

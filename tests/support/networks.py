@@ -107,3 +107,17 @@ def settle(model: nn.Module, size: int = 16) -> nn.Module:
 def batches(count: int = 4, size: int = 16) -> list[Tensor]:
     """Return calibration batches of 8 images."""
     return [torch.randn(8, 3, size, size) for _ in range(count)]
+
+
+class Fragile(nn.Module):
+    """Runs inside its network, but not a second time on other data of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(TwoBranchBlock(8, 8), TwoBranchBlock(8, 8))
+        self.allowed = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.allowed:
+            raise KeyError("context")
+        return self.blocks(x)

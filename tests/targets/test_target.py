@@ -90,6 +90,7 @@ def test_what_is_no_target_is_refused(value: object) -> None:
         ({"opset": 20, "max_opset": 19}, "max_opset=19"),
         ({"activation_types": ("int4",)}, "uint8, int8"),
         ({"weight_types": ()}, "uint8, int8"),
+        ({"rounded_outputs": ("Relu",)}, "Conv, ConvTranspose, Gemm"),
         ({"notes": "one"}, "a list of texts"),
         ({"rules": ("opset",)}, "a list of Rule"),
         ({"name": ""}, "a text"),

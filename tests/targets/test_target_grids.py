@@ -115,7 +115,7 @@ def test_a_signed_affine_grid_is_the_unsigned_one_with_its_codes_shifted(values:
     assert all(torch.equal(unsigned, signed) for unsigned, signed in zip(*grids, strict=True))
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "executorch", "litert", "rknn", "openvino", "qnn"])
+@pytest.mark.parametrize("name", ["executorch", "litert", "rknn", "openvino", "qnn"])
 def test_affine_targets_compute_what_the_default_does_to_the_last_bit(
     network: nn.Module, data: list[Tensor], name: str
 ) -> None:
@@ -230,7 +230,7 @@ def test_openvino_runs_unsigned_activations_in_integers(data: list[Tensor], targ
     assert summary.max_rel_difference is not None and summary.max_rel_difference < 1e-2
 
 
-@pytest.mark.parametrize("target", [TARGETS["tensorrt"], TARGETS["onnxruntime"]], ids=lambda t: t.name)
+@pytest.mark.parametrize("target", [TARGETS["tensorrt"], TARGETS["executorch"]], ids=lambda t: t.name)
 def test_openvino_computes_signed_activations_right_whatever_kernels_it_takes(
     data: list[Tensor], target: Target, tmp_path: Path
 ) -> None:

@@ -63,12 +63,23 @@ def check_onnx(file: str | os.PathLike[str] | onnx.ModelProto, target: str | Tar
         What breaks a rule, by rule and then in the order of the graph; empty if nothing does.
 
     Raises:
-        ExportError: onnx is not installed, or the file cannot be read.
+        ExportError: onnx is not installed, or the file cannot be read or is no valid ONNX.
         ConfigError: There is no such target.
     """
     require_onnx()
     wanted = find_target(target) if isinstance(target, str) else target
-    graph = QuantizedGraph(_loaded(file) if isinstance(file, str | os.PathLike) else file)
+    model = _loaded(file) if isinstance(file, str | os.PathLike) else file
+    try:
+        return _findings(model, wanted)
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
+        raise ExportError(
+            f"The graph is no valid ONNX: it cannot be judged ({type(error).__name__}: {error}). Write the file again; "
+            "onnx.checker.check_model says what is wrong with it."
+        ) from error
+
+
+def _findings(model: onnx.ModelProto, wanted: Target) -> list[Finding]:
+    graph = QuantizedGraph(model)
     return [
         Finding(
             rule.key,

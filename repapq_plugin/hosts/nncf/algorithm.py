@@ -9,7 +9,7 @@ import nncf
 from torch import nn
 
 from repapq_plugin.config import RepAPQConfig
-from repapq_plugin.core.checkpoints import checkpoints_in
+from repapq_plugin.core.ranked_checkpoints import checkpoints_in
 from repapq_plugin.errors import HostError
 from repapq_plugin.hosts.nncf._compat import (
     ATR_HOOK_STORAGE,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from repapq_plugin.config import RepAPQConfig
-from repapq_plugin.core.checkpoints import checkpoints_in
+from repapq_plugin.core.ranked_checkpoints import checkpoints_in
 from repapq_plugin.errors import ConfigError, HostError
 from repapq_plugin.hosts.nncf._compat import is_wrapped
 from repapq_plugin.hosts.nncf.backend import NNCFBackend, NNCFOptions

@@ -11,6 +11,7 @@ from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 from torch.utils.data import Dataset, Subset
 
+from repapq_plugin.core.ranks import world
 from repapq_plugin.errors import HostError
 
 REMEDY = (
@@ -22,7 +23,7 @@ REMEDY = (
 def calibration_batches(
     cfg: Mapping[str, object], dataloader: str | Mapping[str, object] | None, num_samples: int, seed: int
 ) -> list[object]:
-    """Load calibration samples, collated as the toolbox's data preprocessor takes them.
+    """Load calibration samples, collated as the toolbox's data preprocessor takes them; of several ranks a share each.
 
     Args:
         cfg: The whole config; a runner built from it must have set the default scope.
@@ -43,8 +44,11 @@ def calibration_batches(
         raise HostError(f"The calibration data of {name} holds no sample. {REMEDY}")
     drawn = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:num_samples]
     loader["dataset"] = Subset(cast("Dataset[object]", dataset), sorted(drawn.tolist()))
-    loader["sampler"] = {"type": "DefaultSampler", "shuffle": False}
+    # Each rank reads its own samples; a batch of all ranks together has as many as one of a single process.
+    loader["sampler"] = {"type": "DefaultSampler", "shuffle": False, "round_up": False}
     loader["drop_last"] = False
+    if isinstance(each := loader.get("batch_size", 1), int):
+        loader["batch_size"] = max(1, -(-each // world().size))
     for key in ("batch_sampler", "num_batch_per_epoch"):
         loader.pop(key, None)
     return list(Runner.build_dataloader(loader, seed=seed))

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from repapq_plugin.core.checkpoints import Checkpoints
 from repapq_plugin.core.progress import ProgressLines
+from repapq_plugin.core.ranks import world
 from repapq_plugin.errors import HostError
 from repapq_plugin.hosts.openmmlab._compat import drop_hooks_on_weights
 from repapq_plugin.hosts.openmmlab.checkpoint import guard
@@ -29,6 +30,8 @@ from repapq_plugin.result import Calibrated
 
 class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
     """Merges, quantizes and calibrates the runner's model, then tests it with the toolbox's own metric.
+
+    Under a launcher each rank calibrates on its share of the data and tests on its share; rank 0 writes.
 
     In the runner's work folder it leaves ``repapq.safetensors`` (the quantized network), ``result.json`` (see `Record`)
     and the exported files asked for. Scores, the losses of units and figures go to the runner's visualizer.
@@ -99,7 +102,8 @@ class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
         with served:
             metrics: dict[str, float] = super().run()
         done.add_scores(self.settings.backend, metrics)
-        done.record.write(Path(self.runner.work_dir))
+        if world().rank == 0:
+            done.record.write(Path(self.runner.work_dir))
         self.checkpoints.remove()
         if self._batches:
             try:
@@ -111,8 +115,8 @@ class RepAPQTestLoop(TestLoop):  # type: ignore[misc]
 
     def _quantize(self) -> Quantization:
         runner, settings = self.runner, self.settings
-        if is_model_wrapper(runner.model):
-            raise HostError("RepAPQTestLoop quantizes in one process; start the test tool with --launcher none.")
+        if is_model_wrapper(runner.model):  # of training on several ranks, each of which has the whole model
+            runner.model = runner.model.module
         if isinstance(runner.model, BaseTTAModel):
             raise HostError("RepAPQTestLoop does not know test-time augmentation; run the test tool without --tta.")
         folder = writable_folder(runner.work_dir)

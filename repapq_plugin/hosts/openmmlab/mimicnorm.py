@@ -16,6 +16,7 @@ from repapq_plugin.hosts.openmmlab.hooks import model_of
 from repapq_plugin.mimicnorm import WeightMean, finish
 from repapq_plugin.mimicnorm.convert import replace_batch_norms
 from repapq_plugin.mimicnorm.initialise import initialise_weights
+from repapq_plugin.mimicnorm.recipe import RecipeLike, find_recipe
 from repapq_plugin.mimicnorm.structure import layers_with_norms
 
 LAST_LAYERS = ("head.fc", "decode_head.conv_seg")
@@ -41,6 +42,11 @@ class MimicNormHook(Hook):  # type: ignore[misc]
         example_shape: Channels, height and width of a random image that shows how the network is put together.
         convert: Replace the batch norms that are left, too: no ``norm_cfg`` is needed then, and modules are reached
             that make their norms without asking it (mmyolo's RepVGG blocks).
+        recipe: ``"default"``, ``"authors"``, or the choices that differ: ``dict(start="he")``, see `Recipe`. Weight
+            decay and momentum are left to the config's optimizer.
+
+    Raises:
+        ConfigError: There is no such recipe.
     """
 
     priority = "VERY_HIGH"
@@ -51,7 +57,9 @@ class MimicNormHook(Hook):  # type: ignore[misc]
         initialise: bool = True,
         example_shape: Sequence[int] = (3, 64, 64),
         convert: bool = False,
+        recipe: RecipeLike = "default",
     ) -> None:
+        self.recipe = find_recipe(recipe)
         self.last, self.initialise, self.example_shape, self.convert = last, initialise, tuple(example_shape), convert
         self._weight_mean: WeightMean | None = None
         self._loaded = False
@@ -73,7 +81,7 @@ class MimicNormHook(Hook):  # type: ignore[misc]
         last = self._last_of(model)
         if self.convert:
             replace_batch_norms(model, example, forward_fn=run_images)
-        done = finish(model, example, forward_fn=run_images, last=last, initialise=False)
+        done = finish(model, example, forward_fn=run_images, last=last, initialise=False, recipe=self.recipe)
         now = set(model.parameters())
         optimizer = getattr(getattr(runner, "optim_wrapper", None), "optimizer", None)
         if isinstance(optimizer, torch.optim.Optimizer):
@@ -85,7 +93,7 @@ class MimicNormHook(Hook):  # type: ignore[misc]
             # A wrapper synchronizes what it saw when it was made, and the scalars are newer.
             runner.model = runner.wrap_model(runner.cfg.get("model_wrapper_cfg"), model)
         self._example = example
-        self._weight_mean = WeightMean(model)
+        self._weight_mean = WeightMean(model, self.recipe)
         runner.logger.info(
             f"MimicNorm: {len(done.residual)} branches end in a scalar, a last norm follows {', '.join(done.last)}, "
             f"{len(self._weight_mean.layers)} layers keep filter means of zero."
@@ -106,7 +114,7 @@ class MimicNormHook(Hook):  # type: ignore[misc]
                 for layer in layers_with_norms(model, lambda: run_images(model, self._example))
                 if layer.weight.requires_grad and layer not in pretrained
             ]
-            initialise_weights(model, layers, run_images, self._example)
+            initialise_weights(model, layers, run_images, self._example, self.recipe)
             for tensor in model.state_dict().values():
                 broadcast(tensor)  # every process drew its own
         self._apply()

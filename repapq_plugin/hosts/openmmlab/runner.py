@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
+from torch import nn
 
 from repapq_plugin.hosts.openmmlab.checkpoint import plain_checkpoints
 from repapq_plugin.hosts.openmmlab.hooks import QPRFusionHook
@@ -35,6 +37,13 @@ class RepAPQRunner(Runner):  # type: ignore[misc]
         cfg["custom_hooks"] = [*(cfg.get("custom_hooks") or []), {"type": QPRFusionHook.__name__}]
         runner: RepAPQRunner = super().from_cfg(cfg)
         return runner
+
+    def wrap_model(self, model_wrapper_cfg: dict[str, object] | None, model: nn.Module) -> nn.Module:
+        """Wrap a model as mmengine's runner does, except on several ranks without GPUs, which its wrapper asks for."""
+        if self.distributed and model_wrapper_cfg is None and not torch.cuda.is_available():
+            return model
+        wrapped: nn.Module = super().wrap_model(model_wrapper_cfg, model)
+        return wrapped
 
     def load_checkpoint(self, filename: str, *args: object, **kwargs: object) -> object:
         """Load a checkpoint as mmengine's runner does, if it holds plain data only or the config trusts it.

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import cast
 
 from repapq_plugin.config import RepAPQConfig
-from repapq_plugin.core.checkpoints import Checkpoints, checkpoints_in
+from repapq_plugin.core.checkpoints import Checkpoints
+from repapq_plugin.core.ranked_checkpoints import checkpoints_in
 from repapq_plugin.errors import ConfigError
 from repapq_plugin.hosts.openmmlab.other_hosts import FORMATS, OWN, find_host, formats_of, keeps_checkpoints
 

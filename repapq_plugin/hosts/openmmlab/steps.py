@@ -11,6 +11,7 @@ from pathlib import Path
 from mmengine.config import Config
 from torch import Tensor, nn
 
+from repapq_plugin.core import ranks
 from repapq_plugin.core.checkpoints import Checkpoints
 from repapq_plugin.core.origin import Origin
 from repapq_plugin.errors import ResultError
@@ -72,12 +73,13 @@ class LoadedModel:
             HostError: The model has no network part that can be taken out.
             ExportError: It cannot be exported.
         """
+        target = None if self.result is None else self.result.config.runs_on
         if self.hosted is not None:
             exported = Exported.of(self.hosted.export(kind, example, path))
         elif self.network is not None:
-            exported = export_tensor_path(self.network, example, path, kind)
+            exported = export_tensor_path(self.network, example, path, kind, target)
         else:
-            exported = export_network(self.model, example, path, kind)
+            exported = export_network(self.model, example, path, kind, target)
         return exported if origin is None else exported.made_by(origin)
 
 
@@ -209,11 +211,11 @@ class Quantization:
             HostError, ConfigError, CalibrationError: See `quantize`.
             ResultError: The result cannot be written.
         """
-        example = example_images(model, batches)
+        example = ranks.first(lambda: example_images(model, batches))
         quantized = quantize(model, batches, settings, progress, checkpoints)
         record = Record.start(cfg, checkpoint, settings, quantized.result)
         origin = made_from(cfg, cfg_options, checkpoint, settings, quantized.result)
-        record.add_file("result", *quantized.save(folder, origin))
+        record.add_file("result", *ranks.first(lambda: quantized.save(folder, origin)))
         return cls(quantized, example, folder, record, origin)
 
     def export(self, kind: str) -> Exported:
@@ -222,7 +224,8 @@ class Quantization:
         Raises:
             HostError, ExportError: See `QuantizedModel.export`.
         """
-        exported = self.quantized.export(kind, self.example, self.folder / EXPORTED, self.origin)
+        where = self.folder / EXPORTED
+        exported = ranks.first(lambda: self.quantized.export(kind, self.example, where, self.origin))
         self.record.add_exported(kind, exported)
         return exported
 
@@ -298,13 +301,20 @@ def quantize_and_compare(
     if "openvino" in settings.export:
         with step("score_openvino", "Scoring OpenVINO INT8") as report:
             done.add_scores("openvino", bench.score(model, done.network_on("openvino"), report))
+        example = bench.example
         with step("latency", "Measuring latency"):
-            merged = export_network(bench.merged(), bench.example, bench.folder / "float", "openvino")
-            merged = merged.made_by(dataclasses.replace(done.origin, quantizer=None))
+            merged = ranks.first(lambda: _float_network(bench, example, done.origin))
             done.record.add_exported("float", merged)
             paths = {"float": merged.path, "openvino": Path(done.record.files["openvino"][0])}
-            done.record.latency, done.record.kernels = compare_on_openvino(paths, bench.example, threads)
+            timed = ranks.first(lambda: compare_on_openvino(paths, example, threads))
+            done.record.latency, done.record.kernels = timed
     return done
+
+
+def _float_network(bench: Workbench, example: Tensor, origin: Origin) -> Exported:
+    """Write the float network, merged, to compare with."""
+    merged = export_network(bench.merged(), example, bench.folder / "float", "openvino")
+    return merged.made_by(dataclasses.replace(origin, quantizer=None))
 
 
 def _score_plain(bench: Workbench, step: Step) -> dict[str, float]:

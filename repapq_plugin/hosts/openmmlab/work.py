@@ -27,6 +27,7 @@ from repapq_plugin.hosts.openmmlab.network import TensorPath, preprocess, run_ba
 from repapq_plugin.hosts.openmmlab.other_hosts import QuantizeNetwork, keeps_checkpoints
 from repapq_plugin.job import Job, Report
 from repapq_plugin.result import CalibrationResult
+from repapq_plugin.targets import Target
 
 RESULT_FILE = SAVED_AS
 """Name of the saved result in a work folder."""
@@ -159,7 +160,7 @@ def example_images(model: nn.Module, batches: Sequence[object]) -> Tensor:
     return images[:1].clone()
 
 
-def export_network(model: nn.Module, example: Tensor, path: Path, kind: str) -> Exported:
+def export_network(model: nn.Module, example: Tensor, path: Path, kind: str, target: Target | None = None) -> Exported:
     """Export the network part of a toolbox model.
 
     Args:
@@ -167,21 +168,24 @@ def export_network(model: nn.Module, example: Tensor, path: Path, kind: str) -> 
         example: Preprocessed image, float ``(1, C, H, W)``; its size is the exported one.
         path: File to write, without suffix.
         kind: ``'onnx'`` or ``'openvino'``.
+        target: For what the file is written; ``None``: for any runtime.
 
     Raises:
         HostError: The model has no network part that can be taken out.
         ExportError: See `export_onnx` and `export_openvino`.
     """
     serving_points(model)
-    return export_tensor_path(TensorPath(model).eval(), example, path, kind)
+    return export_tensor_path(TensorPath(model).eval(), example, path, kind, target)
 
 
-def export_tensor_path(network: nn.Module, example: Tensor, path: Path, kind: str) -> Exported:
+def export_tensor_path(
+    network: nn.Module, example: Tensor, path: Path, kind: str, target: Target | None = None
+) -> Exported:
     """Export a network part that was taken out already; see `export_network`."""
-    target = path.with_name(path.name + SUFFIXES[kind])
+    file = path.with_name(path.name + SUFFIXES[kind])
     if kind == "onnx":
-        return Exported.of(export_onnx(network, example, target))
-    return Exported.of(export_openvino(network, example, target))
+        return Exported.of(export_onnx(network, example, file, target=target))
+    return Exported.of(export_openvino(network, example, file, target=target))
 
 
 def open_network(path: str | Path, backend: str, threads: int | None = None) -> nn.Module:

@@ -17,6 +17,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from repapq_plugin.config import RepAPQConfig
+from repapq_plugin.core import ranks
 from repapq_plugin.core.origin import Decoding
 from repapq_plugin.errors import ConfigError, HostError
 from repapq_plugin.hosts.openmmlab._compat import drop_hooks_on_weights, name_experiment, remove_hook
@@ -156,18 +157,19 @@ class Workbench:
     @property
     def _example(self) -> Preprocessed:
         if self._first is None:
-            settings = self.settings
-            try:
-                batches = self._batches or calibration_batches(
-                    self.cfg, settings.dataloader, 1, settings.quantizer.seed
-                )
-            except HostError:
-                if not self.cfg.get("test_dataloader"):
-                    raise
-                batches = [next(iter(self.runner.test_dataloader))]
-            with torch.no_grad():
-                self._first = preprocess(self.model, batches[0])
+            self._first = ranks.first(self._preprocessed)
         return self._first
+
+    def _preprocessed(self) -> Preprocessed:
+        settings = self.settings
+        try:
+            batches = self._batches or calibration_batches(self.cfg, settings.dataloader, 1, settings.quantizer.seed)
+        except HostError:
+            if not self.cfg.get("test_dataloader"):
+                raise
+            batches = [next(iter(self.runner.test_dataloader))]
+        with torch.no_grad():
+            return preprocess(self.model, batches[0])
 
     def calibrate(self, config: RepAPQConfig | None = None, progress: Report | None = None) -> CalibrationResult:
         """Quantize a copy of the float model with the plugin's own quantizers."""

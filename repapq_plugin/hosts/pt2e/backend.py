@@ -48,6 +48,8 @@ class Pt2eBackend(PlainBackend[HostedNetwork]):
         options: None is known.
     """
 
+    rounds_outputs = False
+
     def __init__(self, options: Mapping[str, object] | None = None) -> None:
         self.options = dict(options or {})
 
