@@ -175,7 +175,7 @@ class Job(Generic[R]):
             if self.config.equalize:
                 equalized = equalize_channels(state.teacher, run, state.batches, state.plans, state.examples)
                 state.notes += equalized.notes
-        ranks.level(dict(state.teacher.state_dict()))
+        ranks.level({**dict(state.teacher.named_parameters()), **dict(state.teacher.named_buffers())})
 
     def place(self, state: State) -> None:
         """Let the backend make the network that carries quantizers, and find units and stages in it."""

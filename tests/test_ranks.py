@@ -179,3 +179,16 @@ def test_with_one_process_nothing_is_copied() -> None:
     assert ranks.sum_(tensors)[0] is tensors[0] and ranks.greatest(tensors)[0] is tensors[0]
     with ranks.together():
         assert ranks.collect(lambda: value) == [value] and ranks.most(3) == 3
+
+
+def levelled(rank: int) -> dict[str, Tensor]:
+    kinds = (torch.float32, torch.float16, torch.int16, torch.bool, torch.complex64)
+    tensors = {str(kind): (torch.arange(4) + rank).to(kind) for kind in kinds}
+    tensors |= {"scalar": torch.tensor(float(rank)), "empty": torch.zeros(0), "sparse": torch.eye(2).to_sparse()}
+    ranks.level(tensors)
+    return {name: tensor.to_dense() for name, tensor in tensors.items()}
+
+
+def test_tensors_of_any_kind_become_those_of_the_first_rank() -> None:
+    first, second = values(2, levelled)
+    assert same(first, second) and first["torch.float32"].tolist() == [0, 1, 2, 3]

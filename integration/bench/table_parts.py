@@ -12,6 +12,8 @@ from integration.bench.reference import RESULTS
 PRESETS = ("w8a8", "w6a6", "w4a4", "w3a3")
 NOTHING = "–"
 
+CLASSIFIERS = {"repvgg": "RepVGG, top-1 %", "mobileone": "MobileOne, top-1 %"}
+
 Row = dict[str, Any]
 
 

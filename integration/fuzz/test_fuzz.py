@@ -16,8 +16,13 @@ from tests.support.comparing import equal_numbers, numbers
 SEEDS = range(20)
 """Always run; `integration.bench.fuzz` runs thousands."""
 
-KEPT: dict[int, str] = {}
-"""Seeds that found a fault, and which."""
+KEPT = {
+    67: "a matrix that a layer flattens was no integer weight in a file",
+    93: "the same among branches",
+    70: "a convolution with one output channel could not learn",
+    86: "a linear layer with one output could not learn",
+}
+"""Seeds that found a fault, which is mended."""
 
 
 ended = cache(put_to_the_test)
@@ -31,10 +36,17 @@ def _quiet() -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("seed", [*SEEDS, *KEPT])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_random_network_is_equal_to_its_simulation_or_refused(seed: int) -> None:
     ending = ended(seed)
     assert ending.good, f"{ending.end} in {ending.stage!r}: {ending.reason}"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seed", KEPT)
+def test_a_network_that_once_found_a_fault_is_equal_to_its_simulation(seed: int) -> None:
+    ending = ended(seed)
+    assert ending.end == "equal", f"{KEPT[seed]}: {ending.end} in {ending.stage!r}: {ending.reason}"
 
 
 def test_a_seed_gives_the_same_network_and_batches_each_time() -> None:

@@ -22,12 +22,16 @@ def diagnose(config: Path, folder: Path, *more: str) -> int:
 def test_a_model_is_diagnosed_on_its_calibration_images(
     classifier_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = (str(classifier_checkpoint), "--preset", "w3a3", "-q", "steps=0", "--calib-samples", str(IMAGES))
+    few_bits = ("-q", "layer_bits={'backbone.stage_2.1*': (2, 2)}")
+    words = (str(classifier_checkpoint), "--preset", "w8a8", "-q", "steps=0", "--calib-samples", str(IMAGES), *few_bits)
     assert diagnose(CLASSIFIER, tmp_path / "work", *words) == 0
     shown = capsys.readouterr().out
-    assert f"on {IMAGES} samples" in shown and "more bits" in shown
+    assert f"on {IMAGES} samples" in shown
     said = json.loads((tmp_path / "work" / "diagnosis.json").read_text())
-    assert (said["samples"], said["scheme"][:4]) == (IMAGES, "W3A3")
+    assert (said["samples"], said["scheme"][:4]) == (IMAGES, "W8A8")
+    weakest = min(said["units"], key=lambda unit: unit["snr"])
+    assert weakest["name"].startswith("backbone.stage_2.1") and weakest["bits"] == [2, 2]
+    assert {remedy["name"] for remedy in weakest["remedies"]} & {"bits", "keep_float"}
     unit = said["units"][1]
     assert list(unit["moments"]) == ["branched", "merged", "conditioned", "calibrated"]
     assert unit["moments"]["branched"]["weights"]["kurtosis"] > 0

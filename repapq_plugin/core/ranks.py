@@ -223,16 +223,17 @@ def level(tensors: Mapping[str, Tensor]) -> None:
     """
     if world().size == 1:
         return
-    told = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items()]
+    plain = {name: tensor for name, tensor in tensors.items() if tensor.layout is torch.strided and tensor.numel()}
+    told = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in plain.items()]
     wanted = first(lambda: told)
     if (other := next((rank for rank, same in enumerate(gather(told == wanted)) if not same), None)) is not None:
         raise RankError(f"Rank {other} holds another network than rank 0; give every rank the same model and config.")
-    for group in _groups(list(tensors.values())):
+    for group in _groups(list(plain.values())):
         flat = _flat(group)
-        wired = _on_wire(flat)
+        wired = _on_wire(flat.view(torch.uint8))  # whatever they mean
         traffic.add("broadcast", wired)
         _finish(dist.broadcast(wired, 0, async_op=True))
-        for tensor, values in zip(group, _parts(wired.to(flat), group), strict=True):
+        for tensor, values in zip(group, _parts(wired.to(flat.device).view(flat.dtype), group), strict=True):
             tensor.copy_(values)
 
 

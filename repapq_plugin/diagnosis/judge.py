@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,15 @@ ENOUGH = 20.0
 
 BIT = 20 * math.log10(2)
 """Decibels that one more bit gains: half the step."""
+
+
+def wanted_snr(snrs: Sequence[float]) -> float:
+    """Return what a unit should reach, in decibels: what the typical unit of its network does, and `ENOUGH` at most.
+
+    With few bits no unit reaches much. What counts then is which ones are behind the others.
+    """
+    known = [snr for snr in snrs if math.isfinite(snr)]
+    return min(ENOUGH, statistics.median(known)) if known else ENOUGH
 
 
 def outliers_of(peaks: Tensor) -> tuple[Outlier, ...]:
@@ -102,31 +112,34 @@ def _decibels(signal: float, noise: float) -> float:
     return 10 * math.log10(signal / noise) if noise > 0 else math.inf
 
 
-def final_noise(moments: Mapping[MomentName, Moment]) -> Noise:
-    """Return the same of a calibrated unit: its inputs on the grid that was learned, its weights before they moved.
+def final_noise(start: Moment, calibrated: Moment) -> Noise:
+    """Return the noise of a calibrated unit against the float network's signal.
 
-    Learning moves weights on purpose, so what they differ by afterwards is no noise.
-    """
-    return noise_of(moments["calibrated"].inputs, moments["conditioned"].weights)
-
-
-def remedies_for(
-    layer: str,
-    bits: tuple[int, int],
-    moments: Mapping[MomentName, Moment],
-    constants_folded: Moment,
-    outliers: Sequence[Outlier],
-    config: RepAPQConfig,
-) -> tuple[Remedy, ...]:
-    """Return what helps a unit, in the order to try it.
+    Its inputs are on the grid that was chosen, its weights as they were before they moved: learning moves weights on
+    purpose, so that what they differ by afterwards is no noise.
 
     Args:
-        layer: Module path of its first layer.
-        bits: Bits of that layer.
+        start: The float network that calibration set out from.
+        calibrated: What came out.
+    """
+    x, w = start.inputs.by_channel, start.weights
+    noise = calibrated.inputs.by_channel.noise
+    if w is None:
+        return Noise(math.nan, float(calibrated.inputs.together.snr[0]))
+    signal = float((w.by_channel.power * x.variance).sum())
+    of_weights = float((w.by_channel.noise * x.power).sum())
+    return Noise(_decibels(signal, of_weights), _decibels(signal, float((w.by_channel.power * noise).sum())))
+
+
+def channel_remedies(
+    moments: Mapping[MomentName, Moment], constants_folded: Moment, config: RepAPQConfig
+) -> tuple[Remedy, ...]:
+    """Return what helps a unit by what it does to channels, in the order to try it.
+
+    Args:
         moments: Figures by moment.
         constants_folded: Figures with constant channels folded, not equalized yet.
-        outliers: Its channels that stand out.
-        config: Says what is done already.
+        config: Says what is set already.
     """
     found: list[Remedy] = []
     told = (moments["merged"], constants_folded, moments["conditioned"])
@@ -143,32 +156,47 @@ def remedies_for(
             f"once equalized; {folded:.1f} dB before, {equal:.1f} dB then"
         )
         found.append(Remedy("equalize", equal - folded, reason, "" if applied else "equalize=True"))
-    final = final_noise(moments)
-    if final.snr < ENOUGH:
-        found.append(_more_bits(layer, bits, final, outliers))
     return tuple(found)
 
 
-def _more_bits(layer: str, bits: tuple[int, int], final: Noise, outliers: Sequence[Outlier]) -> Remedy:
+def bit_remedy(
+    layer: str,
+    bits: tuple[int, int],
+    final: Noise,
+    wanted: float,
+    outliers: Sequence[Outlier],
+    when: str = "as calibrated",
+) -> tuple[Remedy, ...]:
+    """Return how many more bits a unit needs, or that it should stay float; nothing where it has enough.
+
+    Args:
+        layer: Module path of its first layer.
+        bits: Bits of that layer.
+        final: Its noise as calibrated.
+        wanted: What it should reach; see `wanted_snr`. It may be less by one bit.
+        outliers: Its channels that stand out.
+        when: In which state it has that noise.
+    """
+    if not (final.snr < ENOUGH and final.snr <= wanted - BIT):
+        return ()
     sides = (final.weights, final.inputs)
-    wanted = [each + _missing(snr) for each, snr in zip(bits, sides, strict=True)]
-    said = f"{final.snr:.1f} dB as calibrated (weights {sides[0]:.1f}, inputs {sides[1]:.1f}), {ENOUGH:.0f} wanted"
+    needed = [each + _missing(snr, wanted) for each, snr in zip(bits, sides, strict=True)]
+    said = f"{final.snr:.1f} dB {when} (weights {sides[0]:.1f}, inputs {sides[1]:.1f}), {wanted:.1f} wanted"
     rare = sorted({number for outlier in outliers if not outlier.everywhere for number in outlier.samples})
     if rare:
-        said += (
-            f"; samples {', '.join(map(str, rare[:MOST_SAMPLES]))} hold outliers that no others do, look at them first"
-        )
-    if max(wanted) > MAX_BITS:
+        numbers = ", ".join(map(str, rare[:MOST_SAMPLES]))
+        said += f"; samples {numbers} hold outliers that others do not, look at them first"
+    if max(needed) > MAX_BITS:
         reason = f"{said}; that takes more than {MAX_BITS} bits"
-        return Remedy("keep_float", math.inf, reason, f"keep_float=[{layer!r}]")
-    gained = combined([snr + BIT * (now - was) for snr, now, was in zip(sides, wanted, bits, strict=True)]) - final.snr
+        return (Remedy("keep_float", math.inf, reason, f"keep_float=[{layer!r}]"),)
+    gained = combined([snr + BIT * (now - was) for snr, now, was in zip(sides, needed, bits, strict=True)]) - final.snr
     reason = f"{said}; each further bit gains {BIT:.0f} dB"
-    return Remedy("bits", gained, reason, f"layer_bits={{{layer!r}: ({wanted[0]}, {wanted[1]})}}")
+    return (Remedy("bits", gained, reason, f"layer_bits={{{layer!r}: ({needed[0]}, {needed[1]})}}"),)
 
 
-def _missing(snr: float) -> int:
-    """Return how many bits one of two factors lacks, so that both together have enough."""
-    aim = ENOUGH + 10 * math.log10(2)
+def _missing(snr: float, wanted: float) -> int:
+    """Return how many bits one of two factors lacks, so that both together reach what is wanted."""
+    aim = wanted + 10 * math.log10(2)
     return max(0, math.ceil((aim - snr) / BIT)) if math.isfinite(snr) else 0
 
 

@@ -30,7 +30,15 @@ from repapq_plugin.diagnosis.inputs import (
     see_inputs,
     weight_figures,
 )
-from repapq_plugin.diagnosis.judge import final_noise, outliers_of, remedies_for
+from repapq_plugin.diagnosis.judge import (
+    Noise,
+    bit_remedy,
+    channel_remedies,
+    final_noise,
+    noise_of,
+    outliers_of,
+    wanted_snr,
+)
 from repapq_plugin.diagnosis.table import Diagnosis, Moment, MomentName, UnitDiagnosis
 from repapq_plugin.job import Job, State
 from repapq_plugin.method.partition import Unit, is_inside
@@ -160,20 +168,33 @@ class DiagnosisJob(Job[Diagnosis]):
         rounds: dict[str, Rounds] = {name: layer.input_fake_quant for name, layer in layers.items()}
         run = partial(self.forward, backend.student)
         seen = see_inputs(layers, run, state.batches, rounds, self._advance)
-        found = []
+        units = [unit for unit in units if unit.name in seen]
+        finals: dict[str, Noise] = {}
         for unit in units:
-            if unit.name not in seen:
-                continue
-            layer, moments = unit.layers[0], self._moments[unit.name]
-            weights = moved_figures(layers[unit.name], state.teacher.get_submodule(layer))
+            moments = self._moments[unit.name]
+            weights = moved_figures(layers[unit.name], state.teacher.get_submodule(unit.layers[0]))
             moments["calibrated"] = Moment(seen[unit.name].figures, weights)
-            bits, peaks = plans[layer].bits, self._merged[unit.name].by_sample
-            outliers = outliers_of(peaks)
-            remedies = remedies_for(layer, bits, moments, self._folded[unit.name], outliers, self.config)
-            snr = final_noise(moments).snr
-            found.append(UnitDiagnosis(unit.name, layer, bits, moments, outliers, remedies, snr, peaks))
-        backend.units = found
-        backend.samples = max((unit.peaks.shape[1] for unit in found), default=0)
+            finals[unit.name] = final_noise(self._start(unit.name), moments["calibrated"])
+        wanted = wanted_snr([noise.snr for noise in finals.values()])
+        backend.units = [self._judged(unit, plans[unit.layers[0]].bits, finals[unit.name], wanted) for unit in units]
+        backend.samples = max((unit.peaks.shape[1] for unit in backend.units), default=0)
+
+    def _start(self, name: str) -> Moment:
+        """Return the float unit that calibration set out from."""
+        if self.config.equalize:
+            return self._moments[name]["conditioned"]
+        return self._folded[name] if self.config.fold_constants else self._moments[name]["merged"]
+
+    def _judged(self, unit: Unit, bits: tuple[int, int], final: Noise, wanted: float) -> UnitDiagnosis:
+        moments, peaks = self._moments[unit.name], self._merged[unit.name].by_sample
+        outliers = outliers_of(peaks)
+        remedies = channel_remedies(moments, self._folded[unit.name], self.config)
+        left, when = final, "as calibrated"
+        if any(remedy.how for remedy in remedies):  # what costs nothing comes first
+            left = noise_of(moments["conditioned"].inputs, moments["conditioned"].weights)
+            when = "with these remedies"
+        remedies += bit_remedy(unit.layers[0], bits, left, wanted, outliers, when)
+        return UnitDiagnosis(unit.name, unit.layers[0], bits, moments, outliers, remedies, final.snr, peaks)
 
 
 def diagnose(

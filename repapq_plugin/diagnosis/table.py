@@ -183,9 +183,13 @@ def _unit(unit: UnitDiagnosis) -> dict[str, object]:
 
 
 def _tensor(figures: TensorFigures) -> dict[str, object]:
-    together = {key: _number(float(value[0])) for key, value in vars(figures.together).items()}
-    by_channel = {key: list(map(_number, value.tolist())) for key, value in vars(figures.by_channel).items()}
+    together = {key: _number(float(getattr(figures.together, key)[0])) for key in TOLD}
+    by_channel = {key: list(map(_number, getattr(figures.by_channel, key).tolist())) for key in TOLD}
     return {**together, "by_channel": by_channel}
+
+
+TOLD = ("maximum", "kurtosis", "top_share", "snr")
+"""Figures that are written; the others are for judging."""
 
 
 def _number(value: float) -> float | None:

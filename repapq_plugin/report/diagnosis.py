@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -101,8 +102,9 @@ def _headlines(diagnosis: Diagnosis) -> Iterator[Headline]:
     units = diagnosis.weakest
     if units and math.isfinite(units[0].snr):
         low = [unit for unit in units if unit.snr < ENOUGH]
-        note = f"{units[0].name}; {len(low)} of {len(units)} units have less than {ENOUGH:.0f} dB"
-        yield Headline("Weakest unit", f"{_form('{:.1f}', units[0].snr)} dB", note, not low)
+        typical = statistics.median(unit.snr for unit in units if not math.isnan(unit.snr))
+        note = f"{units[0].name}; the typical unit has {typical:.1f} dB"
+        yield Headline("Weakest unit", f"{_form('{:.1f}', units[0].snr)} dB", note, True if not low else None)
     outliers = [outlier for unit in units for outlier in unit.outliers]
     in_units = sum(bool(unit.outliers) for unit in units)
     rare = sum(not outlier.everywhere for outlier in outliers)
@@ -122,13 +124,20 @@ def _remedies(diagnosis: Diagnosis) -> Section:
         for remedy in unit.remedies
     ]
     if not rows:
-        return Section("What to do", [f"Nothing: every unit has at least {ENOUGH:.0f} dB of signal over noise."])
+        return Section("What to do", [_NOTHING])
     text = (
         "By unit, the weakest first. What is set already stays as it is; the rest is what to write into a "
-        "configuration. Signal over noise is that of a unit's products: what varies in them against what rounding adds."
+        "configuration. Signal over noise is that of a unit's products: what varies in them, and what rounding adds. "
+        f"More bits are proposed where a unit has less than {ENOUGH:.0f} dB and is behind the typical one by a bit."
     )
     columns = ("Unit", "Remedy", "Key", "Because", "Gain")
     return Section("What to do", [text], [Table(columns, rows, text_columns=4)])
+
+
+_NOTHING = (
+    f"Nothing stands out: no unit has less than {ENOUGH:.0f} dB of signal over noise and is behind the typical one by "
+    "a bit."
+)
 
 
 def _gain(gain: float) -> str:

@@ -182,7 +182,7 @@ def _mark(moment: str, weak: bool, colours: Colours) -> dict[str, Any]:
     """Return how a unit is marked at a moment."""
     if moment == "calibrated":
         return {"color": colours.other if weak else colours.accent}
-    inside = colours.card if moment == "merged" else colours.line
+    inside = colours.card if moment == "merged" else colours.soft
     return {"facecolor": inside, "edgecolor": colours.soft, "linewidth": 1.2}
 
 

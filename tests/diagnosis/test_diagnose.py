@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from repapq_plugin import RepAPQConfig
 from repapq_plugin.diagnosis import Diagnosis, UnitDiagnosis, diagnose
-from repapq_plugin.diagnosis.judge import BIT, outliers_of
-from repapq_plugin.diagnosis.table import MOMENTS, combined
+from repapq_plugin.diagnosis.judge import BIT, ENOUGH, Noise, bit_remedy, outliers_of, wanted_snr
+from repapq_plugin.diagnosis.table import MOMENTS, Outlier, combined
 from tests.support.networks import Chain, settle
 
 QUICK = RepAPQConfig(weight_bits=4, activation_bits=4, first_last_bits=None, steps=0)
@@ -80,21 +80,44 @@ def test_a_dead_filter_read_with_huge_weights_is_said_to_be_folded() -> None:
     remedy = diagnose(model, images(), config).units[1].remedies[0]
     assert (remedy.name, remedy.how) == ("fold_constants", "fold_constants=True")
     assert remedy.gain > 5
+    unit = diagnose(model, images(), config.replace(weight_bits=8, activation_bits=8)).units[1]
+    assert unit.snr < 20  # bits are not proposed for what folding cures
+    assert {each.name for each in unit.remedies} <= {"fold_constants", "equalize"}
 
 
-@pytest.mark.parametrize(("bits", "names"), [(8, set()), (3, {"bits"}), (2, {"bits"})])
-def test_too_few_bits_are_said_to_be_too_few(bits: int, names: set[str]) -> None:
-    found = diagnose(two(), images(), QUICK.replace(weight_bits=bits, activation_bits=bits))
-    assert {remedy.name for each in found.units for remedy in each.remedies} - {"equalize"} == names
-    for each in found.units:
-        for remedy in each.remedies:
-            if remedy.name == "bits":
-                said = ast.literal_eval(remedy.how.removeprefix("layer_bits="))
-                (layer, wanted), *_ = said.items()
-                assert layer == each.layer and max(wanted) > bits
-                config = QUICK.replace(layer_bits=said, weight_bits=bits, activation_bits=bits)
-                better = diagnose(two(), images(), config)
-                assert unit(better, each.name).snr > each.snr + BIT / 2
+def test_a_unit_that_is_behind_the_others_gets_more_bits() -> None:
+    behind = QUICK.replace(weight_bits=8, activation_bits=8, layer_bits={"2": (3, 3)})
+    first, second = diagnose(two(), images(), behind).units
+    assert first.remedies == ()
+    (remedy,) = (each for each in second.remedies if each.name == "bits")
+    ((layer, wanted),) = ast.literal_eval(remedy.how.removeprefix("layer_bits=")).items()
+    assert layer == second.layer and min(wanted) > 3
+    better = diagnose(two(), images(), behind.replace(layer_bits={layer: wanted})).units[1]
+    assert better.snr == pytest.approx(second.snr + remedy.gain, abs=BIT / 2)
+    assert not any(each.name == "bits" for each in better.remedies)
+
+
+def test_what_eight_bits_do_not_reach_stays_float() -> None:
+    (remedy,) = bit_remedy("a", (8, 8), Noise(5.0, 3.0), 20.0, ())
+    assert (remedy.name, remedy.how) == ("keep_float", "keep_float=['a']")
+    (remedy,) = bit_remedy("a", (4, 4), Noise(22.0, 4.0), 18.0, ())
+    assert remedy.how == "layer_bits={'a': (4, 7)}"
+    assert bit_remedy("a", (4, 4), Noise(18.0, 18.0), 18.0, ()) == ()  # less than a bit behind
+    assert bit_remedy("a", (4, 4), Noise(40.0, 21.0), 90.0, ()) == ()
+
+
+def test_samples_of_their_own_are_told_before_bits() -> None:
+    rare = Outlier(2, 9.0, 9.0, (6,), (9.0,), 0.01)
+    (remedy,) = bit_remedy("a", (4, 4), Noise(21.0, 4.0), 18.0, (rare,))
+    assert "samples 6 hold outliers that others do not" in remedy.reason
+    everywhere = Outlier(2, 9.0, 9.0, (6,), (9.0,), 0.9)
+    (remedy,) = bit_remedy("a", (4, 4), Noise(21.0, 4.0), 18.0, (everywhere,))
+    assert "samples" not in remedy.reason
+
+
+def test_what_is_wanted_is_the_typical_and_not_too_much() -> None:
+    assert wanted_snr([5.0, 11.0, 12.0, float("nan")]) == 11.0
+    assert wanted_snr([30.0, 40.0]) == wanted_snr([]) == ENOUGH
 
 
 def test_every_unit_is_seen_at_every_moment_and_merging_changes_no_input(tmp_path: Path) -> None:
@@ -113,7 +136,7 @@ def test_every_unit_is_seen_at_every_moment_and_merging_changes_no_input(tmp_pat
     said = json.loads(found.save(tmp_path / "diagnosis.json").read_text())
     assert [each["name"] for each in said["units"]] == [each.name for each in found.units]
     assert set(said["units"][0]["moments"]["merged"]["inputs"]) == {
-        *("maximum", "kurtosis", "top_share", "snr", "power", "variance", "noise", "by_channel")
+        *("maximum", "kurtosis", "top_share", "snr", "by_channel")
     }
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from repapq_plugin.config import LearningRates, RepAPQConfig
 from repapq_plugin.core.progress import Advance
+from repapq_plugin.errors import CheckpointError
 from repapq_plugin.method import optimise
 from repapq_plugin.method.learners import Learnable
-from repapq_plugin.method.optimise import Outputs, evaluate, reconstruct, split_batches
+from repapq_plugin.method.optimise import Outcome, Outputs, evaluate, reconstruct, split_batches
 from tests.support.comparing import equal_numbers
 
 
@@ -233,3 +234,9 @@ def test_a_mean_over_batches_is_what_judges() -> None:
     single = [evaluate(subject, square_loss, [batch])[0] for batch in range(3)]
     assert total == pytest.approx(sum(single) / 3)
     assert parts == {"layer": pytest.approx(total)}
+
+
+@pytest.mark.parametrize("record", [{}, {"kept": True}, {"other": 1}])
+def test_a_record_of_something_else_is_no_outcome(record: dict[str, object]) -> None:
+    with pytest.raises(CheckpointError, match="says nothing of what was learned"):
+        Outcome.of(record)
