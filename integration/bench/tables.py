@@ -108,7 +108,8 @@ def targets_table() -> str:
         how = f"{method}, {steps} steps" if steps else method
         figures = [affine["accuracy"], symmetric["accuracy"], symmetric["onnxruntime_integer"]]
         gap = f"{symmetric['accuracy'] - affine['accuracy']:+.2f}"
-        shown = [CLASSIFIERS[model], preset.upper(), how, f"{images:,}"]
+        label = CLASSIFIERS.get(model) or next(told for (name, _), (told, _) in SCENES.items() if name == model)
+        shown = [label, preset.upper(), how, f"{images:,}" if images else "all scenes"]
         body.append([*shown, *(f"{figure:.2f}" for figure in figures), gap])
     head = ["seed 0", "bits", "by", "images", "affine", "symmetric", "symmetric, in integers", "symmetric less affine"]
     return markdown(head, body)
