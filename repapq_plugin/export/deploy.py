@@ -294,7 +294,7 @@ def _deploy_skips(model: nn.Module) -> None:
 def _deploy_outputs(model: nn.Module) -> None:
     """Bring quantizers of outputs into export form, in place."""
     for name, module in list(model.named_modules()):
-        quantizer = module._modules.get(OUTPUT)
+        quantizer = dict(module.named_children()).get(OUTPUT)
         if isinstance(quantizer, LearnableFakeQuantize):
             where = f"The output of {name or 'the network'!r}"
             _refuse_observing(quantizer, where)
