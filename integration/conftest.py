@@ -22,7 +22,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _nothing_left_of_mmengine() -> Iterator[None]:
-    """Loggers write to the output that a test had captured; a default scope hides other toolboxes' names."""
+    """Loggers write to the output of an earlier test, visualizers into its folder; a default scope hides names."""
     yield
     if "mmengine" not in sys.modules:
         return
@@ -35,3 +35,14 @@ def _nothing_left_of_mmengine() -> Iterator[None]:
             handler.close()
     MMLogger._instance_dict.clear()
     DefaultScope._instance_dict.clear()
+    if "mmengine.visualization" in sys.modules:
+        from mmengine.visualization import Visualizer
+
+        for kind in (Visualizer, *_kinds_of(Visualizer)):
+            kind._instance_dict.clear()
+
+
+def _kinds_of(kind: type) -> Iterator[type]:
+    for inner in kind.__subclasses__():
+        yield inner
+        yield from _kinds_of(inner)
