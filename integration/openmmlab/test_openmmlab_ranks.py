@@ -51,7 +51,7 @@ def test_a_rank_without_samples_is_told(small: tuple[str, str], tmp_path: Path) 
 def test_the_command_writes_once(small: tuple[str, str], tmp_path: Path) -> None:
     assert ranked.values(2, by_command, *small, str(tmp_path / "work")) == [0, 0]
     names = {path.name for path in (tmp_path / "work").iterdir()}
-    assert names == {"repapq.log", "repapq.onnx", "repapq.safetensors", "result.json", "toolbox"}
+    assert names == {"repapq.log", "repapq.onnx", "repapq.safetensors", "report.html", "result.json", "toolbox"}
     assert record_in(tmp_path / "work")["scores"]["repapq"]["accuracy/top1"] >= 0
 
 

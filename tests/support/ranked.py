@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+
+ROOT = Path(__file__).parents[2]
 
 PRELOADED = ["torch._dynamo", "repapq_plugin", "tests.support.networks", "tests.support.killing"]
 """What the process imports once from which all others are forked."""
@@ -54,8 +57,10 @@ def on_ranks(size: int, function: Callable[..., object], *args: object) -> list[
         processes = [
             context.Process(target=_run, args=(rank, size, folder, function, args), daemon=True) for rank in range(size)
         ]
-        for process in processes:
-            process.start()
+        # The process that others are forked from does not learn where its parent imports from.
+        with patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])])):
+            for process in processes:
+                process.start()
         ended = []
         for rank, process in enumerate(processes):
             process.join(max(0.0, started + LONGEST - time.monotonic()))
