@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin the longest file before the others of this folder: at the end one process would wait for it."""
+    here = Path(__file__).parent
+    items.sort(key=lambda item: 0 if here not in item.path.parents else 1 if item.path.parent == here / "traits" else 2)
 
 
 @pytest.fixture(scope="session", autouse=True)
