@@ -11,9 +11,10 @@ import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin the longest file before the others of this folder: at the end one process would wait for it."""
+    """Begin the longest files before the others of this folder: at the end one process would wait for the other."""
     here = Path(__file__).parent
-    items.sort(key=lambda item: 0 if here not in item.path.parents else 1 if item.path.parent == here / "traits" else 2)
+    long = (here / "traits", here / "targets")
+    items.sort(key=lambda item: 0 if here not in item.path.parents else 1 if item.path.parent in long else 2)
 
 
 @pytest.fixture(scope="session", autouse=True)
